@@ -1,0 +1,88 @@
+"""Inference engines: each runs one artefact on one device behind the same small interface."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from melrt.bundle import Artifact, Bundle
+from melrt.errors import BackendError
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("onnxruntime",)
+DEVICES = ("cuda", "cpu")
+PRECISIONS = ("fp32", "fp16", "int8")
+# A CPU has no half-precision convolutions: there the half graph is the float32 graph with casts around it, and slower.
+_AUTO_PRECISIONS = {"cuda": ("fp16", "fp32"), "cpu": ("fp32",)}
+
+
+class Backend(Protocol):
+    """One artefact, loaded on one device. Safe to call from several threads."""
+
+    name: str
+    """`onnxruntime`."""
+    device: str
+    """`cpu` or `cuda`."""
+    precision: str
+    """Of the artefact."""
+
+    def run(self, mel: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Mel frames (B, M, T) to samples (B, T·hop), a fresh array."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the caller asked for; `auto` leaves it to the machine."""
+
+    device: str = "auto"
+    precision: str = "auto"
+    backend: str = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("device", DEVICES), ("precision", PRECISIONS), ("backend", BACKENDS)):
+            if getattr(self, name) not in ("auto", *allowed):
+                raise BackendError(f"{name} is {getattr(self, name)!r}; it is one of auto, {', '.join(allowed)}.")
+        if self.threads is not None and self.threads < 1:
+            raise BackendError(f"threads is {self.threads}; it is at least 1, or left out for one per core.")
+
+
+def open_backend(bundle: Bundle, choice: Choice) -> Backend:
+    """Load the best artefact of the bundle that this machine can run and the caller allows.
+
+    Raises:
+        BackendError: None can; the text says why for each one tried.
+    """
+    from melrt.backends.onnxruntime import OnnxRuntime, usable_devices
+
+    devices = usable_devices() if choice.device == "auto" else (choice.device,)
+    reasons = []
+    for device, artifact in _candidates(bundle, choice, devices):
+        try:
+            return OnnxRuntime(bundle.read(artifact), artifact.precision, device, choice.threads)
+        except BackendError as error:
+            reasons.append(f"{artifact.file} on {device}: {error}")
+            logger.warning("%s does not run on %s here, trying the next artefact: %s", artifact.file, device, error)
+    if len(reasons) == 1:
+        raise BackendError(reasons[0])
+    raise BackendError(f"nothing in {bundle.path} runs here. " + " · ".join(reasons) if reasons else _nothing_fits(bundle, choice))
+
+
+def _candidates(bundle: Bundle, choice: Choice, devices: tuple[str, ...]) -> Iterator[tuple[str, Artifact]]:
+    for device in devices:
+        wanted = _AUTO_PRECISIONS[device] if choice.precision == "auto" else (choice.precision,)
+        for precision in wanted:
+            for artifact in bundle.find("onnx", graph="edge", precision=precision):
+                yield device, artifact
+
+
+def _nothing_fits(bundle: Bundle, choice: Choice) -> str:
+    there = sorted({a.precision for a in bundle.find("onnx")})
+    return f"{bundle.path} has no {choice.precision} artefact; it has {', '.join(there) or 'none'}. Export it with `--precision`."

@@ -1,0 +1,227 @@
+"""The voice bundle: a folder that is complete in itself, verified before anything in it is used.
+
+`manifest.json` lists every other file with its size and SHA-256. A file is read whole, compared with its entry, and only
+then handed on, so that what an engine gets is what was verified.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from melrt.errors import BundleError
+from melrt.files import whole_file, whole_folder
+from melrt.mel import MelSpec
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+# Real manifests are under 20 KB and real artefacts under 50 MB; what is far beyond is refused before it is read.
+MAX_MANIFEST_BYTES = 1 << 20
+MAX_ARTIFACT_BYTES = 2 << 30
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,120}")
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """One file of a bundle."""
+
+    file: str
+    """Name within the bundle."""
+    kind: str
+    """`onnx`, `engine`, or `reference` (PyTorch's output for a probe mel)."""
+    size: int
+    """Bytes."""
+    sha256: str
+    """Of the whole file, hexadecimal."""
+    graph: str = ""
+    """Which graph it computes: `edge` is the network as trained, padding and all."""
+    precision: str = ""
+    """`fp32`, `tf32`, `fp16` or `int8`."""
+    target: Mapping[str, Any] = field(default_factory=dict)
+    """What it can run on; of an engine: flavour, version, compute capability, profile."""
+    quality: Mapping[str, float] = field(default_factory=dict)
+    """What was measured against PyTorch when it was made."""
+
+    @classmethod
+    def of(cls, file: str, data: bytes, kind: str, **facts: Any) -> Artifact:
+        """Describe these bytes."""
+        return cls(file, kind, len(data), hashlib.sha256(data).hexdigest(), **facts)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a bundle says of itself."""
+
+    name: str
+    """The voice's name."""
+    spec: MelSpec
+    """The mel convention of the input."""
+    architecture: Mapping[str, Any]
+    """The generator's shape, `GeneratorConfig.to_dict()` of the exporter."""
+    receptive_field: tuple[int, int]
+    """Mel frames before and after a frame that its samples depend on."""
+    smallest_input: int
+    """The fewest mel frames that the network takes."""
+    provenance: Mapping[str, str]
+    """Where the weights come from: source, sha256, format, tool, command."""
+    artifacts: tuple[Artifact, ...] = ()
+    """Every file beside the manifest."""
+
+    def dumps(self) -> bytes:
+        """The file's content; the same manifest gives the same bytes."""
+        values = {"schema": SCHEMA} | asdict(self)
+        return (json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+    @classmethod
+    def loads(cls, data: bytes) -> Manifest:
+        """Read `dumps`'s form.
+
+        Raises:
+            BundleError: Not a manifest, of a newer schema, or with a value that cannot be.
+        """
+        try:
+            values = json.loads(data)
+            schema = values.pop("schema")
+        except (ValueError, RecursionError, AttributeError, TypeError, KeyError) as error:
+            raise BundleError(f"{MANIFEST} is not a melrt manifest ({error or type(error).__name__}).") from error
+        if type(schema) is not int or schema < 1:
+            raise BundleError(f"{MANIFEST} has schema {schema!r}; this melrt reads schema 1 to {SCHEMA}.")
+        if schema > SCHEMA:
+            raise BundleError(
+                f"the bundle has schema {schema}, written by a newer melrt; this one reads up to {SCHEMA}: pip install --upgrade melrt"
+            )
+        try:
+            spec = MelSpec.from_dict(values.pop("spec"))
+            artifacts = tuple(Artifact(**entry) for entry in values.pop("artifacts"))
+            left, right = values.pop("receptive_field")
+            manifest = cls(spec=spec, artifacts=artifacts, receptive_field=(left, right), **values)
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise BundleError(f"{MANIFEST} is damaged: {error}") from error
+        manifest._check()
+        return manifest
+
+    def _check(self) -> None:
+        numbers = {"smallest_input": self.smallest_input, "receptive_field left": self.receptive_field[0],
+                   "receptive_field right": self.receptive_field[1]}  # fmt: skip
+        for name, value in numbers.items():
+            if type(value) is not int or not 0 <= value < 1 << 20:
+                raise BundleError(f"{MANIFEST} is damaged: {name} is {value!r}.")
+        for entry in self.artifacts:
+            if not isinstance(entry.file, str) or not _FILE_NAME.fullmatch(entry.file) or entry.file == MANIFEST:
+                raise BundleError(f"{MANIFEST} names a file {entry.file!r}; only plain names within the bundle are allowed.")
+            if type(entry.size) is not int or not 0 <= entry.size <= MAX_ARTIFACT_BYTES:
+                raise BundleError(f"{MANIFEST} gives {entry.file} a size of {entry.size!r}; at most {MAX_ARTIFACT_BYTES} bytes.")
+        names = [entry.file for entry in self.artifacts]
+        if len(set(names)) != len(names):
+            raise BundleError(f"{MANIFEST} lists a file twice: {sorted(names)}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A bundle on disk. Reading it never executes anything."""
+
+    path: Path
+    """The folder."""
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Bundle:
+        """Read a bundle's manifest; its files are verified as they are read.
+
+        Raises:
+            BundleError: No bundle there, a damaged manifest, or a newer schema.
+        """
+        path = Path(path)
+        file = path / MANIFEST
+        if not file.is_file():
+            what = f"has no {MANIFEST}, so it is no bundle" if path.exists() else "does not exist"
+            raise BundleError(f"{path} {what}. `melrt export CHECKPOINT -o VOICE.melrt` makes a bundle.")
+        try:
+            return cls(path, Manifest.loads(_read_bounded(file, MAX_MANIFEST_BYTES)))
+        except BundleError as error:
+            raise BundleError(f"{path}: {error}") from error
+
+    @classmethod
+    def create(
+        cls, path: str | os.PathLike[str], manifest: Manifest, files: Iterable[tuple[Artifact, bytes]], *, overwrite: bool = False
+    ) -> Bundle:
+        """Write a bundle; it appears whole or not at all.
+
+        Raises:
+            BundleError: `path` exists and `overwrite` is false, or is something else than a bundle.
+        """
+        path = Path(path)
+        is_bundle = (path / MANIFEST).is_file()
+        if path.exists() and not (overwrite and is_bundle):
+            remedy = "Give another name, or --force to replace it." if is_bundle else "It is no bundle: give another name."
+            raise BundleError(f"{path} exists. {remedy}")
+        contents = list(files)
+        manifest = replace(manifest, artifacts=tuple(entry for entry, _ in contents))
+        manifest._check()
+        with whole_folder(path) as folder:
+            for entry, data in contents:
+                (folder / entry.file).write_bytes(data)
+            (folder / MANIFEST).write_bytes(manifest.dumps())
+        return cls(path, manifest)
+
+    def add(self, entry: Artifact, data: bytes) -> Bundle:
+        """Add a file, or replace the one of that name; the manifest changes last, in one step."""
+        with _locked(self.path):
+            current = Bundle.open(self.path).manifest  # another process may have added to it since
+            others = tuple(a for a in current.artifacts if a.file != entry.file)
+            manifest = replace(current, artifacts=(*others, entry))
+            manifest._check()
+            with whole_file(self.path / entry.file) as temporary:
+                temporary.write_bytes(data)
+            with whole_file(self.path / MANIFEST) as temporary:
+                temporary.write_bytes(manifest.dumps())
+        return Bundle(self.path, manifest)
+
+    def read(self, entry: Artifact) -> bytes:
+        """A file's bytes, after its size and hash were compared with the manifest.
+
+        Raises:
+            BundleError: The file is missing, truncated or altered.
+        """
+        file = self.path / entry.file
+        if not file.is_file():
+            raise BundleError(f"{file} is missing, but the manifest lists it. Copy the whole bundle again, or export it anew.")
+        size = file.stat().st_size
+        if size != entry.size:
+            raise BundleError(f"{file} has {size} bytes; the manifest says {entry.size}. Copy the bundle again, or export it anew.")
+        data = _read_bounded(file, entry.size)
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise BundleError(f"{file} was altered: its SHA-256 is not the manifest's. Copy the bundle again, or export it anew.")
+        return data
+
+    def find(self, kind: str, *, graph: str = "", precision: str = "") -> list[Artifact]:
+        """The files of this kind, in the manifest's order; an empty argument matches all."""
+        return [a for a in self.manifest.artifacts
+                if a.kind == kind and graph in ("", a.graph) and precision in ("", a.precision)]  # fmt: skip
+
+
+def _read_bounded(file: Path, limit: int) -> bytes:
+    with file.open("rb") as stream:
+        data = stream.read(limit + 1)
+    if len(data) > limit:
+        raise BundleError(f"{file} is larger than {limit} bytes.")
+    return data
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder against other processes that add to it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,157 @@
+"""The mel convention: what exactly a voice's input frames are, and whether given frames can be that."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args, get_origin
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from melrt.errors import BundleError, MelError
+
+Log = Literal["log10", "ln", "dB"]
+Framing = Literal["same", "center"]
+
+
+@dataclass(frozen=True, slots=True)
+class MelSpec:
+    """How log-mel frames are made from audio; the defaults are those of melgan-neurips (`mel2wav/modules.py`, Audio2Mel)."""
+
+    sample_rate: int = 22050
+    """Hz."""
+    n_fft: int = 1024
+    """Length of the Fourier transform, samples."""
+    hop: int = 256
+    """Samples between frames, and samples of audio per frame."""
+    win_length: int = 1024
+    """Length of the window, samples, at most n_fft."""
+    window: Literal["hann"] = "hann"
+    """Window, periodic."""
+    n_mels: int = 80
+    """Mel bands M."""
+    f_min: float = 0.0
+    """Lower edge of the lowest band, Hz."""
+    f_max: float = 11025.0
+    """Upper edge of the highest band, Hz."""
+    scale: Literal["slaney", "htk"] = "slaney"
+    """Formula from Hz to mel."""
+    norm: Literal["slaney"] | None = "slaney"
+    """Area normalisation of the triangular filters."""
+    power: float = 1.0
+    """Power of the magnitude spectrum before the filters: 1 magnitude, 2 energy."""
+    log: Log = "log10"
+    """Logarithm; dB is 20·log10."""
+    floor: float = 1e-5
+    """Smallest value before the logarithm: silence is its logarithm."""
+    framing: Framing = "same"
+    """`same`: reflection padding of (n_fft - hop)/2, so T = N/hop; `center`: n_fft/2, so T = N/hop + 1."""
+
+    def __post_init__(self) -> None:
+        types_of = typing.get_type_hints(type(self))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not _fits(value, types_of[field.name]):
+                raise BundleError(f"mel convention: {field.name} is {value!r}; it is {_words(types_of[field.name])}.")
+        for name in ("sample_rate", "n_fft", "hop", "win_length", "n_mels", "power", "floor"):
+            if not 0 < getattr(self, name) < 1e7:
+                raise BundleError(f"mel convention: {name} is {getattr(self, name)}; it lies above 0 and below 10 million.")
+        if self.win_length > self.n_fft:
+            raise BundleError(f"mel convention: win_length {self.win_length} is longer than n_fft {self.n_fft}.")
+        if not 0 <= self.f_min < self.f_max <= self.sample_rate / 2:
+            raise BundleError(
+                f"mel convention: bands from {self.f_min} to {self.f_max} Hz do not lie within 0 to {self.sample_rate / 2} Hz."
+            )
+
+    @property
+    def silence(self) -> float:
+        """The value of a silent frame."""
+        return float(self.logarithm(np.array(self.floor)))
+
+    def logarithm(self, bands: NDArray[np.floating]) -> NDArray[np.floating]:
+        """The convention's logarithm of these magnitudes, none below the floor."""
+        bands = np.maximum(bands, self.floor)
+        if self.log == "ln":
+            return np.asarray(np.log(bands))
+        return np.asarray(np.log10(bands) * (20 if self.log == "dB" else 1))
+
+    def describe(self) -> str:
+        """One line for people and error messages."""
+        return f"{self.n_mels} bands, {self.f_min:g}-{self.f_max:g} Hz, {self.log}, {self.sample_rate} Hz, hop {self.hop}"
+
+    def check(self, mel: ArrayLike, smallest: int = 1) -> NDArray[np.float32]:
+        """Validate frames once, at the door.
+
+        Args:
+            mel: Shape (M, T) or (B, M, T), any real dtype.
+            smallest: The fewest frames that the network takes.
+
+        Returns:
+            The frames as C-contiguous float32 of the same shape; the caller's array if it is that already.
+
+        Raises:
+            MelError: Wrong number of axes or bands, too few frames, or a value that is not finite.
+        """
+        frames = np.asarray(mel)
+        if frames.dtype.kind not in "fiu":
+            raise MelError(f"mel has dtype {frames.dtype}; it holds real numbers, best float32.")
+        if frames.ndim not in (2, 3):
+            raise MelError(f"mel has shape {frames.shape}; expected (bands, frames) or (batch, bands, frames).")
+        if frames.shape[-2] != self.n_mels:
+            turned = " It looks transposed: pass mel.T." if frames.shape[-1] == self.n_mels else ""
+            raise MelError(f"mel has {frames.shape[-2]} bands; this voice takes {self.n_mels} ({self.describe()}).{turned}")
+        if 0 in frames.shape:
+            raise MelError(f"mel is empty, shape {frames.shape}; give at least {smallest} frame{'s' * (smallest > 1)}.")
+        if frames.shape[-1] < smallest:
+            raise MelError(
+                f"mel has {frames.shape[-1]} frames; this network needs at least {smallest}. "
+                f"Extend it with frames of silence ({self.silence:g})."
+            )
+        with np.errstate(over="ignore"):  # what overflows float32 is reported below
+            frames = np.ascontiguousarray(frames, dtype=np.float32)
+        finite = np.isfinite(frames)
+        if not finite.all():
+            where = tuple(int(i) for i in np.argwhere(~finite)[0])
+            raise MelError(f"mel holds {frames[where]} at {where}; every value must be finite (silence is {self.silence:g}).")
+        return frames
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MelSpec:
+        """Read `to_dict`'s form.
+
+        Raises:
+            BundleError: A missing or unknown field, or a value out of its range.
+        """
+        known = {field.name for field in fields(cls)}
+        if set(values) != known:
+            raise BundleError(
+                f"mel convention: missing fields {sorted(known - set(values))}, unknown fields {sorted(set(values) - known)}."
+            )
+        numbers: dict[str, Any] = {key: float(v) if type(v) is int and key in _REAL else v for key, v in values.items()}
+        return cls(**numbers)
+
+
+_REAL = {"f_min", "f_max", "power", "floor"}
+
+
+def _fits(value: object, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) in (types.UnionType, typing.Union):
+        return any(_fits(value, option) for option in get_args(kind))
+    return type(value) is kind
+
+
+def _words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(repr, get_args(kind)))
+    if get_origin(kind) in (types.UnionType, typing.Union):
+        return " or ".join(_words(option) for option in get_args(kind))
+    return {int: "a whole number", float: "a number", type(None): "null"}.get(kind, str(kind))

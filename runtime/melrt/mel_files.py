@@ -1,0 +1,76 @@
+"""Reading mels from files. Other packages add kinds of files through the entry-point group `melrt.mel_readers`."""
+
+from __future__ import annotations
+
+import zipfile
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from melrt.errors import MelError, MissingExtraError
+from melrt.mel import MelSpec
+
+# A day of speech at 86 frames a second and 80 bands is 2.4 GB.
+MAX_MEL_BYTES = 4 << 30
+
+
+def read_mel(path: Path, spec: MelSpec) -> NDArray[Any]:
+    """One utterance's frames, shape (M, T), not yet checked against the voice's convention.
+
+    Args:
+        path: .npy; .npz with one array or one named `mel`; with the export extra also .pt, and audio for copy-synthesis.
+        spec: The mel convention, for what has to be computed.
+
+    Raises:
+        MelError: Not such a file, or more than one utterance.
+    """
+    if not path.is_file():
+        raise MelError(f"{path} does not exist, or is no file.")
+    suffix = path.suffix.lower().lstrip(".")
+    mel = _read_numpy(path) if suffix in ("npy", "npz") else _reader(suffix, path).load()(path, spec)
+    if mel.ndim == 3 and len(mel) == 1:
+        mel = mel[0]
+    if mel.ndim != 2:
+        raise MelError(f"{path} has shape {mel.shape}; a file holds one utterance, (bands, frames).")
+    return np.asarray(mel)
+
+
+def _reader(suffix: str, path: Path) -> EntryPoint:
+    readers = entry_points(group="melrt.mel_readers")
+    known = sorted({"npy", "npz"} | {reader.name for reader in readers})
+    if suffix not in readers.names:
+        raise MelError(f"{path} is no mel that melrt reads; it reads {', '.join('.' + name for name in known)}.")
+    reader = readers[suffix]
+    try:
+        reader.load()
+    except ImportError as error:
+        raise MissingExtraError(f"reading .{suffix}", error.name or "a package", reader.extras[0]) from error
+    return reader
+
+
+def _read_numpy(path: Path) -> NDArray[Any]:
+    try:
+        if path.suffix.lower() == ".npy":
+            return np.asarray(_bounded(np.load(path, mmap_mode="r", allow_pickle=False), path))
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > MAX_MEL_BYTES:
+            raise MelError(f"{path} unpacks to {unpacked} bytes; at most {MAX_MEL_BYTES} are read.")
+        with np.load(path, allow_pickle=False) as arrays:
+            name = "mel" if "mel" in arrays.files else arrays.files[0] if len(arrays.files) == 1 else None
+            if name is None:
+                raise MelError(f"{path} holds arrays {arrays.files[:8]}; expected one, or one named 'mel'.")
+            return np.asarray(arrays[name])
+    except MelError:
+        raise
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, SyntaxError) as error:
+        raise MelError(f"{path} cannot be read as a numpy file of numbers: {error}") from error
+
+
+def _bounded(mel: NDArray[Any], path: Path) -> NDArray[Any]:
+    if mel.nbytes > MAX_MEL_BYTES:
+        raise MelError(f"{path} holds {mel.nbytes} bytes; at most {MAX_MEL_BYTES} are read.")
+    return mel
