@@ -1,0 +1,157 @@
+"""Reading untrusted files: pickles hold tensors and nothing else, YAML tags are names and nothing more, sizes are bounded."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from melrt.errors import CheckpointError
+
+# The largest published generator has 13 M weights, 53 MB; with optimiser states and discriminators under 1 GB.
+MAX_WEIGHTS_BYTES = 4 << 30
+MAX_CONFIG_BYTES = 1 << 20
+
+
+def read_pickle(path: Path) -> Any:
+    """The tensors and plain containers of a `torch.save` file, on the CPU.
+
+    Raises:
+        CheckpointError: Truncated, too large, no such file, or it holds anything that would have to run.
+    """
+    import torch
+
+    _check_size(path, MAX_WEIGHTS_BYTES)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(_pickle_reason(path, str(error))) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, OSError) as error:
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        raise CheckpointError(f"{path} cannot be read as a PyTorch checkpoint; it is truncated or something else ({reason}).") from error
+
+
+def _pickle_reason(path: Path, text: str) -> str:
+    wants = re.search(r"(?:GLOBAL|unrecognized function) (\S+)", text)
+    if wants:
+        return (
+            f"{path} holds more than tensors ({wants[1]}), and reading that would run its code; nothing of it was run. "
+            "Where it was trained, save the weights alone: torch.save(generator.state_dict(), 'netG.pt')"
+        )
+    return f"{path} cannot be read as a PyTorch checkpoint; it is truncated or something else."
+
+
+def read_state(path: Path) -> dict[str, np.ndarray]:
+    """A bare state dict as float arrays.
+
+    Raises:
+        CheckpointError: As `read_pickle`, or the file holds something else than named tensors.
+    """
+    return arrays(path, read_pickle(path))
+
+
+def arrays(path: Path, state: Any) -> dict[str, np.ndarray]:
+    """Named tensors as float32 or float64 arrays.
+
+    Raises:
+        CheckpointError: Not a mapping of names to dense real tensors.
+    """
+    import torch
+
+    if not isinstance(state, dict) or not state:
+        raise CheckpointError(f"{path} holds {_kind(state)}; expected a state dict, tensors by name.")
+
+    def is_real(value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.is_floating_point() and value.layout == torch.strided
+
+    odd = [f"{name!r} ({_kind(value)})" for name, value in state.items() if not (isinstance(name, str) and is_real(value))]
+    if odd:
+        raise CheckpointError(f"{path} is not a bare state dict of real tensors; it also holds {', '.join(odd[:6])}.")
+    return {name: value.to(torch.float64 if value.dtype == torch.float64 else torch.float32).numpy() for name, value in state.items()}
+
+
+def _kind(value: object) -> str:
+    return f"a {type(value).__name__}" if value or not isinstance(value, dict) else "an empty dict"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping; tags of Python objects give their plain content and execute nothing.
+
+    melgan-neurips dumps an `argparse.Namespace` with a `pathlib.PosixPath` in it: a mapping, and the list of the path's parts.
+
+    Raises:
+        CheckpointError: Not YAML, not a mapping, too large or too deep.
+    """
+    import yaml
+
+    class PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
+        """Every tag is read as what its node is: mapping, list or text."""
+
+    def plain(loader: yaml.SafeLoader, _suffix: str, node: yaml.Node) -> Any:
+        if isinstance(node, yaml.MappingNode):
+            return loader.construct_mapping(node, deep=True)
+        if isinstance(node, yaml.SequenceNode):
+            return loader.construct_sequence(node, deep=True)
+        return loader.construct_scalar(node)
+
+    PlainLoader.add_multi_constructor("tag:yaml.org,2002:python/", plain)
+    try:
+        values = yaml.load(_read_text(path), PlainLoader)  # a SafeLoader with more harmless tags
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is not the YAML of a training config: {str(error).splitlines()[0] if str(error) else error!r}"
+        ) from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds {_kind(values)}; expected a mapping of settings.")
+    return values
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: Not JSON, not an object, too large or too deep.
+    """
+    try:
+        values = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds {_kind(values)}; expected an object of settings.")
+    return values
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Named tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: Truncated, too large, or not safetensors.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    _check_size(path, MAX_WEIGHTS_BYTES)
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors; it is truncated or something else ({error}).") from error
+
+
+def _check_size(path: Path, limit: int) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist, or is no file.")
+    if path.stat().st_size > limit:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes; at most {limit} are read.")
+
+
+def _read_text(path: Path) -> str:
+    _check_size(path, MAX_CONFIG_BYTES)
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not text in UTF-8: {error}") from error

@@ -1,0 +1,145 @@
+"""The shape of a MelGAN generator, as one frozen value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from melrt.errors import CheckpointError
+
+PaddingMode = Literal["reflect", "replicate", "zeros"]
+
+# A hostile or damaged config must not be able to ask for a network that fills the memory.
+MAX_CHANNELS = 8192
+MAX_KERNEL = 255
+MAX_STAGES = 8
+MAX_STACKS = 8
+MAX_HOP = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorConfig:
+    """A generator of the MelGAN family; the defaults are the published one (Kumar et al., NeurIPS 2019, appendix A)."""
+
+    in_channels: int = 80
+    """Mel bands."""
+    out_channels: int = 1
+    """Channels of the last convolution: 1, or the sub-bands of a multi-band generator."""
+    channels: int = 512
+    """Channels after the first convolution; each upsampling stage halves them."""
+    kernel_size: int = 7
+    """Kernel of the first and the last convolution, odd."""
+    upsample_scales: tuple[int, ...] = (8, 8, 2, 2)
+    """Stride of each transposed convolution; its kernel is twice that."""
+    stacks: int = 3
+    """Residual blocks in a stage."""
+    stack_kernel_size: int = 3
+    """Kernel of the dilated convolutions, odd; block j has dilation `stack_kernel_size ** j`."""
+    negative_slope: float = 0.2
+    """Slope of every LeakyReLU."""
+    padding_mode: PaddingMode = "reflect"
+    """How convolutions extend their input, as trained."""
+    bias: bool = True
+    """Whether the convolutions have biases."""
+    final_tanh: bool = True
+    """Whether a tanh follows the last convolution."""
+    causal: bool = False
+    """All padding on the left: no look-ahead (ParallelWaveGAN's `use_causal_conv`)."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "upsample_scales", tuple(self.upsample_scales))
+        self._check_whole_numbers()
+        if self.channels % 2 ** len(self.upsample_scales):
+            raise CheckpointError(
+                f"{self.channels} channels cannot be halved {len(self.upsample_scales)} times, once per upsampling stage."
+            )
+        for name in ("kernel_size", "stack_kernel_size"):
+            if getattr(self, name) % 2 == 0:
+                raise CheckpointError(f"{name} is {getattr(self, name)}; the family has odd kernels only.")
+        if self.hop > MAX_HOP:
+            raise CheckpointError(f"upsample_scales {self.upsample_scales} makes a hop of {self.hop}; at most {MAX_HOP}.")
+        if self.padding_mode not in get_args(PaddingMode):
+            raise CheckpointError(f"padding_mode is {self.padding_mode!r}; it is one of {', '.join(get_args(PaddingMode))}.")
+        if not 0 <= self.negative_slope < 1:
+            raise CheckpointError(f"negative_slope is {self.negative_slope}; it lies in [0, 1).")
+
+    def _check_whole_numbers(self) -> None:
+        limits = {
+            "in_channels": MAX_CHANNELS, "out_channels": MAX_CHANNELS, "channels": MAX_CHANNELS,
+            "kernel_size": MAX_KERNEL, "stack_kernel_size": MAX_KERNEL, "stacks": MAX_STACKS,
+        }  # fmt: skip
+        values = [(name, getattr(self, name), limit) for name, limit in limits.items()]
+        for name, value, limit in values:
+            if type(value) is not int or not 1 <= value <= limit:
+                raise CheckpointError(f"{name} is {value!r}; it is a whole number from 1 to {limit}.")
+        scales = self.upsample_scales
+        if not 1 <= len(scales) <= MAX_STAGES or not all(type(scale) is int and 2 <= scale <= MAX_HOP for scale in scales):
+            raise CheckpointError(f"upsample_scales is {scales}; it is 1 to {MAX_STAGES} whole numbers from 2 to {MAX_HOP}.")
+
+    @property
+    def hop(self) -> int:
+        """Output samples per mel frame and output channel."""
+        return math.prod(self.upsample_scales)
+
+    @property
+    def stage_channels(self) -> tuple[int, ...]:
+        """Channels before the first stage and after each one."""
+        return tuple(self.channels // 2**i for i in range(len(self.upsample_scales) + 1))
+
+    @property
+    def dilations(self) -> tuple[int, ...]:
+        """Dilation of each residual block of a stage."""
+        return tuple(self.stack_kernel_size**j for j in range(self.stacks))
+
+    @property
+    def smallest_input(self) -> int:
+        """The fewest mel frames for which every reflection is legal (reflection of p samples needs more than p)."""
+        if self.padding_mode != "reflect":
+            return 1
+        both = 1 if self.causal else 2
+        edge = (self.kernel_size - 1) // both
+        rate, frames = 1, edge + 1
+        for scale in self.upsample_scales:
+            rate *= scale
+            frames = max(frames, (self.stack_kernel_size - 1) * self.dilations[-1] // both // rate + 1)
+        return max(frames, edge // rate + 1)
+
+    def convolutions(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and weight shape of each convolution in order; transposed ones are (C_in, C_out, K) as in PyTorch."""
+        width = self.stage_channels
+        yield "first", (width[0], self.in_channels, self.kernel_size)
+        for i, scale in enumerate(self.upsample_scales):
+            before, after = width[i], width[i + 1]
+            yield f"stages.{i}.upsample", (before, after, 2 * scale)
+            for j in range(self.stacks):
+                yield f"stages.{i}.blocks.{j}.dilated", (after, after, self.stack_kernel_size)
+                yield f"stages.{i}.blocks.{j}.pointwise", (after, after, 1)
+                yield f"stages.{i}.blocks.{j}.shortcut", (after, after, 1)
+        yield "last", (self.out_channels, width[-1], self.kernel_size)
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of each tensor of a folded state dict, in melrt's own naming."""
+        for name, shape in self.convolutions():
+            yield f"{name}.weight", shape
+            if self.bias:
+                yield f"{name}.bias", (shape[1] if name.endswith("upsample") else shape[0],)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self) | {"upsample_scales": list(self.upsample_scales)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GeneratorConfig:
+        """Read `to_dict`'s form.
+
+        Raises:
+            CheckpointError: An unknown field, or a value out of its range.
+        """
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise CheckpointError(f"generator config has unknown fields {unknown}; known are {sorted(known)}.")
+        if not isinstance(values.get("upsample_scales", ()), list | tuple):
+            raise CheckpointError(f"upsample_scales is {values['upsample_scales']!r}; it is a list of whole numbers.")
+        return cls(**values)

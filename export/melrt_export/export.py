@@ -1,0 +1,120 @@
+"""From a checkpoint to a bundle: load, fold, build the deploy graphs, hold each against PyTorch, write."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from melrt import __version__
+from melrt.backends.onnxruntime import OnnxRuntime
+from melrt.bundle import Artifact, Bundle, Manifest
+from melrt.errors import CheckpointError, ParityError
+from melrt_export.checkpoints import Checkpoint, load_checkpoint
+from melrt_export.graph import OPSET, GraphPrecision, deploy_graph
+from melrt_export.parity import PROBE_FRAMES, Difference, probe_mel, pytorch_audio, reference_files
+from melrt_export.receptive_field import receptive_field
+
+PRECISIONS: tuple[GraphPrecision, ...] = ("fp32", "fp16")
+Step = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """How to export."""
+
+    precisions: Sequence[GraphPrecision] = PRECISIONS
+    """Which graphs to write."""
+    name: str | None = None
+    """The voice's name; the checkpoint's own if None."""
+    overwrite: bool = False
+    """Replace an existing bundle."""
+
+    def __post_init__(self) -> None:
+        if unknown := [p for p in self.precisions if p not in PRECISIONS]:
+            raise CheckpointError(f"precision {', '.join(unknown)} cannot be exported; choose from {', '.join(PRECISIONS)}.")
+        if not self.precisions:
+            raise CheckpointError(f"no precision to export; choose from {', '.join(PRECISIONS)}.")
+
+
+def export_voice(
+    source: str | os.PathLike[str], out: str | os.PathLike[str], options: ExportOptions | None = None, on_step: Step = lambda _: None
+) -> Bundle:
+    """Export a checkpoint as a verified bundle; it appears whole or not at all.
+
+    Args:
+        source: A checkpoint file or folder, see `load_checkpoint`.
+        out: The bundle to write.
+        options: Precisions, name, overwriting.
+        on_step: Called with a few words as each step begins.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read.
+        ParityError: A graph's output is not PyTorch's; nothing is written.
+        BundleError: `out` exists.
+    """
+    options = options or ExportOptions()
+    on_step("reading the checkpoint")
+    checkpoint = load_checkpoint(source)
+    if checkpoint.config.out_channels != 1 or checkpoint.config.hop != checkpoint.spec.hop:
+        raise CheckpointError(
+            f"{checkpoint.source} gives {checkpoint.config.out_channels} channels with a hop of {checkpoint.config.hop}; "
+            f"a voice of this convention has 1 channel and a hop of {checkpoint.spec.hop}."
+        )
+    name = options.name or checkpoint.name
+    provenance = {
+        "source": checkpoint.source.name, "sha256": checkpoint.sha256, "format": checkpoint.format, "tool": f"melrt {__version__}",
+        "command": f"melrt export {Path(source).name} --name {name}",
+    }  # fmt: skip
+    on_step("running PyTorch")
+    mel = probe_mel(checkpoint.spec, max(PROBE_FRAMES, checkpoint.config.smallest_input))[None]
+    reference = pytorch_audio(checkpoint, mel)
+    files = []
+    for precision in options.precisions:
+        on_step(f"building and checking {precision}")
+        files.append(_graph_file(checkpoint, precision, {"name": name, **provenance}))
+    on_step("writing the bundle")
+    manifest = Manifest(
+        name=name, spec=checkpoint.spec, architecture=checkpoint.config.to_dict(), receptive_field=receptive_field(checkpoint.config),
+        smallest_input=checkpoint.config.smallest_input, provenance=provenance,
+    )  # fmt: skip
+    return Bundle.create(out, manifest, [*files, *reference_files(mel, reference)], overwrite=options.overwrite)
+
+
+def _graph_file(checkpoint: Checkpoint, precision: GraphPrecision, provenance: dict[str, str]) -> tuple[Artifact, bytes]:
+    metadata = {f"melrt.{key}": value for key, value in provenance.items()}
+    metadata |= {"melrt.graph": "edge", "melrt.precision": precision, "melrt.mel": json.dumps(checkpoint.spec.to_dict(), sort_keys=True)}
+    model = deploy_graph(checkpoint.config, checkpoint.weights, precision, metadata).SerializeToString(deterministic=True)
+    file = f"edge.{precision}.onnx"
+    quality = _check(file, model, checkpoint, precision)
+    return Artifact.of(file, model, "onnx", graph="edge", precision=precision, target={"opset": OPSET}, quality=quality), model
+
+
+def _check(file: str, model: bytes, checkpoint: Checkpoint, precision: GraphPrecision) -> dict[str, float]:
+    """Hold a model against PyTorch at several batch sizes and lengths; returns the worst of what was measured."""
+    session = OnnxRuntime(model, precision, "cpu")
+    smallest = checkpoint.config.smallest_input
+    worst: dict[str, float] = {}
+    for batch, frames in ((1, max(PROBE_FRAMES, smallest)), (2, smallest), (3, smallest + 37)):
+        mel = np.stack([probe_mel(checkpoint.spec, frames, seed) for seed in range(batch)])
+        reference = pytorch_audio(checkpoint, mel)
+        outputs = {"": session.run(mel)}
+        if precision == "fp16":
+            # ONNX Runtime computes a half graph in float32 on a CPU: only the weights are rounded. What a GPU's rounding
+            # after each layer does, PyTorch's half precision shows.
+            outputs["half_"] = pytorch_audio(checkpoint, mel, half=True)
+        for prefix, output in outputs.items():
+            difference = Difference.between(reference, output)
+            if not difference.passes(precision):
+                raise ParityError(
+                    f"{file}: batch {batch}, {frames} frames: max abs {difference.max_abs:.1e}, SNR {difference.snr_db:.1f} dB against "
+                    f"PyTorch; the limit is {difference.limit(precision)}. Nothing was written."
+                )
+            facts = difference.facts()
+            worst[f"{prefix}max_abs"] = max(worst.get(f"{prefix}max_abs", 0.0), facts["max_abs"])
+            worst[f"{prefix}snr_db"] = min(worst.get(f"{prefix}snr_db", 999.0), facts["snr_db"])
+    return worst

@@ -1,0 +1,99 @@
+"""The MelGAN generator in PyTorch: the reference that every exported artefact is held against.
+
+Written from the paper (Kumar et al., NeurIPS 2019, figure 1 and appendix A) and the published models' shapes.
+It has no weight norm: checkpoints are folded as they are read, training adds the norm on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from melrt_export.config import GeneratorConfig
+
+_TORCH_PAD = {"reflect": "reflect", "replicate": "replicate", "zeros": "constant"}
+
+
+class Conv(nn.Conv1d):
+    """A convolution that keeps the length: (B, C_in, T) to (B, C_out, T)."""
+
+    def __init__(self, config: GeneratorConfig, c_in: int, c_out: int, kernel_size: int, dilation: int = 1) -> None:
+        super().__init__(c_in, c_out, kernel_size, dilation=dilation, bias=config.bias)
+        total = (kernel_size - 1) * dilation
+        self.sides = (total, 0) if config.causal else (total // 2, total // 2)
+        self.mode = _TORCH_PAD[config.padding_mode]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, self.sides, self.mode) if any(self.sides) else x)
+
+
+class Upsample(nn.ConvTranspose1d):
+    """A transposed convolution that multiplies the length by its stride: (B, C_in, T) to (B, C_out, T·scale)."""
+
+    def __init__(self, config: GeneratorConfig, c_in: int, c_out: int, scale: int) -> None:
+        # kernel 2·scale; both models of the family crop to exactly T·scale (melgan-neurips mel2wav/modules.py)
+        crop, extra = (0, 0) if config.causal else (scale // 2 + scale % 2, scale % 2)
+        super().__init__(c_in, c_out, 2 * scale, stride=scale, padding=crop, output_padding=extra, bias=config.bias)
+        self.causal = config.causal
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if not self.causal:
+            return super().forward(x, output_size)
+        scale = self.stride[0]
+        return super().forward(F.pad(x, (1, 0), "replicate"))[..., scale:-scale]
+
+
+class ResidualBlock(nn.Module):
+    """shortcut(x) + pointwise(lrelu(dilated(lrelu(x)))), all (B, C, T)."""
+
+    def __init__(self, config: GeneratorConfig, channels: int, dilation: int) -> None:
+        super().__init__()
+        self.dilated = Conv(config, channels, channels, config.stack_kernel_size, dilation)
+        self.pointwise = Conv(config, channels, channels, 1)
+        self.shortcut = Conv(config, channels, channels, 1)
+        self.slope = config.negative_slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.dilated(F.leaky_relu(x, self.slope))
+        return cast(Tensor, self.shortcut(x) + self.pointwise(F.leaky_relu(h, self.slope)))
+
+
+class Stage(nn.Module):
+    """LeakyReLU, upsampling, residual blocks of growing dilation: (B, C, T) to (B, C/2, T·scale)."""
+
+    def __init__(self, config: GeneratorConfig, index: int) -> None:
+        super().__init__()
+        before, after = config.stage_channels[index : index + 2]
+        self.upsample = Upsample(config, before, after, config.upsample_scales[index])
+        self.blocks = nn.Sequential(*(ResidualBlock(config, after, d) for d in config.dilations))
+        self.slope = config.negative_slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.blocks(self.upsample(F.leaky_relu(x, self.slope))))
+
+
+class Generator(nn.Module):
+    """Mel frames (B, M, T) to waveform (B, out_channels, T·hop)."""
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.first = Conv(config, config.in_channels, config.channels, config.kernel_size)
+        self.stages = nn.Sequential(*(Stage(config, i) for i in range(len(config.upsample_scales))))
+        self.last = Conv(config, config.stage_channels[-1], config.out_channels, config.kernel_size)
+
+    @classmethod
+    def from_weights(cls, config: GeneratorConfig, weights: Mapping[str, Tensor]) -> Generator:
+        """A generator in evaluation mode with these folded weights (`GeneratorConfig.tensors` names them)."""
+        generator = cls(config)
+        generator.load_state_dict(dict(weights))
+        return generator.eval()
+
+    def forward(self, mel: Tensor) -> Tensor:
+        x = self.stages(self.first(mel))
+        x = self.last(F.leaky_relu(x, self.config.negative_slope))
+        return torch.tanh(x) if self.config.final_tanh else x

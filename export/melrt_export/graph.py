@@ -1,0 +1,170 @@
+"""The deploy graph: the trained generator's function, shaped for an inference engine.
+
+Written node by node rather than traced, so that every tensor has a readable name, the same checkpoint gives the same
+bytes, and a half-precision graph is half precision by construction. What differs from the trained network, each exact:
+
+- transposed convolutions are 2-tap convolutions to scale·C channels, a reshape and a crop (polyphase);
+- everything is 2-D with height 1, (B, C, 1, T), the layout of the engines' blocked kernels;
+- a per-band affine normalisation is folded into the first convolution (`fold_normalisation`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from melrt_export.config import GeneratorConfig
+
+Weights = Mapping[str, np.ndarray]
+GraphKind = Literal["edge"]
+GraphPrecision = Literal["fp32", "fp16"]
+
+# 19 is the first opset with half-precision Q/DQ scales, and is read by TensorRT 10.12 and ONNX Runtime 1.17 and later.
+OPSET = 19
+IR_VERSION = 9
+_ONNX_PAD = {"reflect": "reflect", "replicate": "edge"}
+
+
+def deploy_graph(
+    config: GeneratorConfig, weights: Weights, precision: GraphPrecision = "fp32", metadata: Mapping[str, str] | None = None
+) -> onnx.ModelProto:
+    """Build the ONNX model of a generator.
+
+    Args:
+        config: The generator's shape.
+        weights: Folded float32 weights, named as `config.tensors()` names them.
+        precision: "fp16" computes in half precision between float32 input and output; the tanh stays in float32.
+        metadata: Facts for `metadata_props`, so that a lone file still knows its mel convention.
+
+    Returns:
+        A checked model: `mel` (batch, M, frames) float32 to `audio` (batch, frames·hop) float32.
+    """
+    net = _Net(config, weights, np.dtype(np.float16 if precision == "fp16" else np.float32))
+    x = net.op("Unsqueeze", "mel", net.shape("height_axis", [2]), name="mel_2d")
+    if precision == "fp16":
+        x = net.cast(x, TensorProto.FLOAT16, "mel_half")
+    x = net.conv("first", x, padding=config.kernel_size - 1)
+    for i, scale in enumerate(config.upsample_scales):
+        x = net.upsample(f"stages.{i}.upsample", net.leaky(x, f"stages.{i}.lrelu"), scale)
+        for j, dilation in enumerate(config.dilations):
+            x = net.residual_block(f"stages.{i}.blocks.{j}", x, dilation)
+    x = net.conv("last", net.leaky(x, "last.lrelu"), padding=config.kernel_size - 1)
+    if precision == "fp16":
+        x = net.cast(x, TensorProto.FLOAT, "audio_single")
+    if config.final_tanh:
+        x = net.op("Tanh", x, name="tanh")
+    net.op("Reshape", x, net.shape("audio_shape", [0, -1]), name="audio", output="audio")
+    return _model(net, config, metadata or {})
+
+
+def fold_normalisation(weights: Weights, mean: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray]:
+    """Fold `(mel - mean) / scale`, per band, into the first convolution.
+
+    Exact where padding commutes with a per-band affine map: reflection and replication, not zeros.
+
+    Args:
+        weights: Folded weights; not changed.
+        mean: Subtracted from each band, shape (M,).
+        scale: Divides each band, shape (M,).
+    """
+    first = weights["first.weight"].astype(np.float64) / np.asarray(scale, np.float64)[:, None]
+    shift = (first * np.asarray(mean, np.float64)[:, None]).sum(axis=(1, 2))
+    bias = weights.get("first.bias", np.zeros(len(first)))
+    return {**weights, "first.weight": first.astype(np.float32), "first.bias": (bias - shift).astype(np.float32)}
+
+
+@dataclass
+class _Net:
+    """Collects nodes and weights; every method returns the name of the tensor that it makes."""
+
+    config: GeneratorConfig
+    weights: Weights
+    dtype: np.dtype[np.floating]
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    initializers: dict[str, onnx.TensorProto] = field(default_factory=dict)
+
+    def op(self, kind: str, *inputs: str, name: str, output: str = "", **attributes: Any) -> str:
+        output = output or f"{name}.out"
+        self.nodes.append(helper.make_node(kind, list(inputs), [output], name=name, **attributes))
+        return output
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        if name not in self.initializers:
+            self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+        return name
+
+    def shape(self, name: str, values: Sequence[int]) -> str:
+        return self.constant(name, np.array(values, np.int64))
+
+    def cast(self, x: str, to: int, name: str) -> str:
+        return self.op("Cast", x, name=name, to=to)
+
+    def leaky(self, x: str, name: str) -> str:
+        return self.op("LeakyRelu", x, name=name, alpha=self.config.negative_slope)
+
+    def conv(self, name: str, x: str, padding: int, dilation: int = 1) -> str:
+        """A convolution over time; `padding` is what it adds in all, split as trained (all left if causal)."""
+        left = padding if self.config.causal else padding // 2
+        sides = (left, padding - left)
+        if self.config.padding_mode != "zeros" and padding:
+            x, sides = self._pad(x, sides, _ONNX_PAD[self.config.padding_mode], f"{name}.pad"), (0, 0)
+        return self._conv2d(name, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"), x, sides=sides, dilation=dilation)
+
+    def residual_block(self, name: str, x: str, dilation: int) -> str:
+        h = self.conv(f"{name}.dilated", self.leaky(x, f"{name}.lrelu0"),
+                      padding=(self.config.stack_kernel_size - 1) * dilation, dilation=dilation)  # fmt: skip
+        h = self.conv(f"{name}.pointwise", self.leaky(h, f"{name}.lrelu1"), padding=0)
+        return self.op("Add", h, self.conv(f"{name}.shortcut", x, padding=0), name=f"{name}.add")
+
+    def upsample(self, name: str, x: str, scale: int) -> str:
+        """ConvTranspose(kernel 2·scale, stride scale) as convolution, reshape and crop.
+
+        Output sample t·scale + p of the uncropped result is x[t]·W[p] + x[t-1]·W[p+scale]: two taps, one output channel per
+        phase p.
+        """
+        weight = self.weights[f"{name}.weight"]  # (C_in, C_out, 2·scale)
+        c_in, c_out, _ = weight.shape
+        taps = weight.reshape(c_in, c_out, 2, scale)[:, :, ::-1]  # tap 0 meets x[t-1], tap 1 meets x[t]
+        taps = taps.transpose(1, 3, 0, 2).reshape(c_out * scale, c_in, 2)
+        bias = self.weights.get(f"{name}.bias")
+        bias = None if bias is None else np.repeat(bias, scale)
+        if self.config.causal:
+            x = self._pad(x, (1, 0), "edge", f"{name}.pad")
+            return self._interleave(name, self._conv2d(name, taps, bias, x, sides=(0, 0)), c_out, scale)
+        x = self._interleave(name, self._conv2d(name, taps, bias, x, sides=(1, 1)), c_out, scale)
+        left = scale // 2 + scale % 2
+        start, end = self.shape(f"crop{left}.start", [left]), self.shape(f"crop{left}.{scale}.end", [left - scale])
+        return self.op("Slice", x, start, end, self.shape("time_axis", [3]), name=f"{name}.crop")
+
+    def _interleave(self, name: str, x: str, channels: int, scale: int) -> str:
+        """(B, C·scale, 1, T) to (B, C, 1, T·scale)."""
+        x = self.op("Reshape", x, self.shape(f"phases{channels}x{scale}", [0, channels, scale, -1]), name=f"{name}.phases")
+        x = self.op("Transpose", x, name=f"{name}.interleave", perm=[0, 1, 3, 2])
+        return self.op("Reshape", x, self.shape(f"flat{channels}", [0, channels, 1, -1]), name=f"{name}.flat")
+
+    def _conv2d(self, name: str, weight: np.ndarray, bias: np.ndarray | None, x: str, *, sides: tuple[int, int], dilation: int = 1) -> str:
+        inputs = [x, self.constant(f"{name}.weight", weight[:, :, None].astype(self.dtype))]
+        if bias is not None:
+            inputs.append(self.constant(f"{name}.bias", bias.astype(self.dtype)))
+        attributes: dict[str, Any] = {"kernel_shape": [1, weight.shape[-1]], "dilations": [1, dilation], "pads": [0, sides[0], 0, sides[1]]}
+        return self.op("Conv", *inputs, name=name, **attributes)
+
+    def _pad(self, x: str, sides: tuple[int, int], mode: str, name: str) -> str:
+        left, right = sides
+        amounts = self.shape(f"pad{left}_{right}", [0, 0, 0, left, 0, 0, 0, right])
+        return self.op("Pad", x, amounts, name=name, mode=mode)
+
+
+def _model(net: _Net, config: GeneratorConfig, metadata: Mapping[str, str]) -> onnx.ModelProto:
+    mel = helper.make_tensor_value_info("mel", TensorProto.FLOAT, ["batch", config.in_channels, "frames"])
+    audio = helper.make_tensor_value_info("audio", TensorProto.FLOAT, ["batch", "samples"])
+    graph = helper.make_graph(net.nodes, "melgan", [mel], [audio], list(net.initializers.values()))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="melrt")
+    helper.set_model_props(model, dict(sorted(metadata.items())))
+    onnx.checker.check_model(model, full_check=True)
+    return model

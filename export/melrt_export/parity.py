@@ -1,0 +1,160 @@
+"""Parity: how far an artefact's output is from PyTorch's, and how far it may be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from melrt.backends.onnxruntime import OnnxRuntime
+from melrt.bundle import Artifact, Bundle
+from melrt.errors import BundleError
+from melrt.mel import MelSpec
+from melrt_export.checkpoints import Checkpoint
+
+Audio = NDArray[np.float32]
+
+# Summing in another order moves a sample of a trained voice by about 2e-6; ten times that is a wrong graph.
+FP32_MAX_ABS = 2e-5
+# The half-precision voice of the trained sample has 55 dB; under 45 dB its noise begins to be heard in pauses.
+FP16_MIN_SNR_DB = 45.0
+PROBE_FRAMES = 96
+REFERENCE_MEL = "reference.mel.npy"
+REFERENCE_AUDIO = "reference.audio.npy"
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Between an output and its reference."""
+
+    max_abs: float
+    """Largest absolute difference of a sample."""
+    snr_db: float
+    """Energy of the reference over energy of the difference, dB; 999 if they are equal."""
+
+    @classmethod
+    def between(cls, reference: Audio, output: Audio) -> Difference:
+        """Compare two outputs of one shape."""
+        if reference.shape != output.shape:
+            raise ValueError(f"reference of shape {reference.shape}, output of shape {output.shape}")
+        difference = output.astype(np.float64) - reference
+        return cls(float(np.abs(difference).max()), _snr_db(reference, difference))
+
+    def passes(self, precision: str) -> bool:
+        """Whether this is within the limit of the precision; a value that is not finite is not."""
+        return self.max_abs <= FP32_MAX_ABS if precision == "fp32" else self.snr_db >= FP16_MIN_SNR_DB
+
+    def limit(self, precision: str) -> str:
+        """The limit, in words."""
+        return f"max abs <= {FP32_MAX_ABS:g}" if precision == "fp32" else f"SNR >= {FP16_MIN_SNR_DB:g} dB"
+
+    def facts(self) -> dict[str, float]:
+        """For the manifest: rounded, so that it is the same on every run."""
+        return {"max_abs": float(f"{self.max_abs:.1e}"), "snr_db": round(self.snr_db, 1)}
+
+
+def _snr_db(reference: Audio, difference: NDArray[np.float64]) -> float:
+    noise = float((difference**2).sum())
+    if not noise:
+        return 999.0
+    return float(10 * np.log10((reference.astype(np.float64) ** 2).sum() / noise)) if np.isfinite(noise) else -999.0
+
+
+def probe_mel(spec: MelSpec, frames: int = PROBE_FRAMES, seed: int = 0) -> NDArray[np.float32]:
+    """Frames like speech, in any convention: a falling spectrum, three moving formants, pauses at the floor.
+
+    A network's parity and half-precision noise depend on realistic levels; white noise drives it where speech never does.
+
+    Returns:
+        Log-mel frames, shape (M, frames).
+    """
+    noise = np.random.default_rng(seed)
+    band = np.linspace(0, 1, spec.n_mels)[:, None]
+    time = np.arange(frames)[None] + 40 * seed
+    level = -0.6 - 1.8 * band + 0.25 * noise.standard_normal((spec.n_mels, frames))  # log10 of magnitude
+    for centre, drift, period in ((0.12, 0.06, 31), (0.35, 0.12, 47), (0.6, 0.1, 23)):
+        level += 0.9 * np.exp(-(((band - centre - drift * np.sin(time / period * 2 * np.pi)) / 0.06) ** 2))
+    voiced = np.sin(time / 37 * 2 * np.pi) > -0.7
+    level = np.where(voiced, level, -9.0)
+    return np.asarray(spec.logarithm(10.0 ** (level * spec.power)), np.float32)
+
+
+def pytorch_audio(checkpoint: Checkpoint, mel: NDArray[np.float32], *, half: bool = False) -> Audio:
+    """What PyTorch's generator makes of these frames.
+
+    Args:
+        checkpoint: Weights and shape.
+        mel: (B, M, T).
+        half: Compute every layer in half precision.
+
+    Returns:
+        (B, N) float32.
+    """
+    import torch
+
+    from melrt_export.generator import Generator
+
+    generator = Generator.from_weights(checkpoint.config, {k: torch.from_numpy(v) for k, v in checkpoint.weights.items()})
+    frames = torch.from_numpy(mel)
+    with torch.inference_mode():
+        audio = generator.half()(frames.half()) if half else generator(frames)
+    return np.ascontiguousarray(audio[:, 0].float().numpy(), dtype=np.float32)
+
+
+def reference_files(mel: NDArray[np.float32], audio: Audio) -> Iterator[tuple[Artifact, bytes]]:
+    """The probe and PyTorch's output as files of a bundle, so that a machine without PyTorch can verify."""
+    for name, values in ((REFERENCE_MEL, mel), (REFERENCE_AUDIO, audio)):
+        stream = BytesIO()
+        np.save(stream, values, allow_pickle=False)
+        yield Artifact.of(name, stream.getvalue(), "reference"), stream.getvalue()
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One artefact of `melrt verify`."""
+
+    file: str
+    precision: str
+    difference: Difference | None
+    """None if it is intact but cannot run on this machine."""
+
+    @property
+    def passed(self) -> bool:
+        return self.difference is None or self.difference.passes(self.precision)
+
+
+def verify(bundle: Bundle, checkpoint: Checkpoint | None = None) -> Iterator[Row]:
+    """Check every file's hash, and run every model against PyTorch.
+
+    Args:
+        bundle: What to verify.
+        checkpoint: Compute the reference anew from these weights, rather than take the one in the bundle.
+
+    Raises:
+        BundleError: A missing or altered file, or a checkpoint of another generator.
+    """
+    mel = _load(bundle, REFERENCE_MEL)
+    reference = _load(bundle, REFERENCE_AUDIO)
+    if checkpoint is not None:
+        if checkpoint.config.to_dict() != dict(bundle.manifest.architecture):
+            raise BundleError(f"{checkpoint.source} is another generator than the one in {bundle.path}: {checkpoint.config}.")
+        reference = pytorch_audio(checkpoint, mel)
+    for artifact in bundle.manifest.artifacts:
+        data = bundle.read(artifact)
+        if artifact.kind == "onnx":
+            output = OnnxRuntime(data, artifact.precision, "cpu").run(mel)
+            yield Row(artifact.file, artifact.precision, Difference.between(reference, output))
+        elif artifact.kind == "engine":
+            yield Row(artifact.file, artifact.precision, None)
+
+
+def _load(bundle: Bundle, name: str) -> NDArray[np.float32]:
+    entry = next((a for a in bundle.find("reference") if a.file == name), None)
+    if entry is None:
+        raise BundleError(f"{bundle.path} has no {name}; export it anew.")
+    values: Any = np.load(BytesIO(bundle.read(entry)), allow_pickle=False)
+    return np.asarray(values, np.float32)
