@@ -1,0 +1,1 @@
+"""Benchmarks: how fast a voice is, against the ways in which it would run without melrt."""

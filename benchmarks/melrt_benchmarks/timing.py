@@ -1,0 +1,50 @@
+"""Interleaved timing: every contender once per round, so that a machine that slows down slows all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds of each counted run, in the order of the rounds."""
+
+    seconds: NDArray[np.float64]
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return float(np.median(self.seconds))
+
+    @property
+    def p90(self) -> float:
+        """Seconds that 90 % of the runs stay under; an order statistic, not a fitted normal distribution."""
+        return float(np.percentile(self.seconds, 90, method="higher"))
+
+    def ratio_to(self, other: Timing) -> float:
+        """Median of this run's time over the other's of the same round."""
+        return float(np.median(self.seconds / other.seconds))
+
+
+def interleave(contenders: Mapping[str, Callable[[], object]], rounds: int, warmup: int) -> dict[str, Timing]:
+    """Time each contender once per round, the order turned by one each round.
+
+    Args:
+        contenders: What to run, by name.
+        rounds: Counted rounds.
+        warmup: Rounds before those, not counted.
+    """
+    names = list(contenders)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(warmup + rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = time.perf_counter()
+            contenders[name]()
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: Timing(np.array(values)) for name, values in seconds.items()}

@@ -1,0 +1,1 @@
+"""INT8 calibration: measures of quality by which its choices are judged."""
