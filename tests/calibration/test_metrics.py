@@ -1,0 +1,41 @@
+"""The measures measure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from melrt import MelSpec, Vocoder
+from melrt_calibration.metrics import log_mel_error, silence_level_db
+from melrt_export.demo import RECORDING
+from melrt_export.export import export_voice
+from melrt_export.mels import mel_from_audio, read_audio
+
+SPEC = MelSpec()
+
+
+def test_log_mel_error_of_a_known_change() -> None:
+    audio = read_audio(RECORDING, SPEC.sample_rate)
+    assert log_mel_error(audio, audio, SPEC) == 0
+    loud = MelSpec(floor=1e-12)
+    assert log_mel_error(audio, audio * 10, loud) == pytest.approx(1.0, abs=0.01), "ten times as loud is 1 in log10"
+
+
+def test_silence_level_of_known_noise() -> None:
+    noise = np.random.default_rng(0).standard_normal(22050 * 2).astype(np.float32)
+    recording = np.where(np.arange(len(noise)) < 22050, 0.1, 1e-5).astype(np.float32) * noise
+    assert silence_level_db(recording, recording + 1e-3 * noise, SPEC) == pytest.approx(-60, abs=1.5)
+    assert np.isnan(silence_level_db(0.1 * noise, noise, SPEC)), "never silent"
+
+
+def test_error_of_the_real_voice(shared: Path, tmp_path: Path) -> None:
+    """The voice's own README: 0.156 on LJ001-0025 to 0032 by its trainer's measure, which takes the ends of a recording otherwise."""
+    vocoder = Vocoder.load(export_voice(shared / "voices" / "lj", tmp_path / "lj.melrt"))
+    errors = []
+    for number in range(25, 33):
+        recording = read_audio(shared / "audio" / "ljspeech" / f"LJ001-{number:04d}.wav", SPEC.sample_rate)
+        recording *= 0.95 / np.abs(recording).max()  # as in its training
+        errors.append(log_mel_error(recording, vocoder(mel_from_audio(recording, SPEC)), SPEC))
+    assert np.mean(errors) == pytest.approx(0.156, abs=0.006)

@@ -1,0 +1,127 @@
+"""Voices for the tests: a tiny random one in a project's own layout, and the real one that ships with melrt."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from melrt.bundle import Bundle
+from melrt_export.demo import DEMO_VOICE
+from melrt_export.export import export_voice
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+NGF = 4
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip("the team's folder of fixtures, voices and speech is not beside this checkout")
+    return SHARED
+
+
+class PublishedBlock(nn.Module):
+    def __init__(self, channels: int, dilation: int) -> None:
+        super().__init__()
+        self.block = nn.Sequential(
+            nn.LeakyReLU(0.2),
+            nn.ReflectionPad1d(dilation),
+            nn.Conv1d(channels, channels, 3, dilation=dilation),
+            nn.LeakyReLU(0.2),
+            nn.Conv1d(channels, channels, 1),
+        )
+        self.shortcut = nn.Conv1d(channels, channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.shortcut(x) + self.block(x)
+
+
+class PublishedGenerator(nn.Module):
+    """The generator from PyTorch's own layers in melgan-neurips's order, independent of melrt's."""
+
+    def __init__(self, ngf: int = NGF, weight_norm=nn.utils.parametrizations.weight_norm) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.ReflectionPad1d(3), nn.Conv1d(80, 16 * ngf, 7)]
+        width = 16 * ngf
+        for scale in (8, 8, 2, 2):
+            layers += [nn.LeakyReLU(0.2), nn.ConvTranspose1d(width, width // 2, 2 * scale, scale, scale // 2)]
+            width //= 2
+            layers += [PublishedBlock(width, 3**j) for j in range(3)]
+        layers += [nn.LeakyReLU(0.2), nn.ReflectionPad1d(3), nn.Conv1d(width, 1, 7), nn.Tanh()]
+        self.model = nn.Sequential(*layers)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d):
+                weight_norm(layer)
+
+    def forward(self, mel: torch.Tensor) -> torch.Tensor:
+        return self.model(mel)
+
+
+@pytest.fixture
+def published_class() -> type[PublishedGenerator]:
+    return PublishedGenerator
+
+
+@pytest.fixture(scope="session")
+def published() -> PublishedGenerator:
+    torch.manual_seed(0)
+    return PublishedGenerator().eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(published: PublishedGenerator, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as melgan-neurips leaves it: weights with weight norm, and a dumped Namespace."""
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    folder.mkdir()
+    torch.save(published.state_dict(), folder / "best_netG.pt")
+    args = "!!python/object:argparse.Namespace\nn_mel_channels: 80\nngf: 4\nn_residual_layers: 3\n"
+    args += "save_path: !!python/object/apply:pathlib.PosixPath\n- logs\n- tiny\n"
+    (folder / "args.yml").write_text(args)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle_path(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bundles") / "tiny.melrt"
+    export_voice(tiny_checkpoint, path)
+    return path
+
+
+@pytest.fixture
+def tiny_bundle(tiny_bundle_path: Path, tmp_path: Path) -> Bundle:
+    """A copy that a test may damage."""
+    import shutil
+
+    return Bundle.open(shutil.copytree(tiny_bundle_path, tmp_path / "tiny.melrt"))
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return export_voice(DEMO_VOICE, tmp_path_factory.mktemp("demo") / "lj.melrt")
+
+
+@pytest.fixture
+def noise() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def melrt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run the command line in this process: (exit code, what it printed, what it complained of)."""
+    from melrt.__main__ import main
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["melrt", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "300")
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capsys.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return run

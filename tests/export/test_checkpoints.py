@@ -1,0 +1,176 @@
+"""Checkpoints are untrusted: what is damaged, hostile or of another network is refused by name, and nothing of it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from melrt.errors import CheckpointError
+from melrt_export.checkpoints import load_checkpoint, native
+from melrt_export.checkpoints.checkpoint import fold_weight_norm
+from melrt_export.checkpoints.reading import read_yaml
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+@pytest.fixture
+def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+
+
+def test_both_spellings_of_weight_norm_fold_alike(published_class) -> None:
+    torch.manual_seed(1)
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        old = published_class(weight_norm=torch.nn.utils.weight_norm)
+    new = published_class()
+    state = {name: value.numpy() for name, value in old.state_dict().items()}
+    renamed = {n.replace("weight_g", "parametrizations.weight.original0").replace("weight_v", "parametrizations.weight.original1"): v
+               for n, v in state.items()}  # fmt: skip
+    new.load_state_dict({name: torch.from_numpy(value) for name, value in renamed.items()})
+    folded = fold_weight_norm(state)
+    for name, value in fold_weight_norm(renamed).items():
+        assert np.array_equal(value, folded[name])
+    for name, layer in new.named_modules():
+        if hasattr(layer, "parametrizations"):
+            assert np.allclose(layer.weight.detach().numpy(), folded[f"{name}.weight"], atol=1e-7)
+
+
+def test_without_args_the_weights_tell_the_shape(folder: Path) -> None:
+    expected = load_checkpoint(folder)
+    (folder / "args.yml").unlink()
+    (folder / "best_netG.pt").rename(folder / "linda.pt")
+    found = load_checkpoint(folder / "linda.pt")
+    assert found.config == expected.config
+    assert found.config.channels == 64
+    assert found.name == "linda"
+
+
+def test_own_format_round_trip(folder: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(folder)
+    native.save(tmp_path / "saved", checkpoint)
+    again = load_checkpoint(tmp_path / "saved")
+    assert (again.config, again.spec, again.name) == (checkpoint.config, checkpoint.spec, checkpoint.name)
+    assert all(np.array_equal(again.weights[name], value) for name, value in checkpoint.weights.items())
+
+
+def test_a_folder_that_is_no_checkpoint_is_never_replaced(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    with pytest.raises(CheckpointError, match="no melrt checkpoint"):
+        native.save(tmp_path / "precious", load_checkpoint(folder))
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "raw"])
+def test_code_in_a_pickle_never_runs(tmp_path: Path, form: str) -> None:
+    hostile = Hostile()
+    hostile.target = tmp_path / "it-ran"
+    file = tmp_path / "netG.pt"
+    if form == "raw":
+        file.write_bytes(pickle.dumps(hostile, protocol=2))
+    else:
+        torch.save({"model.1.weight": hostile}, file, _use_new_zipfile_serialization=form == "zip")
+    with pytest.raises(CheckpointError, match=r"system.*nothing of it was run"):
+        load_checkpoint(file)
+    assert not hostile.target.exists()
+
+
+def test_yaml_tags_are_names_and_nothing_more(tmp_path: Path) -> None:
+    file = tmp_path / "args.yml"
+    file.write_text(f"a: !!python/object/apply:os.system ['touch {tmp_path}/it-ran']\nb: !!python/name:os.system ''\n")
+    assert read_yaml(file)["a"] == [f"touch {tmp_path}/it-ran"]
+    assert not (tmp_path / "it-ran").exists()
+
+
+@pytest.mark.parametrize("text", ["[1, 2", "- 1", "a: " + "[" * 3000, "? {a: 1}\n: 2", "\x00"])
+def test_broken_yaml_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "args.yml").write_text(text)
+    with pytest.raises(CheckpointError, match=r"args\.yml"):
+        read_yaml(tmp_path / "args.yml")
+
+
+def test_files_that_are_no_checkpoint(folder: Path, tmp_path: Path) -> None:
+    good = (folder / "best_netG.pt").read_bytes()
+    cases = {
+        "empty.pt": (b"", "truncated"),
+        "truncated.pt": (good[: len(good) // 2], "truncated"),
+        "cut-tail.pt": (good[:-40], "truncated"),
+        "text.pt": (b"hello, I am a checkpoint\n" * 40, "truncated or something else"),
+        "model.safetensors": (b"\xff" * 64, "config.json"),
+        "weights.onnx": (b"", "no checkpoint that melrt knows"),
+    }
+    for name, (data, message) in cases.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(tmp_path / name)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_checkpoint(tmp_path / "nowhere")
+
+
+def test_two_checkpoints_in_a_folder_are_not_guessed_between(folder: Path) -> None:
+    native.save(folder / "own", load_checkpoint(folder))
+    for file in (folder / "own").iterdir():
+        shutil.copy(file, folder)
+    with pytest.raises(CheckpointError, match="more than one checkpoint.*Name the file"):
+        load_checkpoint(folder)
+
+
+def resave(folder: Path, change) -> Path:
+    state = torch.load(folder / "best_netG.pt", weights_only=True)
+    change(state)
+    torch.save(state, folder / "best_netG.pt")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("model.4.shortcut.bias"), "missing model.4.shortcut.bias"),
+        (lambda s: s.update({"model.99.weight": torch.zeros(2)}), "unexpected model.99.weight"),
+        (lambda s: s.update({"model.24.bias": torch.zeros(3)}), r"model.24.bias has shape \(3,\), expected \(1,\)"),
+        (lambda s: s.update({"model.24.bias": torch.tensor([float("nan")])}), "not finite"),
+        (lambda s: s.pop("model.24.parametrizations.weight.original1"), "no direction beside it"),
+        (lambda s: s.pop("model.24.parametrizations.weight.original0"), "no magnitude beside it"),
+        (lambda s: s["model.24.parametrizations.weight.original1"].zero_(), "length zero"),
+        (lambda s: s.update({"epoch": 3}), r"not a bare state dict.*'epoch' \(a int\)"),
+        (lambda s: [s.pop(k) for k in list(s) if "block" in k], "is not a generator"),
+    ],
+)
+def test_tensors_of_another_network_are_named(folder: Path, change, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(resave(folder, change))
+
+
+def test_args_of_another_training_are_noticed(folder: Path) -> None:
+    args = (folder / "args.yml").read_text()
+    (folder / "args.yml").write_text(args.replace("ngf: 4", "ngf: 32"))
+    with pytest.raises(CheckpointError, match=r"ngf is 32, the weights say 4"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(version=2), "pip install --upgrade melrt"),
+        (lambda c: c.pop("mel"), "lacks a section"),
+        (lambda c: c["generator"].update(colour="red"), "unknown fields"),
+        (lambda c: c["generator"].update(channels=10**9), "channels is 1000000000"),
+        (lambda c: c["mel"].update(n_mels=40), "takes 80 bands"),
+        (lambda c: c.update(generator=[]), "generator|section"),
+    ],
+)
+def test_a_wrong_config_of_the_own_format(folder: Path, tmp_path: Path, change, message: str) -> None:
+    native.save(tmp_path / "own", load_checkpoint(folder))
+    config = json.loads((tmp_path / "own" / "config.json").read_text())
+    change(config)
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tmp_path / "own")

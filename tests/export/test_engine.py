@@ -1,0 +1,116 @@
+"""Engines build for real with TensorRT-RTX, which needs no GPU for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from melrt.bundle import Bundle
+from melrt.errors import BundleError, EngineBuildError, MissingExtraError
+from melrt_export import engine
+from melrt_export.audit import audit_layers
+from melrt_export.engine import EngineOptions, build_engine
+
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed here")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
+def test_an_engine_joins_the_bundle(tiny_bundle: Bundle, precision: str) -> None:
+    seen = []
+    entry = build_engine(tiny_bundle, EngineOptions(precision=precision), lambda *progress: seen.append(progress))
+    bundle = Bundle.open(tiny_bundle.path)
+    assert bundle.find("engine", precision=precision) == [entry]
+    assert len(bundle.read(entry)) == entry.size > 10_000
+    source = bundle.find("onnx", precision="fp16" if precision == "fp16" else "fp32")[0]
+    assert entry.target["source"] == source.sha256
+    assert entry.target["profile"] == [[1, 80, 4], [4, 80, 256], [16, 80, 2048]]
+    assert (entry.target["flavour"], entry.target["compute_capability"]) == ("tensorrt_rtx", "portable")
+    assert seen
+    assert all(0 <= done <= total for _, done, total in seen)
+    assert len(bundle.find("onnx")) == 2, "what was there stays"
+
+
+def test_a_graph_that_is_not_what_it_says_is_refused(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(engine.SOURCES, "fp16", "fp32")
+    before = sorted(tiny_bundle.path.iterdir())
+    with pytest.raises(EngineBuildError, match="FLOAT, not fp16"):
+        build_engine(tiny_bundle, EngineOptions(precision="fp16"))
+    assert sorted(tiny_bundle.path.iterdir()) == before
+
+
+def test_a_graph_that_the_parser_refuses(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Bundle, "read", lambda *_: b"no onnx")
+    with pytest.raises(EngineBuildError, match="parse"):
+        build_engine(tiny_bundle, EngineOptions())
+
+
+def test_ctrl_c_stops_the_builder_and_leaves_the_bundle(tiny_bundle: Bundle) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = sorted(tiny_bundle.path.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(tiny_bundle, EngineOptions(), interrupt)
+    assert sorted(tiny_bundle.path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"precision": "int4"}, "precision is 'int4'; engines are built in fp32, tf32, fp16"),
+        ({"flavour": "tvm"}, "flavour is 'tvm'"),
+        ({"batch": (4, 1, 2)}, "rising order"),
+        ({"frames": (1, 8, 16)}, "at least 4"),
+        ({"optimization_level": 9}, "between 0 and 5"),
+    ],
+)
+def test_impossible_wishes(tiny_bundle: Bundle, wrong: dict, message: str) -> None:
+    with pytest.raises(EngineBuildError, match=message):
+        build_engine(tiny_bundle, EngineOptions(**wrong))
+
+
+def test_a_bundle_without_the_graph(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    from melrt_export.export import ExportOptions, export_voice
+
+    bundle = export_voice(tiny_checkpoint, tmp_path / "x.melrt", ExportOptions(precisions=("fp32",)))
+    with pytest.raises(BundleError, match="no fp16 graph"):
+        build_engine(bundle, EngineOptions(precision="fp16"))
+
+
+def test_an_engine_for_this_gpu_needs_one(tiny_bundle: Bundle) -> None:
+    if _has_gpu():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(EngineBuildError, match="none works here.*portable"):
+        build_engine(tiny_bundle, EngineOptions(portable=False, flavour="tensorrt_rtx"))
+
+
+def test_a_missing_flavour_names_its_extra(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(MissingExtraError, match=r'pip install "melrt\[tensorrt\]"'):
+        build_engine(tiny_bundle, EngineOptions(flavour="tensorrt"))
+
+
+def inspected(datatype: str) -> str:
+    """What the inspector prints of a convolution (TensorRT 10 developer guide, engine inspector)."""
+    layer = {"Name": "first", "LayerType": "CaskConvolution", "Outputs": [{"Name": "y", "Format/Datatype": datatype}]}
+    return json.dumps(
+        {"Layers": [layer, {"Name": "pad", "LayerType": "Reformat", "Outputs": [{"Format/Datatype": "Row major linear FP32"}]}]}
+    )
+
+
+def test_an_engine_that_fell_back_is_an_error() -> None:
+    assert audit_layers(inspected("Channel major FP16 format where channel % 8 == 0"), "fp16") == "engine"
+    assert audit_layers(inspected("Half"), "fp16") == "engine"
+    with pytest.raises(EngineBuildError, match="first gives Row major linear FP32, not fp16"):
+        audit_layers(inspected("Row major linear FP32"), "fp16")
+    assert audit_layers('{"Layers": ["first"]}', "fp16") == "network", "an inspector that names no types"
+
+
+def _has_gpu() -> bool:
+    from melrt.doctor import _gpu
+
+    return _gpu() is not None

@@ -1,0 +1,144 @@
+"""The deploy graph computes what the trained generator computes, for every shape of the family."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from melrt.backends.onnxruntime import OnnxRuntime
+from melrt.errors import CheckpointError
+from melrt_export.config import GeneratorConfig
+from melrt_export.generator import Generator
+from melrt_export.graph import deploy_graph, fold_normalisation
+from melrt_export.receptive_field import receptive_field
+
+# Summing in another order moves a sample by some 1e-6.
+TOLERANCE = 2e-5
+SMALL = {"in_channels": 8, "channels": 32}
+FAMILY = {
+    "published": GeneratorConfig(in_channels=80, channels=64),
+    "four stacks": GeneratorConfig(**SMALL, upsample_scales=(8, 4, 2), stacks=4),
+    "odd scales, sub-bands": GeneratorConfig(**SMALL, upsample_scales=(5, 5, 3), stacks=2, out_channels=4),
+    "wide kernels": GeneratorConfig(**SMALL, upsample_scales=(4, 2), kernel_size=9, stack_kernel_size=5, stacks=2),
+    "zero padding, no bias, no tanh": GeneratorConfig(**SMALL, padding_mode="zeros", bias=False, final_tanh=False, negative_slope=0.1),
+    "replication": GeneratorConfig(**SMALL, upsample_scales=(4, 2), padding_mode="replicate"),
+    "causal": GeneratorConfig(**SMALL, upsample_scales=(4, 3), causal=True),
+    "causal, zero padding": GeneratorConfig(**SMALL, upsample_scales=(4, 2), causal=True, padding_mode="zeros"),
+}
+
+
+def random_weights(config: GeneratorConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Weights that keep the signal's level from layer to layer, so that every layer matters to the output."""
+    noise = np.random.default_rng(seed)
+    weights = {}
+    for name, shape in config.tensors():
+        fan = 2 * shape[0] if "upsample" in name else int(np.prod(shape[1:]))
+        spread = 0.1 if name.endswith("bias") else 1 / np.sqrt(fan)
+        weights[name] = (spread * noise.standard_normal(shape)).astype(np.float32)
+    return weights
+
+
+def torch_generator(config: GeneratorConfig, weights: dict[str, np.ndarray]) -> Generator:
+    return Generator.from_weights(config, {name: torch.from_numpy(value) for name, value in weights.items()})
+
+
+@pytest.mark.parametrize("config", FAMILY.values(), ids=FAMILY.keys())
+def test_graph_equals_pytorch_at_every_length(config: GeneratorConfig, noise: np.random.Generator) -> None:
+    weights = random_weights(config)
+    generator = torch_generator(config, weights)
+    session = OnnxRuntime(deploy_graph(config, weights).SerializeToString(), "fp32", "cpu")
+    for batch, frames in ((1, config.smallest_input), (2, config.smallest_input + 1), (3, 57)):
+        mel = noise.standard_normal((batch, config.in_channels, frames)).astype(np.float32)
+        with torch.inference_mode():
+            expected = generator(torch.from_numpy(mel)).numpy()
+        assert expected.shape == (batch, config.out_channels, frames * config.hop)
+        assert np.abs(expected).max() > 0.05, "a silent output would hide any error"
+        got = session.run(mel).reshape(expected.shape) if config.out_channels == 1 else session.run(mel)
+        assert np.abs(got - expected.reshape(got.shape)).max() < TOLERANCE
+
+
+def test_generator_is_the_published_one(published, tiny_checkpoint) -> None:
+    from melrt_export.checkpoints import load_checkpoint
+
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    mel = torch.randn(2, 80, 21)
+    with torch.inference_mode():
+        ours = torch_generator(checkpoint.config, checkpoint.weights)(mel)
+        assert torch.allclose(ours, published(mel), atol=1e-6)
+
+
+def test_smallest_input_is_where_pytorch_begins_to_work() -> None:
+    for config in FAMILY.values():
+        generator = torch_generator(config, random_weights(config))
+        smallest = config.smallest_input
+        assert generator(torch.zeros(1, config.in_channels, smallest)).shape[-1] == smallest * config.hop
+        if smallest > 1:
+            with pytest.raises(RuntimeError, match="[Pp]adding"):
+                generator(torch.zeros(1, config.in_channels, smallest - 1))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (GeneratorConfig(), (6, 6)),
+        (GeneratorConfig(upsample_scales=(8, 8, 4, 2)), (6, 6)),
+        (GeneratorConfig(channels=1024, upsample_scales=(4, 4, 4, 2, 2), stacks=4), (18, 18)),
+        (GeneratorConfig(upsample_scales=(8, 8, 4), stacks=4), (10, 10)),
+    ],
+)
+def test_receptive_field_of_published_shapes(config: GeneratorConfig, expected: tuple[int, int]) -> None:
+    assert receptive_field(config) == expected
+
+
+@pytest.mark.parametrize("config", FAMILY.values(), ids=FAMILY.keys())
+def test_receptive_field_is_what_a_perturbed_frame_moves(config: GeneratorConfig) -> None:
+    generator = torch_generator(config, random_weights(config)).double()
+    left, right = receptive_field(config)
+    frames, middle = 2 * (left + right) + 9, left + right + 4
+    mel = torch.randn(1, config.in_channels, frames, dtype=torch.float64)
+    moved = mel.clone()
+    moved[..., middle] += 1.0
+    with torch.inference_mode():
+        change = (generator(moved) - generator(mel)).abs().amax(dim=(0, 1)).reshape(frames, config.hop).amax(dim=1)
+    touched = torch.nonzero(change).flatten()
+    # the outputs of frame t see [t - left, t + right], so a moved frame m moves frames m - right to m + left
+    assert middle - right <= touched[0] <= middle - right + 1
+    assert middle + left - 1 <= touched[-1] <= middle + left
+
+
+def test_normalisation_folds_exactly_under_reflection(noise: np.random.Generator) -> None:
+    config = GeneratorConfig(**SMALL)
+    weights = random_weights(config)
+    mean, scale = noise.standard_normal(8).astype(np.float32), noise.uniform(0.5, 2, 8).astype(np.float32)
+    mel = noise.standard_normal((1, 8, 20)).astype(np.float32)
+    with torch.inference_mode():
+        normalised = torch.from_numpy((mel - mean[:, None]) / scale[:, None])
+        expected = torch_generator(config, weights)(normalised).numpy()[:, 0]
+    folded = deploy_graph(config, fold_normalisation(weights, mean, scale))
+    assert np.abs(OnnxRuntime(folded.SerializeToString(), "fp32", "cpu").run(mel) - expected).max() < TOLERANCE
+
+
+def test_half_graph_is_half_between_float_ends() -> None:
+    config = GeneratorConfig(**SMALL)
+    model = deploy_graph(config, random_weights(config), "fp16", {"melrt.graph": "edge"})
+    types = {value.name: value.type.tensor_type.elem_type for value in onnx.shape_inference.infer_shapes(model).graph.value_info}
+    convolutions = [node.output[0] for node in model.graph.node if node.op_type == "Conv"]
+    assert len(convolutions) == 2 + 4 * (1 + 3 * 3)
+    assert {types[name] for name in convolutions} == {onnx.TensorProto.FLOAT16}
+    ends = [*model.graph.input, *model.graph.output]
+    assert {end.type.tensor_type.elem_type for end in ends} == {onnx.TensorProto.FLOAT}
+    assert {p.key: p.value for p in model.metadata_props} == {"melrt.graph": "edge"}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"channels": 30}, {"kernel_size": 6}, {"upsample_scales": ()}, {"upsample_scales": (999, 999)}, {"channels": 1 << 40},
+        {"stacks": 0}, {"padding_mode": "circular"}, {"negative_slope": 2.0}, {"channels": 512.0}, {"in_channels": True},
+    ],
+)  # fmt: skip
+def test_impossible_shapes_are_refused(wrong: dict) -> None:
+    with pytest.raises(CheckpointError, match=next(iter(wrong)).split("_")[0]):
+        GeneratorConfig(**wrong)

@@ -1,0 +1,92 @@
+"""Mels equal the source project's own formula."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import librosa
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from melrt.errors import AudioError, MelError
+from melrt.mel import MelSpec
+from melrt.mel_files import read_mel
+from melrt_export.demo import RECORDING
+from melrt_export.mels import mel_from_audio, mel_from_torch_file, read_audio
+
+SPEC = MelSpec()
+
+
+def test_the_formula_of_melgan_neurips() -> None:
+    """`Audio2Mel.forward`, in PyTorch's own STFT (mel2wav/modules.py)."""
+    audio = read_audio(RECORDING, SPEC.sample_rate)
+    padded = torch.nn.functional.pad(torch.from_numpy(audio)[None], (384, 384), "reflect")
+    spectrum = torch.stft(padded, 1024, 256, 1024, torch.hann_window(1024), center=False, return_complex=True).abs()
+    basis = torch.from_numpy(librosa.filters.mel(sr=22050, n_fft=1024, n_mels=80, fmin=0.0, fmax=None))
+    expected = torch.log10(torch.clamp(basis @ spectrum, min=1e-5))[0].numpy()
+    mel = mel_from_audio(audio, SPEC)
+    assert mel.shape == (80, len(audio) // 256)
+    assert np.abs(mel - expected).max() < 1e-4
+    assert mel.max() > -0.5, "a recording has sound in it"
+
+
+def test_conventions_differ_as_they_say() -> None:
+    audio = read_audio(RECORDING, SPEC.sample_rate)
+    plain = mel_from_audio(audio, SPEC)
+    assert np.allclose(mel_from_audio(audio, MelSpec(log="ln")), plain * np.log(10), atol=1e-4)
+    assert np.allclose(mel_from_audio(audio, MelSpec(log="dB")), plain * 20, atol=1e-3)
+    assert mel_from_audio(audio, MelSpec(framing="center")).shape[1] == plain.shape[1] + 1
+    assert SPEC.silence == -5.0
+
+
+def test_audio_is_mixed_and_resampled_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tone = np.sin(2 * np.pi * 440 * np.arange(44100) / 44100).astype(np.float32)
+    soundfile.write(tmp_path / "x.wav", np.stack([tone, tone], 1), 44100)
+    with caplog.at_level(logging.WARNING):
+        audio = read_audio(tmp_path / "x.wav", 22050)
+    assert "2 channels" in caplog.text
+    assert "44100 Hz; resampling to 22050 Hz" in caplog.text
+    expected = np.sin(2 * np.pi * 440 * np.arange(22050) / 22050)
+    assert np.abs(audio[1000:-1000] - expected[1000:-1000]).max() < 1e-3
+
+
+def test_audio_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "x.wav").write_bytes(b"RIFF no sound")
+    with pytest.raises(AudioError, match="cannot be read as audio"):
+        read_audio(tmp_path / "x.wav", 22050)
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0, np.float32), 22050)
+    with pytest.raises(AudioError, match="no samples"):
+        read_audio(tmp_path / "empty.wav", 22050)
+    with pytest.raises(AudioError, match="385 are needed|needs 385"):
+        mel_from_audio(np.zeros(300, np.float32), SPEC)
+
+
+def test_mels_from_files(tmp_path: Path) -> None:
+    mel = np.random.default_rng(0).standard_normal((80, 9)).astype(np.float32)
+    np.save(tmp_path / "a.npy", mel)
+    np.savez(tmp_path / "b.npz", mel=mel, other=mel[:1])
+    torch.save(torch.from_numpy(mel)[None], tmp_path / "c.pt")
+    torch.save({"mel": torch.from_numpy(mel)}, tmp_path / "d.pt")
+    for name in ("a.npy", "b.npz", "c.pt", "d.pt"):
+        assert np.array_equal(read_mel(tmp_path / name, SPEC), mel), name
+
+
+def test_mel_files_that_cannot_be_read(tmp_path: Path) -> None:
+    np.save(tmp_path / "code.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    np.savez(tmp_path / "two.npz", a=np.zeros(1), b=np.zeros(1))
+    np.save(tmp_path / "batch.npy", np.zeros((2, 80, 9)))
+    (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04")
+    (tmp_path / "mel.txt").write_text("1 2 3")
+    torch.save({"epoch": 3}, tmp_path / "other.pt")
+    cases = {
+        "code.npy": "cannot be read", "two.npz": "expected one, or one named 'mel'", "batch.npy": "one utterance",
+        "broken.npz": "cannot be read", "mel.txt": r"it reads \.flac, \.npy", "nowhere.npy": "does not exist", "other.pt": "holds no mel",
+    }  # fmt: skip
+    for name, message in cases.items():
+        with pytest.raises(MelError, match=message):
+            read_mel(tmp_path / name, SPEC)
+    with pytest.raises(MelError, match="holds no mel"):
+        mel_from_torch_file(tmp_path / "other.pt", SPEC)

@@ -1,0 +1,138 @@
+"""Bundles appear whole or not at all, and nothing in them is used unverified."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from melrt.bundle import MANIFEST, Artifact, Bundle, Manifest
+from melrt.errors import BundleError
+from melrt.mel import MelSpec
+
+SPEC = MelSpec()
+
+
+def manifest() -> Manifest:
+    return Manifest("x", SPEC, {"channels": 4}, (6, 6), 4, {"source": "x.pt"})
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return Bundle.create(tmp_path / "x.melrt", manifest(), [(Artifact.of("a.onnx", b"abc", "onnx", precision="fp32"), b"abc")])
+
+
+def test_round_trip(bundle: Bundle) -> None:
+    again = Bundle.open(bundle.path)
+    assert again == bundle
+    assert again.read(again.manifest.artifacts[0]) == b"abc"
+    assert (again.path / MANIFEST).stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: file.unlink(), "is missing"),
+        (lambda file: file.write_bytes(b"ab"), "has 2 bytes; the manifest says 3"),
+        (lambda file: file.write_bytes(b"abd"), "was altered"),
+    ],
+)
+def test_damaged_files_are_named(bundle: Bundle, damage, message: str) -> None:
+    damage(bundle.path / "a.onnx")
+    with pytest.raises(BundleError, match=f"a.onnx {message}"):
+        bundle.read(bundle.manifest.artifacts[0])
+
+
+def edit(bundle: Bundle, change) -> Path:
+    values = json.loads((bundle.path / MANIFEST).read_text())
+    change(values)
+    (bundle.path / MANIFEST).write_text(json.dumps(values))
+    return bundle.path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(schema=2), "newer melrt.*pip install --upgrade melrt"),
+        (lambda m: m.update(schema="1"), "schema '1'"),
+        (lambda m: m.pop("spec"), "damaged"),
+        (lambda m: m.update(colour="red"), "damaged.*colour"),
+        (lambda m: m["artifacts"][0].update(file="../../etc/passwd"), "only plain names"),
+        (lambda m: m["artifacts"][0].update(file=MANIFEST), "only plain names"),
+        (lambda m: m["artifacts"][0].update(size=1 << 50), "at most"),
+        (lambda m: m["artifacts"].append(m["artifacts"][0]), "twice"),
+        (lambda m: m["spec"].update(hop="256"), "hop is '256'; it is a whole number"),
+        (lambda m: m["spec"].update(f_max=99999), "do not lie within"),
+        (lambda m: m["spec"].update(log="log2"), "log is 'log2'"),
+        (lambda m: m.update(smallest_input=-1), "smallest_input is -1"),
+        (lambda m: m.update(receptive_field=[6]), "damaged"),
+    ],
+)
+def test_impossible_manifests(bundle: Bundle, change, message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        Bundle.open(edit(bundle, change))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, "x" * (2 << 20)])
+def test_manifests_that_are_none(bundle: Bundle, text: str) -> None:
+    (bundle.path / MANIFEST).write_text(text)
+    with pytest.raises(BundleError, match=str(bundle.path)):
+        Bundle.open(bundle.path)
+
+
+def test_places_without_a_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="does not exist.*melrt export"):
+        Bundle.open(tmp_path / "nowhere.melrt")
+    with pytest.raises(BundleError, match=r"has no manifest.json"):
+        Bundle.open(tmp_path)
+
+
+def test_nothing_is_overwritten_unasked(bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="--force"):
+        Bundle.create(bundle.path, manifest(), [])
+    (tmp_path / "home").mkdir()
+    with pytest.raises(BundleError, match="no bundle: give another name"):
+        Bundle.create(tmp_path / "home", manifest(), [], overwrite=True)
+
+
+def test_a_replaced_bundle_leaves_no_trace_of_the_old(bundle: Bundle) -> None:
+    Bundle.create(bundle.path, manifest(), [(Artifact.of("b.onnx", b"b", "onnx"), b"b")], overwrite=True)
+    assert sorted(file.name for file in bundle.path.iterdir()) == ["b.onnx", MANIFEST]
+    assert [path.name for path in bundle.path.parent.iterdir()] == ["x.melrt"]
+
+
+def test_a_failed_addition_leaves_the_bundle(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    before = Bundle.open(bundle.path)
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        bundle.add(Artifact.of("b.engine", b"b", "engine"), b"b")
+    assert Bundle.open(bundle.path) == before
+    assert sorted(file.name for file in bundle.path.iterdir()) == ["a.onnx", MANIFEST]
+
+
+def _add(path: str, name: str) -> None:
+    Bundle.open(path).add(Artifact.of(name, name.encode(), "engine"), name.encode())
+
+
+def test_processes_that_add_at_once_lose_nothing(bundle: Bundle) -> None:
+    names = [f"{i}.engine" for i in range(8)]
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_add, args=(str(bundle.path), name)) for name in names]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    assert sorted(a.file for a in Bundle.open(bundle.path).find("engine")) == names
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

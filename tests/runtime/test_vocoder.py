@@ -1,0 +1,141 @@
+"""The runtime: shapes, choices, and mels that cannot be."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from melrt import Vocoder, write_wav
+from melrt.audio import to_int16
+from melrt.bundle import Bundle
+from melrt.errors import AudioError, BackendError, BundleError, MelError
+from melrt_export.parity import probe_mel
+
+
+@pytest.fixture(scope="module")
+def vocoder(tiny_bundle_path: Path) -> Vocoder:
+    return Vocoder.load(tiny_bundle_path)
+
+
+def test_one_utterance_and_a_batch_agree(vocoder: Vocoder) -> None:
+    mels = np.stack([probe_mel(vocoder.spec, 30, seed) for seed in range(3)])
+    batch = vocoder(mels)
+    assert batch.shape == (3, 30 * 256)
+    assert batch.dtype == np.float32
+    assert np.abs(batch).max() > 0.05
+    for mel, audio in zip(mels, batch, strict=True):
+        alone = vocoder(mel)
+        assert alone.shape == (30 * 256,)
+        assert np.abs(alone - audio).max() < 1e-5
+
+
+def test_any_real_dtype_and_layout(vocoder: Vocoder) -> None:
+    mel = probe_mel(vocoder.spec, 12).astype(np.float16)
+    expected = vocoder(mel.astype(np.float32))
+    for same in (mel, mel.astype(np.float64), np.asfortranarray(mel), mel.tolist(), mel[:, ::-1][:, ::-1]):
+        assert np.array_equal(vocoder(same), expected)
+
+
+@pytest.mark.parametrize(
+    ("mel", "message"),
+    [
+        (np.zeros((40, 9)), r"mel has 40 bands; this voice takes 80 \(80 bands, 0-11025 Hz, log10, 22050 Hz, hop 256\)"),
+        (np.zeros((9, 80)), r"looks transposed: pass mel\.T"),
+        (np.zeros((80, 0)), "mel is empty"),
+        (np.zeros((0, 80, 9)), "mel is empty"),
+        (np.zeros((80, 3)), "3 frames; this network needs at least 4.*silence"),
+        (np.full((80, 9), np.nan), r"nan at \(0, 0\)"),
+        (np.where(np.arange(9) == 5, np.inf, np.zeros((80, 9))), r"inf at \(0, 5\)"),
+        (np.full((80, 9), 1e300), "inf at"),
+        (np.zeros(80), r"shape \(80,\)"),
+        (np.zeros((80, 9), complex), "dtype complex128"),
+        (np.array([["a"]]), "dtype <U1"),
+        (np.array([[object()]]), "dtype object"),
+    ],
+)
+def test_mels_that_cannot_be(vocoder: Vocoder, mel: np.ndarray, message: str) -> None:
+    with pytest.raises(MelError, match=message):
+        vocoder(mel)
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"precision": "fp8"}, "precision is 'fp8'; it is one of auto, fp32"),
+        ({"device": "tpu"}, "device is 'tpu'"),
+        ({"backend": "tvm"}, "backend is 'tvm'"),
+        ({"threads": 0}, "threads is 0"),
+        ({"precision": "int8"}, "has no int8 artefact; it has fp16, fp32"),
+    ],
+)
+def test_wishes_that_cannot_be(tiny_bundle_path: Path, wish: dict, message: str) -> None:
+    with pytest.raises(BackendError, match=message):
+        Vocoder.load(tiny_bundle_path, **wish)
+
+
+def test_the_gpu_is_never_replaced_silently(tiny_bundle_path: Path) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has CUDA")
+    with pytest.raises(BackendError, match=r"has no CUDA.*melrt\[gpu\]"):
+        Vocoder.load(tiny_bundle_path, device="cuda")
+
+
+def test_what_was_asked_for_is_what_runs(tiny_bundle_path: Path) -> None:
+    full, half = (Vocoder.load(tiny_bundle_path, precision=precision, threads=1) for precision in ("fp32", "fp16"))
+    assert (full.backend.precision, half.backend.precision) == ("fp32", "fp16")
+    mel = probe_mel(full.spec, 20)
+    assert 0 < np.abs(full(mel) - half(mel)).max() < 0.05
+    assert Vocoder.load(tiny_bundle_path).backend.precision == "fp32"
+
+
+def test_an_altered_model_is_never_loaded(tiny_bundle: Bundle) -> None:
+    file = tiny_bundle.path / "edge.fp32.onnx"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(BundleError, match="was altered"):
+        Vocoder.load(tiny_bundle)
+
+
+def test_wav_files(tmp_path: Path) -> None:
+    audio = np.array([0.0, 0.5, -1.0, 1.0, 1.5, -2.0], np.float32)
+    write_wav(tmp_path / "deep" / "a.wav", audio, 22050)
+    samples, rate = soundfile.read(tmp_path / "deep" / "a.wav", dtype="int16")
+    assert rate == 22050
+    assert samples.tolist() == [0, 16384, -32767, 32767, 32767, -32767] == to_int16(audio).tolist()
+    write_wav(tmp_path / "b.wav", audio, 22050, "float32")
+    assert np.array_equal(soundfile.read(tmp_path / "b.wav", dtype="float32")[0], audio)
+    with pytest.raises(AudioError, match="one utterance"):
+        write_wav(tmp_path / "c.wav", audio[None], 22050)
+    with pytest.raises(AudioError, match="int24"):
+        write_wav(tmp_path / "c.wav", audio, 22050, "int24")  # type: ignore[arg-type]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.wav", "deep"]
+
+
+def test_no_torch_and_no_export_to_speak(tiny_bundle_path: Path) -> None:
+    """Every module of the runtime imports, and a voice speaks, where nothing of the training side can be imported."""
+    code = f"""
+import importlib, pkgutil, sys
+for name in ("torch", "onnx", "librosa", "safetensors", "melrt_export"):
+    sys.modules[name] = None
+import melrt, numpy
+for module in pkgutil.walk_packages(melrt.__path__, "melrt."):
+    importlib.import_module(module.name)
+audio = melrt.Vocoder.load({str(tiny_bundle_path)!r})(numpy.zeros((80, 9), numpy.float32))
+assert audio.shape == (9 * 256,) and abs(audio).max() > 0.01
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_importing_is_light() -> None:
+    """No engine, no audio library, no command line before they are needed (0.1 s more than numpy would show them)."""
+    heavy = "onnxruntime", "soundfile", "typer", "rich", "torch"
+    code = f"import sys, melrt; loaded = [n for n in {heavy} if n in sys.modules]; assert not loaded, loaded"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
