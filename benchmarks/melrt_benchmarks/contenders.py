@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from melrt.backends.onnxruntime import OnnxRuntime
+from melrt.backends.onnxruntime import OnnxModel
 from melrt.vocoder import Vocoder
 from melrt_export.checkpoints import Checkpoint
 
@@ -27,7 +27,7 @@ def contenders(checkpoint: Checkpoint, vocoder: Vocoder, threads: int) -> Iterat
     torch.set_num_threads(threads)
     generator = Generator.from_weights(checkpoint.config, {k: torch.from_numpy(v) for k, v in checkpoint.weights.items()})
     yield "PyTorch eager", _eager(torch, generator)
-    naive = OnnxRuntime(_naive_onnx(torch, generator), "fp32", "cpu", threads)
+    naive = OnnxModel(_naive_onnx(torch, generator), threads=threads)
     yield "ONNX Runtime, plain torch.onnx.export", lambda mel: naive.run(mel[None]).reshape(-1)
     yield f"melrt, {vocoder.backend.name} {vocoder.backend.precision}", vocoder
 

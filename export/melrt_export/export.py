@@ -11,15 +11,18 @@ from pathlib import Path
 import numpy as np
 
 from melrt import __version__
-from melrt.backends.onnxruntime import OnnxRuntime
+from melrt.backends.onnxruntime import OnnxModel
 from melrt.bundle import Artifact, Bundle, Manifest
+from melrt.edges import Edges
 from melrt.errors import CheckpointError, ParityError
+from melrt.windows import GraphKind
 from melrt_export.checkpoints import Checkpoint, load_checkpoint
 from melrt_export.graph import OPSET, GraphPrecision, deploy_graph
-from melrt_export.parity import PROBE_FRAMES, Difference, probe_mel, pytorch_audio, reference_files
+from melrt_export.parity import PROBE_FRAMES, Difference, inside, probe_mel, pytorch_audio, reference_files
 from melrt_export.receptive_field import receptive_field
 
 PRECISIONS: tuple[GraphPrecision, ...] = ("fp32", "fp16")
+GRAPHS: tuple[GraphKind, ...] = ("edge", "interior")
 Step = Callable[[str], None]
 
 
@@ -71,33 +74,36 @@ def export_voice(
         "command": f"melrt export {Path(source).name} --name {name}",
     }  # fmt: skip
     on_step("running PyTorch")
-    mel = probe_mel(checkpoint.spec, max(PROBE_FRAMES, checkpoint.config.smallest_input))[None]
+    field = receptive_field(checkpoint.config)
+    mel = probe_mel(checkpoint.spec, max(PROBE_FRAMES, checkpoint.config.smallest_input, sum(field) + 1))[None]
     reference = pytorch_audio(checkpoint, mel)
     files = []
     for precision in options.precisions:
-        on_step(f"building and checking {precision}")
-        files.append(_graph_file(checkpoint, precision, {"name": name, **provenance}))
+        for graph in GRAPHS:
+            on_step(f"building and checking {graph} {precision}")
+            files.append(_graph_file(checkpoint, graph, precision, {"name": name, **provenance}))
     on_step("writing the bundle")
     manifest = Manifest(
-        name=name, spec=checkpoint.spec, architecture=checkpoint.config.to_dict(), receptive_field=receptive_field(checkpoint.config),
-        smallest_input=checkpoint.config.smallest_input, provenance=provenance,
+        name=name, spec=checkpoint.spec, architecture=checkpoint.config.to_dict(), receptive_field=field,
+        smallest_input=checkpoint.config.smallest_input, edges=Edges(), provenance=provenance,
     )  # fmt: skip
     return Bundle.create(out, manifest, [*files, *reference_files(mel, reference)], overwrite=options.overwrite)
 
 
-def _graph_file(checkpoint: Checkpoint, precision: GraphPrecision, provenance: dict[str, str]) -> tuple[Artifact, bytes]:
+def _graph_file(checkpoint: Checkpoint, graph: GraphKind, precision: GraphPrecision, provenance: dict[str, str]) -> tuple[Artifact, bytes]:
     metadata = {f"melrt.{key}": value for key, value in provenance.items()}
-    metadata |= {"melrt.graph": "edge", "melrt.precision": precision, "melrt.mel": json.dumps(checkpoint.spec.to_dict(), sort_keys=True)}
-    model = deploy_graph(checkpoint.config, checkpoint.weights, precision, metadata).SerializeToString(deterministic=True)
-    file = f"edge.{precision}.onnx"
-    quality = _check(file, model, checkpoint, precision)
-    return Artifact.of(file, model, "onnx", graph="edge", precision=precision, target={"opset": OPSET}, quality=quality), model
+    metadata |= {"melrt.graph": graph, "melrt.precision": precision, "melrt.mel": json.dumps(checkpoint.spec.to_dict(), sort_keys=True)}
+    model = deploy_graph(checkpoint.config, checkpoint.weights, precision, graph, metadata).SerializeToString(deterministic=True)
+    file = f"{graph}.{precision}.onnx"
+    quality = _check(file, model, checkpoint, graph, precision)
+    return Artifact.of(file, model, "onnx", graph=graph, precision=precision, target={"opset": OPSET}, quality=quality), model
 
 
-def _check(file: str, model: bytes, checkpoint: Checkpoint, precision: GraphPrecision) -> dict[str, float]:
+def _check(file: str, model: bytes, checkpoint: Checkpoint, graph: GraphKind, precision: GraphPrecision) -> dict[str, float]:
     """Hold a model against PyTorch at several batch sizes and lengths; returns the worst of what was measured."""
-    session = OnnxRuntime(model, precision, "cpu")
-    smallest = checkpoint.config.smallest_input
+    session = OnnxModel(model)
+    field = receptive_field(checkpoint.config)
+    smallest = checkpoint.config.smallest_input if graph == "edge" else max(sum(field) + 1, checkpoint.config.smallest_input)
     worst: dict[str, float] = {}
     for batch, frames in ((1, max(PROBE_FRAMES, smallest)), (2, smallest), (3, smallest + 37)):
         mel = np.stack([probe_mel(checkpoint.spec, frames, seed) for seed in range(batch)])
@@ -108,7 +114,7 @@ def _check(file: str, model: bytes, checkpoint: Checkpoint, precision: GraphPrec
             # after each layer does, PyTorch's half precision shows.
             outputs["half_"] = pytorch_audio(checkpoint, mel, half=True)
         for prefix, output in outputs.items():
-            difference = Difference.between(reference, output)
+            difference = Difference.between(*(inside(graph, audio, field, checkpoint.config.hop) for audio in (reference, output)))
             if not difference.passes(precision):
                 raise ParityError(
                     f"{file}: batch {batch}, {frames} frames: max abs {difference.max_abs:.1e}, SNR {difference.snr_db:.1f} dB against "

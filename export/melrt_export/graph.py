@@ -5,23 +5,24 @@ bytes, and a half-precision graph is half precision by construction. What differ
 
 - transposed convolutions are 2-tap convolutions to scale·C channels, a reshape and a crop (polyphase);
 - everything is 2-D with height 1, (B, C, 1, T), the layout of the engines' blocked kernels;
+- the `interior` graph for windows has no padding nodes at all (`melrt.windows`);
 - a per-band affine normalisation is folded into the first convolution (`fold_normalisation`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from melrt.windows import GraphKind
 from melrt_export.config import GeneratorConfig
 
 Weights = Mapping[str, np.ndarray]
-GraphKind = Literal["edge"]
 GraphPrecision = Literal["fp32", "fp16"]
 
 # 19 is the first opset with half-precision Q/DQ scales, and is read by TensorRT 10.12 and ONNX Runtime 1.17 and later.
@@ -31,7 +32,11 @@ _ONNX_PAD = {"reflect": "reflect", "replicate": "edge"}
 
 
 def deploy_graph(
-    config: GeneratorConfig, weights: Weights, precision: GraphPrecision = "fp32", metadata: Mapping[str, str] | None = None
+    config: GeneratorConfig,
+    weights: Weights,
+    precision: GraphPrecision = "fp32",
+    graph: GraphKind = "edge",
+    metadata: Mapping[str, str] | None = None,
 ) -> onnx.ModelProto:
     """Build the ONNX model of a generator.
 
@@ -39,12 +44,15 @@ def deploy_graph(
         config: The generator's shape.
         weights: Folded float32 weights, named as `config.tensors()` names them.
         precision: "fp16" computes in half precision between float32 input and output; the tanh stays in float32.
+        graph: `edge` pads as trained; `interior` with zeros inside the convolutions, exact but for the receptive field at both ends.
         metadata: Facts for `metadata_props`, so that a lone file still knows its mel convention.
 
     Returns:
         A checked model: `mel` (batch, M, frames) float32 to `audio` (batch, frames·hop) float32.
     """
-    net = _Net(config, weights, np.dtype(np.float16 if precision == "fp16" else np.float32))
+    if graph == "interior":
+        config = replace(config, padding_mode="zeros")
+    net = _Net(config, weights, graph, np.dtype(np.float16 if precision == "fp16" else np.float32))
     x = net.op("Unsqueeze", "mel", net.shape("height_axis", [2]), name="mel_2d")
     if precision == "fp16":
         x = net.cast(x, TensorProto.FLOAT16, "mel_half")
@@ -84,6 +92,7 @@ class _Net:
 
     config: GeneratorConfig
     weights: Weights
+    graph: GraphKind
     dtype: np.dtype[np.floating]
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: dict[str, onnx.TensorProto] = field(default_factory=dict)
@@ -134,8 +143,10 @@ class _Net:
         bias = self.weights.get(f"{name}.bias")
         bias = None if bias is None else np.repeat(bias, scale)
         if self.config.causal:
-            x = self._pad(x, (1, 0), "edge", f"{name}.pad")
-            return self._interleave(name, self._conv2d(name, taps, bias, x, sides=(0, 0)), c_out, scale)
+            sides = (1, 0)
+            if self.graph == "edge":
+                x, sides = self._pad(x, sides, "edge", f"{name}.pad"), (0, 0)
+            return self._interleave(name, self._conv2d(name, taps, bias, x, sides=sides), c_out, scale)
         x = self._interleave(name, self._conv2d(name, taps, bias, x, sides=(1, 1)), c_out, scale)
         left = scale // 2 + scale % 2
         start, end = self.shape(f"crop{left}.start", [left]), self.shape(f"crop{left}.{scale}.end", [left - scale])

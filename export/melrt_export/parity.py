@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from melrt.backends.onnxruntime import OnnxRuntime
+from melrt.backends.onnxruntime import OnnxModel
 from melrt.bundle import Artifact, Bundle
 from melrt.errors import BundleError
 from melrt.mel import MelSpec
@@ -105,6 +105,12 @@ def pytorch_audio(checkpoint: Checkpoint, mel: NDArray[np.float32], *, half: boo
     return np.ascontiguousarray(audio[:, 0].float().numpy(), dtype=np.float32)
 
 
+def inside(graph: str, audio: Audio, field: tuple[int, int], hop: int) -> Audio:
+    """The samples (B, n) that a graph must have right: all of the edge graph's, the interior's inside its context."""
+    left, right = field if graph == "interior" else (0, 0)
+    return audio[:, left * hop : audio.shape[1] - right * hop]
+
+
 def reference_files(mel: NDArray[np.float32], audio: Audio) -> Iterator[tuple[Artifact, bytes]]:
     """The probe and PyTorch's output as files of a bundle, so that a machine without PyTorch can verify."""
     for name, values in ((REFERENCE_MEL, mel), (REFERENCE_AUDIO, audio)):
@@ -137,17 +143,19 @@ def verify(bundle: Bundle, checkpoint: Checkpoint | None = None) -> Iterator[Row
     Raises:
         BundleError: A missing or altered file, or a checkpoint of another generator.
     """
+    manifest = bundle.manifest
     mel = _load(bundle, REFERENCE_MEL)
     reference = _load(bundle, REFERENCE_AUDIO)
     if checkpoint is not None:
         if checkpoint.config.to_dict() != dict(bundle.manifest.architecture):
             raise BundleError(f"{checkpoint.source} is another generator than the one in {bundle.path}: {checkpoint.config}.")
         reference = pytorch_audio(checkpoint, mel)
-    for artifact in bundle.manifest.artifacts:
+    for artifact in manifest.artifacts:
         data = bundle.read(artifact)
         if artifact.kind == "onnx":
-            output = OnnxRuntime(data, artifact.precision, "cpu").run(mel)
-            yield Row(artifact.file, artifact.precision, Difference.between(reference, output))
+            output = OnnxModel(data).run(mel)
+            kept = (inside(artifact.graph, audio, manifest.receptive_field, manifest.spec.hop) for audio in (reference, output))
+            yield Row(artifact.file, artifact.precision, Difference.between(*kept))
         elif artifact.kind == "engine":
             yield Row(artifact.file, artifact.precision, None)
 

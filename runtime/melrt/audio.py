@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import os
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -22,12 +23,17 @@ def to_int16(audio: NDArray[np.float32]) -> NDArray[np.int16]:
     return np.asarray(np.rint(np.clip(audio, -1.0, 1.0) * 32767.0), np.int16)
 
 
-def write_wav(path: str | os.PathLike[str], audio: NDArray[np.float32], sample_rate: int, sample_format: SampleFormat = "int16") -> None:
+def write_wav(
+    path: str | os.PathLike[str],
+    audio: NDArray[np.float32] | Iterable[NDArray[np.float32]],
+    sample_rate: int,
+    sample_format: SampleFormat = "int16",
+) -> None:
     """Write a mono WAV file; it appears whole or not at all.
 
     Args:
         path: The file; its folder is made if it is missing.
-        audio: Samples in [-1, 1], shape (N,).
+        audio: Samples in [-1, 1], shape (N,), or pieces of them: written as they come, none is kept.
         sample_rate: Hz.
         sample_format: `int16` (clipped to full scale) or `float32` (as it is).
 
@@ -39,12 +45,16 @@ def write_wav(path: str | os.PathLike[str], audio: NDArray[np.float32], sample_r
         import soundfile
     except ImportError as error:
         raise MissingExtraError("writing audio", "soundfile", "cli") from error
-    if audio.ndim != 1:
-        raise AudioError(f"audio has shape {audio.shape}; a file takes one utterance, shape (samples,).")
     if sample_format not in _SUBTYPES:
         raise AudioError(f"sample format is {sample_format!r}; it is one of {', '.join(_SUBTYPES)}.")
-    samples = to_int16(audio) if sample_format == "int16" else audio
-    encoded = io.BytesIO()  # libsndfile reports a full disk as "System error."; our own write says what it is
-    soundfile.write(encoded, samples, sample_rate, subtype=_SUBTYPES[sample_format], format="WAV")
-    with whole_file(Path(path)) as temporary:
-        temporary.write_bytes(encoded.getbuffer())
+    path = Path(path)
+    with whole_file(path) as temporary:
+        try:
+            with soundfile.SoundFile(temporary, "x", sample_rate, 1, _SUBTYPES[sample_format], format="WAV") as file:
+                for piece in [audio] if isinstance(audio, np.ndarray) else audio:
+                    if piece.ndim != 1:
+                        raise AudioError(f"audio has shape {piece.shape}; a file takes one utterance, shape (samples,).")
+                    file.write(to_int16(piece) if sample_format == "int16" else piece)
+        except soundfile.LibsndfileError as error:  # "System error." is all that libsndfile says of a full or locked disk
+            room = shutil.disk_usage(path.parent).free >> 20
+            raise AudioError(f"{path} could not be written ({error}): {room} MiB are free there.") from error

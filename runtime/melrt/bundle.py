@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from melrt.edges import Edges
 from melrt.errors import BundleError
 from melrt.files import whole_file, whole_folder
 from melrt.mel import MelSpec
@@ -42,7 +43,7 @@ class Artifact:
     sha256: str
     """Of the whole file, hexadecimal."""
     graph: str = ""
-    """Which graph it computes: `edge` is the network as trained, padding and all."""
+    """Which graph it computes: `edge` is the network as trained, `interior` has zero padding; see `melrt.windows`."""
     precision: str = ""
     """`fp32`, `tf32`, `fp16` or `int8`."""
     target: Mapping[str, Any] = field(default_factory=dict)
@@ -70,6 +71,8 @@ class Manifest:
     """Mel frames before and after a frame that its samples depend on."""
     smallest_input: int
     """The fewest mel frames that the network takes."""
+    edges: Edges
+    """How the voice's own project treats the ends of an utterance."""
     provenance: Mapping[str, str]
     """Where the weights come from: source, sha256, format, tool, command."""
     artifacts: tuple[Artifact, ...] = ()
@@ -102,7 +105,8 @@ class Manifest:
             spec = MelSpec.from_dict(values.pop("spec"))
             artifacts = tuple(Artifact(**entry) for entry in values.pop("artifacts"))
             left, right = values.pop("receptive_field")
-            manifest = cls(spec=spec, artifacts=artifacts, receptive_field=(left, right), **values)
+            edges = Edges(**values.pop("edges"))
+            manifest = cls(spec=spec, artifacts=artifacts, receptive_field=(left, right), edges=edges, **values)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise BundleError(f"{MANIFEST} is damaged: {error}") from error
         manifest._check()

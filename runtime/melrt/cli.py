@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
@@ -16,10 +19,12 @@ from melrt.audio import write_wav
 from melrt.bundle import Bundle
 from melrt.doctor import examine
 from melrt.errors import MelError
-from melrt.mel_files import read_mel
-from melrt.vocoder import Vocoder
+from melrt.mel_files import mel_pieces
+from melrt.vocoder import Options, Vocoder
 
 console = Console(highlight=False)
+# Frames read at a time: twelve seconds, enough for every worker to have several windows.
+PIECE = 1024
 
 Voice = Annotated[Path, typer.Argument(metavar="VOICE.melrt", help="The bundle.")]
 Device = Annotated[str, typer.Option(help="cuda, cpu, or auto: CUDA if it works.")]
@@ -57,28 +62,50 @@ def synth(
     precision: Precision = "auto",
     backend: BackendName = "auto",
     threads: Threads = None,
+    edges: Annotated[
+        str, typer.Option(help="Ends of an utterance: model (as PyTorch's forward), or voice (its project's habit).")
+    ] = "model",
 ) -> None:
     """Turn mels into WAV files, and print the real-time factor (compute time / audio time)."""
-    vocoder = Vocoder.load(voice, device=device, precision=precision, backend=backend, threads=threads)
+    if edges not in ("model", "voice"):
+        raise MelError(f"--edges is {edges!r}; it is model or voice.")
+    bundle = Bundle.open(voice)
+    options = Options(edges=bundle.manifest.edges) if edges == "voice" else Options()
+    vocoder = Vocoder.load(bundle, device=device, precision=precision, backend=backend, threads=threads, options=options)
     targets = _targets(inputs, out)
-    compute = audio_seconds = 0.0
+    clock = _Clock()
     with Progress(console=Console(stderr=True), transient=True) as bar:
         for source, target in bar.track(list(zip(inputs, targets, strict=True)), description="synthesising"):
-            mel = read_mel(source, vocoder.spec)
-            start = time.perf_counter()
+            mel = mel_pieces(source, vocoder.spec, PIECE)
             try:
-                audio = vocoder(mel)
+                # a long utterance is read, computed and written piece by piece: memory does not grow with it
+                write_wav(target, clock.timed(vocoder.stream(mel)), vocoder.sample_rate, sample_format)  # type: ignore[arg-type]
             except MelError as error:
                 raise MelError(f"{source}: {error}") from error
-            compute += time.perf_counter() - start
-            audio_seconds += len(audio) / vocoder.sample_rate
-            write_wav(target, audio, vocoder.sample_rate, sample_format)  # type: ignore[arg-type]  # checked there
     engine = vocoder.backend
     where = targets[0] if len(targets) == 1 else out
+    compute, audio_seconds = clock.seconds, clock.samples / vocoder.sample_rate
     console.print(
         f"{where}: {audio_seconds:.2f} s of audio in {compute:.2f} s, real-time factor {compute / audio_seconds:.4f} "
         f"({audio_seconds / compute:.1f} times real time), {engine.name} {engine.precision} on {engine.device}", markup=False,
     )  # fmt: skip
+
+
+class _Clock:
+    """Adds up the time that pieces take to come, and their samples."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.samples = 0
+
+    def timed(self, pieces: Iterator[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+        start = time.perf_counter()
+        for piece in pieces:
+            self.seconds += time.perf_counter() - start
+            self.samples += len(piece)
+            yield piece
+            start = time.perf_counter()
+        self.seconds += time.perf_counter() - start
 
 
 def _targets(inputs: list[Path], out: Path) -> list[Path]:

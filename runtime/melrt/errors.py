@@ -40,3 +40,11 @@ class MissingExtraError(MelrtError, ImportError):
 
     def __init__(self, purpose: str, package: str, extra: str) -> None:
         super().__init__(f'{purpose} needs {package}, which is not installed: pip install "melrt[{extra}]"')
+
+
+class QueueFullError(MelrtError, RuntimeError):
+    """The queue has no room for a request; try again later."""
+
+
+class ClosedError(MelrtError, RuntimeError):
+    """The vocoder or stream was closed."""

@@ -13,7 +13,7 @@ from pathlib import Path
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a path beside `path`, with its suffix, to write to; on success it is synced and renamed to `path`, on failure removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    made = _make_parents(path)
     temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
     try:
         yield temporary
@@ -21,6 +21,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        _remove_empty(made)
         raise
     _sync(path.parent)
 
@@ -28,10 +29,10 @@ def whole_file(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Give a new folder beside `path` to fill; on success it takes the place of `path`, on failure it is removed and `path` stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    made = _make_parents(path)
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-    temporary.mkdir()
     try:
+        temporary.mkdir()
         yield temporary
         for file in temporary.iterdir():
             _sync(file)
@@ -39,8 +40,22 @@ def whole_folder(path: Path) -> Iterator[Path]:
         _take_place(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        _remove_empty(made)
         raise
     _sync(path.parent)
+
+
+def _make_parents(path: Path) -> list[Path]:
+    """Make the folders that a path needs; returns those that were not there, innermost first."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):  # somebody else's file is in it by now
+            folder.rmdir()
 
 
 def _take_place(new: Path, path: Path) -> None:

@@ -95,21 +95,34 @@ class MelSpec:
         Raises:
             MelError: Wrong number of axes or bands, too few frames, or a value that is not finite.
         """
-        frames = np.asarray(mel)
-        if frames.dtype.kind not in "fiu":
-            raise MelError(f"mel has dtype {frames.dtype}; it holds real numbers, best float32.")
-        if frames.ndim not in (2, 3):
-            raise MelError(f"mel has shape {frames.shape}; expected (bands, frames) or (batch, bands, frames).")
-        if frames.shape[-2] != self.n_mels:
-            turned = " It looks transposed: pass mel.T." if frames.shape[-1] == self.n_mels else ""
-            raise MelError(f"mel has {frames.shape[-2]} bands; this voice takes {self.n_mels} ({self.describe()}).{turned}")
+        frames = self.check_frames(mel, axes=(2, 3))
         if 0 in frames.shape:
             raise MelError(f"mel is empty, shape {frames.shape}; give at least {smallest} frame{'s' * (smallest > 1)}.")
         if frames.shape[-1] < smallest:
-            raise MelError(
-                f"mel has {frames.shape[-1]} frames; this network needs at least {smallest}. "
-                f"Extend it with frames of silence ({self.silence:g})."
-            )
+            raise self.too_short(frames.shape[-1], smallest)
+        return frames
+
+    def too_short(self, frames: int, smallest: int) -> MelError:
+        """The error for too few frames."""
+        return MelError(
+            f"mel has {frames} frames; this network needs at least {smallest}. Extend it with frames of silence ({self.silence:g})."
+        )
+
+    def wrong_axes(self, shape: tuple[int, ...], axes: tuple[int, ...] = (2,)) -> MelError:
+        """The error for a wrong number of axes."""
+        forms = {2: "(bands, frames)", 3: "(batch, bands, frames)"}
+        return MelError(f"mel has shape {shape}; expected {' or '.join(forms[n] for n in axes)}.")
+
+    def check_frames(self, mel: ArrayLike, axes: tuple[int, ...] = (2,)) -> NDArray[np.float32]:
+        """As `check`, for a piece of an utterance: any number of frames, none too."""
+        frames = np.asarray(mel)
+        if frames.dtype.kind not in "fiu":
+            raise MelError(f"mel has dtype {frames.dtype}; it holds real numbers, best float32.")
+        if frames.ndim not in axes:
+            raise self.wrong_axes(frames.shape, axes)
+        if frames.shape[-2] != self.n_mels:
+            turned = " It looks transposed: pass mel.T." if frames.shape[-1] == self.n_mels else ""
+            raise MelError(f"mel has {frames.shape[-2]} bands; this voice takes {self.n_mels} ({self.describe()}).{turned}")
         with np.errstate(over="ignore"):  # what overflows float32 is reported below
             frames = np.ascontiguousarray(frames, dtype=np.float32)
         finite = np.isfinite(frames)

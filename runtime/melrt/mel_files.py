@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ def read_mel(path: Path, spec: MelSpec) -> NDArray[Any]:
     """One utterance's frames, shape (M, T), not yet checked against the voice's convention.
 
     Args:
-        path: .npy; .npz with one array or one named `mel`; with the export extra also .pt, and audio for copy-synthesis.
+        path: .npy (mapped, not loaded); .npz with one array or one named `mel`; with the export extra also .pt, and audio for
+            copy-synthesis.
         spec: The mel convention, for what has to be computed.
 
     Raises:
@@ -35,7 +37,21 @@ def read_mel(path: Path, spec: MelSpec) -> NDArray[Any]:
         mel = mel[0]
     if mel.ndim != 2:
         raise MelError(f"{path} has shape {mel.shape}; a file holds one utterance, (bands, frames).")
-    return np.asarray(mel)
+    if 0 in mel.shape:
+        raise MelError(f"{path}: mel is empty, shape {mel.shape}.")
+    return np.asanyarray(mel)
+
+
+def mel_pieces(path: Path, spec: MelSpec, frames: int) -> Iterator[NDArray[Any]]:
+    """As `read_mel`, in pieces of at most this many frames; of a .npy file no more than a piece is in memory."""
+    mel = read_mel(path, spec)
+    total = mel.shape[1]
+    mapped = isinstance(mel, np.memmap)
+    if mapped:
+        mel = np.empty(0)
+    for start in range(0, total, frames):
+        # a mapping that is dropped gives its pages back; one that is kept grows to the whole file
+        yield np.array((read_mel(path, spec) if mapped else mel)[:, start : start + frames])
 
 
 def _reader(suffix: str, path: Path) -> EntryPoint:
@@ -54,7 +70,7 @@ def _reader(suffix: str, path: Path) -> EntryPoint:
 def _read_numpy(path: Path) -> NDArray[Any]:
     try:
         if path.suffix.lower() == ".npy":
-            return np.asarray(_bounded(np.load(path, mmap_mode="r", allow_pickle=False), path))
+            return _bounded(np.load(path, mmap_mode="r", allow_pickle=False), path)
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
         if unpacked > MAX_MEL_BYTES:

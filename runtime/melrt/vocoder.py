@@ -1,23 +1,59 @@
-"""The vocoder: mel frames in, waveform out."""
+"""The vocoder: mel frames in, waveform out, whole, in batches and as a stream."""
 
 from __future__ import annotations
 
 import os
+import time
+import weakref
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from melrt.backends import Backend, Choice, open_backend
 from melrt.bundle import Bundle
+from melrt.counters import Stats
+from melrt.edges import Edges
+from melrt.inflight import InFlight, Limits, Request
 from melrt.mel import MelSpec
+from melrt.stream import Stream, StreamPace, stream, stream_async
+from melrt.windows import Field, Policy, Span, plan
+
+Audio = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a vocoder cuts, queues and paces; what is left out is the backend's or melrt's own choice."""
+
+    policy: Policy | None = None
+    """Windows; the backend's own policy if None."""
+    limits: Limits = field(default_factory=Limits)
+    """Of the queue."""
+    edges: Edges = field(default_factory=Edges)
+    """The ends of an utterance: as PyTorch's forward has them by default; `bundle.manifest.edges` is the habit of the voice's project."""
+    pace: StreamPace = field(default_factory=StreamPace)
+    """Of streams."""
 
 
 class Vocoder:
-    """A voice, loaded. Safe to call from several threads."""
+    """A voice, loaded. Every call is safe from several threads, and their work shares the backend's runs."""
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, options: Options | None = None) -> None:
         self.bundle = bundle
         self.backend = backend
+        self.options = options or Options()
+        manifest = bundle.manifest
+        self.field = Field(*manifest.receptive_field, manifest.smallest_input)
+        self.policy = self.options.policy or backend.policy
+        self.policy.check(self.field)
+        self.inflight = InFlight(backend, self.policy, self.options.limits)
+        # A vocoder that is dropped lets its workers go; they do not hold on to it.
+        weakref.finalize(self, self.inflight.stop, drain=False)
 
     @classmethod
     def load(
@@ -28,7 +64,8 @@ class Vocoder:
         precision: str = "auto",
         backend: str = "auto",
         threads: int | None = None,
-    ) -> Vocoder:
+        options: Options | None = None,
+    ) -> Self:
         """Load the best artefact of a bundle that this machine can run.
 
         Args:
@@ -36,7 +73,8 @@ class Vocoder:
             device: `cuda`, `cpu`, or `auto`: CUDA if it works, else the CPU.
             precision: `fp32`, `fp16`, `int8`, or `auto`: the fastest that keeps the voice's quality on the device.
             backend: `onnxruntime` or `auto`.
-            threads: CPU threads for one synthesis; one per physical core if None.
+            threads: CPU threads in all; one per usable core if None.
+            options: Windows, queue, ends and streams.
 
         Raises:
             BundleError: The bundle is missing, damaged or too new.
@@ -44,7 +82,7 @@ class Vocoder:
         """
         choice = Choice(device, precision, backend, threads)
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        return cls(bundle, open_backend(bundle, choice))
+        return cls(bundle, open_backend(bundle, choice), options)
 
     @property
     def spec(self) -> MelSpec:
@@ -56,7 +94,17 @@ class Vocoder:
         """Of the output, Hz."""
         return self.spec.sample_rate
 
-    def __call__(self, mel: ArrayLike) -> NDArray[np.float32]:
+    @property
+    def edges(self) -> Edges:
+        """How the ends of an utterance are treated."""
+        return self.options.edges
+
+    @property
+    def look_back(self) -> int:
+        """Frames before the next one to be computed that a stream holds on to."""
+        return max(self.field.edge, self.policy.frames if self.policy.static else 0)
+
+    def __call__(self, mel: ArrayLike) -> Audio:
         """Turn log-mel frames into a waveform.
 
         Args:
@@ -67,7 +115,79 @@ class Vocoder:
 
         Raises:
             MelError: Wrong number of bands, too few frames, or a value that is not finite.
+            BackendError: The backend failed.
         """
-        frames = self.spec.check(mel, self.bundle.manifest.smallest_input)
-        audio = self.backend.run(frames.reshape(-1, *frames.shape[-2:]))
-        return audio.reshape(*frames.shape[:-2], -1)
+        frames = self.spec.check(mel, self._fewest())
+        audio = list(self._in_order(frames.reshape(-1, *frames.shape[-2:])))
+        return audio[0] if frames.ndim == 2 else np.stack(audio)
+
+    def batch(self, mels: Iterable[ArrayLike]) -> Iterator[Audio]:
+        """Utterances of any lengths, in order; their windows share runs without padding.
+
+        Args:
+            mels: (M, T) each; a generator is read only as far ahead as keeps the backend busy.
+
+        Raises:
+            MelError: As for a call; it names the utterance, and comes when that one's turn has come.
+        """
+        return self._in_order(mels)
+
+    def submit(self, mel: ArrayLike) -> Future[Audio]:
+        """As a call with (M, T), without waiting: a future to wait for, await (`asyncio.wrap_future`) or cancel.
+
+        Raises:
+            MelError: As for a call.
+            QueueFullError: The queue is full, and `Limits.wait` is false.
+        """
+        frames = self.spec.check(mel, self._fewest())
+        if frames.ndim != 2:
+            raise self.spec.wrong_axes(frames.shape)
+        edges = self.edges
+        extended = edges.extend(frames)
+        total = extended.shape[1]
+        windows = plan(Span(edges.left, total - edges.right, total, ended=True), self.field, self.policy)
+        deadline = time.monotonic() + self.options.limits.patience
+        return self.inflight.submit(Request(extended, 0, windows, self.spec.hop, deadline))
+
+    def open_stream(self, pace: StreamPace | None = None) -> Stream:
+        """Open a stream for one utterance: `push(frames)` gives audio as early as it is exact, `flush()` the rest."""
+        return Stream(self, pace or self.options.pace)
+
+    def stream(self, source: Iterable[ArrayLike], pace: StreamPace | None = None) -> Iterator[Audio]:
+        """Audio of an iterable of frames (M, n), piece by piece."""
+        return stream(source, self.open_stream(pace))
+
+    def stream_async(self, source: AsyncIterable[ArrayLike] | Iterable[ArrayLike], pace: StreamPace | None = None) -> AsyncIterator[Audio]:
+        """As `stream`, for `async for`; cancelling the task frees its windows."""
+        return stream_async(source, self.open_stream(pace))
+
+    def stats(self) -> Stats:
+        """Counters for a service to scrape."""
+        return self.inflight.stats()
+
+    def close(self, *, drain: bool = True) -> None:
+        """End the vocoder: after what is queued is done, or (not `drain`) with ClosedError for it."""
+        self.inflight.close(drain=drain)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _fewest(self) -> int:
+        return max(self.field.smallest - self.edges.left - self.edges.right, 1)
+
+    def _in_order(self, mels: Iterable[ArrayLike]) -> Iterator[Audio]:
+        ahead = 2 * self.policy.workers * self.policy.batch
+        pending: deque[Future[Audio]] = deque()
+        try:
+            for mel in mels:
+                pending.append(self.submit(mel))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:  # the caller has gone, or one failed
+                future.cancel()

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from melrt.bundle import Artifact, Bundle
 from melrt.errors import BackendError
+from melrt.windows import GraphKind, Policy
 
 logger = logging.getLogger(__name__)
 
@@ -23,17 +24,19 @@ _AUTO_PRECISIONS = {"cuda": ("fp16", "fp32"), "cpu": ("fp32",)}
 
 
 class Backend(Protocol):
-    """One artefact, loaded on one device. Safe to call from several threads."""
+    """A voice's two graphs, loaded on one device. Safe to call from several threads."""
 
     name: str
     """`onnxruntime`."""
     device: str
     """`cpu` or `cuda`."""
     precision: str
-    """Of the artefact."""
+    """Of the artefacts."""
+    policy: Policy
+    """How it likes its windows."""
 
-    def run(self, mel: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Mel frames (B, M, T) to samples (B, T·hop), a fresh array."""
+    def run(self, graph: GraphKind, mel: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Mel frames (B, M, T) through a graph to samples (B, T·hop), a fresh array."""
         ...
 
 
@@ -64,23 +67,24 @@ def open_backend(bundle: Bundle, choice: Choice) -> Backend:
 
     devices = usable_devices() if choice.device == "auto" else (choice.device,)
     reasons = []
-    for device, artifact in _candidates(bundle, choice, devices):
+    for device, precision, graphs in _candidates(bundle, choice, devices):
         try:
-            return OnnxRuntime(bundle.read(artifact), artifact.precision, device, choice.threads)
+            return OnnxRuntime({graph: bundle.read(artifact) for graph, artifact in graphs.items()}, precision, device, choice.threads)
         except BackendError as error:
-            reasons.append(f"{artifact.file} on {device}: {error}")
-            logger.warning("%s does not run on %s here, trying the next artefact: %s", artifact.file, device, error)
+            reasons.append(f"{precision} on {device}: {error}")
+            logger.warning("%s does not run on %s here, trying the next: %s", precision, device, error)
     if len(reasons) == 1:
         raise BackendError(reasons[0])
     raise BackendError(f"nothing in {bundle.path} runs here. " + " · ".join(reasons) if reasons else _nothing_fits(bundle, choice))
 
 
-def _candidates(bundle: Bundle, choice: Choice, devices: tuple[str, ...]) -> Iterator[tuple[str, Artifact]]:
+def _candidates(bundle: Bundle, choice: Choice, devices: tuple[str, ...]) -> Iterator[tuple[str, str, dict[GraphKind, Artifact]]]:
     for device in devices:
         wanted = _AUTO_PRECISIONS[device] if choice.precision == "auto" else (choice.precision,)
         for precision in wanted:
-            for artifact in bundle.find("onnx", graph="edge", precision=precision):
-                yield device, artifact
+            edge, interior = (bundle.find("onnx", graph=graph, precision=precision) for graph in ("edge", "interior"))
+            if edge and interior:
+                yield device, precision, {"edge": edge[0], "interior": interior[0]}
 
 
 def _nothing_fits(bundle: Bundle, choice: Choice) -> str:

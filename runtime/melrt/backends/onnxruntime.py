@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from melrt.errors import BackendError, MissingExtraError
+from melrt.windows import GraphKind, Policy
 
 _PROVIDERS: dict[str, list[Any]] = {
     "cpu": ["CPUExecutionProvider"],
@@ -15,6 +18,11 @@ _PROVIDERS: dict[str, list[Any]] = {
     "cuda": [("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"}), "CPUExecutionProvider"],
 }
 _ERRORS_ONLY = 3
+# Measured per kept frame (docs/windows.md): shorter windows recompute more context, longer ones fall out of the cache.
+CPU_WINDOW = 128
+# Not confirmed on a GPU: long enough that the context is under a tenth, one shape so that cuDNN chooses its kernels once.
+CUDA_WINDOW = 256
+CUDA_BATCH = 8
 
 
 def usable_devices() -> tuple[str, ...]:
@@ -23,32 +31,26 @@ def usable_devices() -> tuple[str, ...]:
     return ("cuda", "cpu") if "CUDAExecutionProvider" in available else ("cpu",)
 
 
-class OnnxRuntime:
-    """An ONNX model in one session."""
+class OnnxModel:
+    """One ONNX model in one session; safe to call from several threads."""
 
-    name = "onnxruntime"
-
-    def __init__(self, model: bytes, precision: str, device: str, threads: int | None = None) -> None:
+    def __init__(self, model: bytes, device: str = "cpu", threads: int = 0) -> None:
         """Load a model.
 
         Args:
             model: Serialised ONNX, verified by the caller.
-            precision: Of the model.
             device: `cpu` or `cuda`.
-            threads: CPU threads for one run; one per physical core if None.
+            threads: CPU threads that share one run; 0 for one per physical core.
 
         Raises:
             BackendError: ONNX Runtime refuses the model, or the device is not to be had.
         """
         ort = _onnxruntime()
-        self.precision = precision
-        self.device = device
-        if _PROVIDERS[device][0][0] == "CUDAExecutionProvider" and "CUDAExecutionProvider" not in ort.get_available_providers():
+        if device == "cuda" and "CUDAExecutionProvider" not in ort.get_available_providers():
             raise BackendError('this ONNX Runtime has no CUDA: pip uninstall onnxruntime, then pip install "melrt[gpu]"')
         options = ort.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
-        if threads:
-            options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads
         try:
             self._session = ort.InferenceSession(model, options, providers=_PROVIDERS[device])
         except Exception as error:  # ONNX Runtime's exceptions have no common base
@@ -57,11 +59,46 @@ class OnnxRuntime:
             raise BackendError("ONNX Runtime found no usable CUDA device; `melrt doctor` shows what is missing.")
 
     def run(self, mel: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Mel frames (B, M, T) to whatever the model makes of them.
+
+        Raises:
+            BackendError: ONNX Runtime failed.
+        """
         try:
             (audio,) = self._session.run(None, {"mel": mel})
         except Exception as error:  # as above
             raise BackendError(f"ONNX Runtime failed on a mel of shape {mel.shape}: {error}") from error
         return np.asarray(audio, np.float32)
+
+
+class OnnxRuntime:
+    """A voice's two graphs.
+
+    On a CPU every run has one thread, and as many windows run at the same time as there are cores: ONNX Runtime's blocked
+    convolutions divide a run by channels and height only, so that with height 1 half of this network runs on one core anyway.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(self, models: Mapping[GraphKind, bytes], precision: str, device: str, threads: int | None = None) -> None:
+        """Load both graphs; errors as `OnnxModel`'s.
+
+        Args:
+            models: Serialised ONNX of `edge` and `interior`, verified by the caller.
+            precision: Of the models.
+            device: `cpu` or `cuda`.
+            threads: CPU threads in all; one per usable core if None.
+        """
+        self.precision = precision
+        self.device = device
+        self._models = {graph: OnnxModel(model, device, threads=1) for graph, model in models.items()}
+        if device == "cpu":
+            self.policy = Policy(frames=CPU_WINDOW, static=False, batch=1, workers=threads or len(os.sched_getaffinity(0)))
+        else:
+            self.policy = Policy(frames=CUDA_WINDOW, static=True, batch=CUDA_BATCH, workers=1)
+
+    def run(self, graph: GraphKind, mel: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self._models[graph].run(mel)
 
 
 def _onnxruntime() -> Any:

@@ -1,0 +1,274 @@
+"""In-flight batching: windows of all requests, of any length, share the backend's runs.
+
+A request is a plan of windows over frames. Workers take the next window of the most urgent request, add windows of the same
+shape from the other requests up to the batch limit, and run them together. One request's failure touches no other.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from melrt.backends import Backend
+from melrt.counters import Counters, Stats
+from melrt.errors import BackendError, ClosedError, QueueFullError
+from melrt.windows import Policy, Window
+
+Frames = NDArray[np.float32]
+Audio = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a service lets in, and how long it holds windows back."""
+
+    max_windows: int = 4096
+    """Windows waiting, of all requests; while they are as many, a further request is refused or waits."""
+    wait: bool = True
+    """A caller waits for room in the queue; else it gets QueueFullError at once."""
+    wait_timeout: float | None = None
+    """Longest wait for room, seconds; then QueueFullError."""
+    hold: float = 0.002
+    """Longest that a run is held back to fill its batch, seconds."""
+    patience: float = 1.0
+    """A request without a deadline of its own is due this long after it came, seconds."""
+
+    def __post_init__(self) -> None:
+        if self.max_windows < 1 or self.hold < 0 or self.patience < 0:
+            raise BackendError(f"{self}: max_windows is at least 1, hold and patience at least 0 seconds.")
+
+
+class Request:
+    """Some windows over some frames, and the audio that they become; `future` ends with it."""
+
+    def __init__(self, frames: Frames, first_frame: int, windows: Iterable[Window], hop: int, deadline: float) -> None:
+        """Prepare a request.
+
+        Args:
+            frames: (M, n) float32; not copied, and read until the future is done.
+            first_frame: Index of its first frame in the utterance.
+            windows: In order and without a gap, from `plan`.
+            hop: Samples of audio per frame.
+            deadline: When it is due, on `time.monotonic`'s clock.
+        """
+        self.frames = frames
+        self.first_frame = first_frame
+        self.waiting = deque(windows)
+        self.unfinished = len(self.waiting)
+        self.keep_start = self.waiting[0].keep_start if self.waiting else 0
+        kept = self.waiting[-1].keep_stop - self.keep_start if self.waiting else 0
+        self.hop = hop
+        self.audio = np.empty(kept * hop, np.float32)
+        self.deadline = deadline
+        self.arrival = time.monotonic()
+        self.future: Future[Audio] = Future()
+
+    def cut(self, window: Window) -> Frames:
+        """The window's frames."""
+        return self.frames[:, window.start - self.first_frame : window.stop - self.first_frame]
+
+    def keep(self, window: Window, audio: Audio) -> None:
+        """Put the kept part of a window's audio in its place."""
+        source = slice((window.keep_start - window.start) * self.hop, (window.keep_stop - window.start) * self.hop)
+        target = slice((window.keep_start - self.keep_start) * self.hop, (window.keep_stop - self.keep_start) * self.hop)
+        self.audio[target] = audio[source]
+
+
+Job = tuple[Request, Window]
+
+
+class InFlight:
+    """The queue and its workers. The threads start with the first request, and belong to the process that loaded the voice."""
+
+    def __init__(self, backend: Backend, policy: Policy, limits: Limits) -> None:
+        self.backend = backend
+        self.policy = policy
+        self.limits = limits
+        self._counters = Counters()
+        self._pid = os.getpid()
+        self._requests: list[Request] = []  # those with windows waiting
+        self._waiting_windows = 0
+        self._closing = False
+        self._changed = threading.Condition()
+        self._threads: list[threading.Thread] = []
+
+    def submit(self, request: Request) -> Future[Audio]:
+        """Queue a request; its future ends with the audio or an error, and can be cancelled.
+
+        Raises:
+            QueueFullError: No room, and the limits say not to wait (longer).
+            ClosedError: After `close`.
+            BackendError: In a process forked after the vocoder was loaded.
+        """
+        if self._pid != os.getpid():
+            raise BackendError(f"this vocoder was loaded in process {self._pid}; its threads did not survive the fork. Load one here.")
+        with self._changed:
+            self._wait_for_room()
+            self._counters.requests += 1
+            if request.waiting:
+                self._requests.append(request)
+                self._waiting_windows += len(request.waiting)
+                self._start_threads()
+                self._changed.notify_all()
+        if not request.unfinished:
+            request.future.set_result(request.audio)
+        request.future.add_done_callback(lambda future: self._forget(request) if future.cancelled() else None)
+        return request.future
+
+    def count_underrun(self) -> None:
+        """A stream's listener ran out of audio."""
+        with self._changed:
+            self._counters.underruns += 1
+
+    def stats(self) -> Stats:
+        """What a service scrapes."""
+        with self._changed:
+            return self._counters.stats(self._waiting_windows, len(self._requests), self.policy.batch)
+
+    def close(self, *, drain: bool = True) -> None:
+        """Let no more in, and end the workers: after the queue is done, or (not `drain`) with ClosedError for what waits."""
+        for thread in self.stop(drain=drain):
+            if thread is not threading.current_thread():
+                thread.join()
+
+    def stop(self, *, drain: bool) -> list[threading.Thread]:
+        """As `close`, without waiting for the workers, which are returned."""
+        if self._pid != os.getpid():
+            return []  # the workers, and perhaps a held lock, belong to the parent process
+        with self._changed:
+            self._closing = True
+            dropped = [] if drain else list(self._requests)
+            self._changed.notify_all()
+        for request in dropped:
+            self._fail(request, ClosedError("the vocoder was closed before this was computed."))
+        return self._threads
+
+    def _wait_for_room(self) -> None:
+        until = None if self.limits.wait_timeout is None else time.monotonic() + self.limits.wait_timeout
+        while not self._closing and self._waiting_windows >= self.limits.max_windows:
+            left = None if until is None else until - time.monotonic()
+            if not self.limits.wait or (left is not None and left <= 0) or not self._changed.wait(left):
+                self._counters.rejected += 1
+                raise QueueFullError(
+                    f"{self._waiting_windows} windows are waiting, the limit is {self.limits.max_windows}; "
+                    "try again later, or raise Limits.max_windows."
+                )
+        if self._closing:
+            raise ClosedError("the vocoder is closed; load it again.")
+
+    def _start_threads(self) -> None:
+        while len(self._threads) < self.policy.workers:
+            thread = threading.Thread(target=self._work, name=f"melrt-{len(self._threads)}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._requests:
+                    if self._closing:
+                        return
+                    self._changed.wait()
+                jobs = self._take()
+            self._run(jobs)
+
+    def _take(self) -> list[Job]:
+        """Windows for one run: the most urgent, and mates of its shape from any request. Holds the lock."""
+        window = min(self._requests, key=_urgency).waiting[0]
+        if self.policy.batch > 1:
+            self._hold(window)
+        jobs: list[Job] = []
+        for request in sorted(self._requests, key=_urgency):
+            mates = islice((other for other in request.waiting if _mates(other, window)), self.policy.batch - len(jobs))
+            for mate in list(mates):
+                request.waiting.remove(mate)
+                jobs.append((request, mate))
+            if not request.waiting:
+                self._requests.remove(request)
+            if len(jobs) == self.policy.batch:
+                break
+        self._waiting_windows -= len(jobs)
+        self._changed.notify_all()
+        return jobs
+
+    def _hold(self, window: Window) -> None:
+        """Wait a little for more windows of this shape. Holds the lock, except while it waits: other workers may take some."""
+        until = time.monotonic() + self.limits.hold
+        while not self._closing and (left := until - time.monotonic()) > 0:
+            mates = sum(_mates(other, window) for request in self._requests for other in request.waiting)
+            if mates >= self.policy.batch or not mates:
+                return
+            self._changed.wait(left)
+
+    def _run(self, jobs: list[Job]) -> None:
+        """Run a batch and deliver. If it fails, each window runs alone, so that only the guilty request fails."""
+        jobs = [(request, window) for request, window in jobs if not request.future.done()]
+        if not jobs:
+            return
+        start = time.monotonic()
+        try:
+            audio = self.backend.run(jobs[0][1].graph, np.stack([request.cut(window) for request, window in jobs]))
+            if not np.isfinite(audio).all():
+                raise BackendError(
+                    f"{self.backend.name} gave samples that are not finite; is {self.backend.precision} enough for this voice?"
+                )
+        except Exception as error:  # whatever a backend raises belongs to the request, and must not end the worker
+            if len(jobs) == 1:
+                self._fail(jobs[0][0], error)
+            else:
+                for job in jobs:
+                    self._run([job])
+            return
+        with self._changed:
+            self._counters.ran(len(jobs), time.monotonic() - start)
+        for (request, window), samples in zip(jobs, audio, strict=True):
+            request.keep(window, samples)
+            self._finish(request)
+
+    def _finish(self, request: Request) -> None:
+        """Count a window as done; the last one delivers."""
+        with self._changed:
+            request.unfinished -= 1
+            if request.unfinished or not request.future.set_running_or_notify_cancel():
+                return
+            self._counters.latencies.append(time.monotonic() - request.arrival)
+        request.future.set_result(request.audio)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        self._remove(request)
+        with self._changed:
+            if request.future.done() or not request.future.set_running_or_notify_cancel():
+                return
+            self._counters.failed += 1
+        request.future.set_exception(error)
+
+    def _forget(self, request: Request) -> None:
+        """A cancelled request frees its windows."""
+        self._remove(request)
+        with self._changed:
+            self._counters.cancelled += 1
+
+    def _remove(self, request: Request) -> None:
+        with self._changed:
+            if request in self._requests:
+                self._requests.remove(request)
+                self._waiting_windows -= len(request.waiting)
+                request.waiting.clear()
+                self._changed.notify_all()
+
+
+def _urgency(request: Request) -> tuple[float, float]:
+    return request.deadline, request.arrival
+
+
+def _mates(one: Window, other: Window) -> bool:
+    return one.graph == other.graph and one.frames == other.frames

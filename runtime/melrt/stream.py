@@ -1,0 +1,182 @@
+"""Streams: frames in as an acoustic model makes them, audio out as early as it is exact."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from melrt.errors import ClosedError, MelError
+from melrt.inflight import Request
+from melrt.windows import Span, plan, ready
+
+if TYPE_CHECKING:
+    from melrt.vocoder import Vocoder
+
+Audio = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamPace:
+    """How a stream trades latency for throughput."""
+
+    first: int = 8
+    """Frames of the first piece of audio: it is out that many frames, and the look-ahead, after the first frame came."""
+    growth: float = 2.0
+    """Each piece waits for this many times the frames of the last, until a window is full."""
+
+    def __post_init__(self) -> None:
+        if self.first < 1 or self.growth < 1:
+            raise MelError(f"{self}: first is at least 1 frame, growth at least 1.")
+
+
+class Stream:
+    """One utterance, frames coming in and audio going out; what it gives, joined, is what `vocoder(mel)` gives. For one thread."""
+
+    def __init__(self, vocoder: Vocoder, pace: StreamPace) -> None:
+        self._vocoder = vocoder
+        self._edges = vocoder.edges
+        self._size = float(pace.first)
+        self._growth = pace.growth
+        self._frames = np.empty((vocoder.spec.n_mels, 0), np.float32)
+        self._base = 0  # index of the first frame that is still held
+        self._received = 0
+        self._done = self._edges.left  # frames, of the utterance with its extension, whose audio is out
+        self._stop: int | None = None  # where the utterance ends, once it has
+        self._closed = False
+        self._playing_until: float | None = None
+
+    def push(self, frames: ArrayLike) -> Audio:
+        """Take frames, and give the audio that is ready (often none, and then more at once).
+
+        Args:
+            frames: (M, n) log-mel frames, n may be 0 or 1.
+
+        Returns:
+            Samples, shape (k * hop,), that follow those given before.
+
+        Raises:
+            MelError: Wrong number of bands, or a value that is not finite; the stream goes on without these frames.
+            QueueFullError: No room now; the frames are kept, and a later push gives their audio too.
+            ClosedError: After `flush`, `close`, or an error of the backend.
+        """
+        return self._wait(self.submit(frames))
+
+    def flush(self) -> Audio:
+        """End the utterance, and give the rest of its audio; empty if no frame ever came.
+
+        Raises:
+            MelError: Fewer frames came than the network takes.
+        """
+        return self._wait(self.submit_end())
+
+    def close(self) -> None:
+        """Drop what is held; for an utterance that nobody listens to any more."""
+        self._closed = True
+        self._frames = self._frames[:, :0]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def submit(self, frames: ArrayLike) -> Future[Audio]:
+        """As `push`, for callers that wait in their own way; the next call only after this one's future is done."""
+        self._check_open()
+        mel = self._vocoder.spec.check_frames(frames)
+        if mel.shape[1] and not self._received:
+            mel = np.concatenate([self._edges.before(mel), mel], axis=1)
+        self._hold(mel)
+        until = ready(self._received, False, self._vocoder.field)
+        return self._submit(until if until - self._done >= self._size else self._done, ended=False)
+
+    def submit_end(self) -> Future[Audio]:
+        """As `flush`, for callers that wait in their own way."""
+        self._check_open()
+        if self._stop is None:
+            self._stop = self._received
+            if self._received:
+                self._hold(self._edges.after(self._frames))
+        if 0 < self._received < self._vocoder.field.smallest:
+            self._closed = True
+            raise self._vocoder.spec.too_short(self._received, self._vocoder.field.smallest)
+        future = self._submit(self._stop, ended=True)
+        self._closed = True
+        return future
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the stream has ended; open another for another utterance.")
+
+    def _hold(self, mel: NDArray[np.float32]) -> None:
+        """Keep new frames, and of the old ones only those that a later window may still look back to."""
+        keep_from = max(self._done - self._vocoder.look_back, self._base)
+        self._frames = np.concatenate([self._frames[:, keep_from - self._base :], mel], axis=1)
+        self._base = keep_from
+        self._received += mel.shape[1]
+
+    def _submit(self, stop: int, *, ended: bool) -> Future[Audio]:
+        span = Span(self._done, stop, self._received, ended)
+        windows = plan(span, self._vocoder.field, self._vocoder.policy)
+        deadline = self._playing_until or time.monotonic()
+        request = Request(self._frames, self._base, windows, self._vocoder.spec.hop, deadline)
+        future = self._vocoder.inflight.submit(request)
+        if stop > self._done:
+            self._done = stop
+            self._size = min(self._size * self._growth, self._vocoder.policy.frames)
+            future.add_done_callback(self._heard)
+        return future
+
+    def _heard(self, future: Future[Audio]) -> None:
+        """Keep the listener's clock: from the first audio on, playback goes on without a break until what was given is played."""
+        if future.cancelled() or future.exception():
+            self._closed = True  # what was lost leaves a gap
+            return
+        now = time.monotonic()
+        if self._playing_until is not None and now > self._playing_until:
+            self._vocoder.inflight.count_underrun()
+        self._playing_until = max(self._playing_until or now, now) + len(future.result()) / self._vocoder.sample_rate
+
+    def _wait(self, future: Future[Audio]) -> Audio:
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # an interrupted caller takes its windows along
+            raise
+
+
+def stream(source: Iterable[ArrayLike], opened: Stream) -> Iterator[Audio]:
+    """Audio of an iterable of frames, piece by piece, without empty pieces."""
+    with opened:
+        for frames in source:
+            if (audio := opened.push(frames)).size:
+                yield audio
+        if (audio := opened.flush()).size:
+            yield audio
+
+
+async def stream_async(source: AsyncIterable[ArrayLike] | Iterable[ArrayLike], opened: Stream) -> AsyncIterator[Audio]:
+    """As `stream`, without blocking the event loop; cancelling the task frees its windows."""
+    import asyncio
+
+    with opened:
+        async for frames in _each(source):
+            if (audio := await asyncio.wrap_future(opened.submit(frames))).size:
+                yield audio
+        if (audio := await asyncio.wrap_future(opened.submit_end())).size:
+            yield audio
+
+
+async def _each(source: AsyncIterable[ArrayLike] | Iterable[ArrayLike]) -> AsyncIterator[ArrayLike]:
+    if isinstance(source, AsyncIterable):
+        async for frames in source:
+            yield frames
+    else:
+        for frames in source:
+            yield frames
