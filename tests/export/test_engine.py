@@ -29,7 +29,7 @@ def test_an_engine_joins_the_bundle(tiny_bundle: Bundle, precision: str) -> None
     assert (entry.target["flavour"], entry.target["compute_capability"]) == ("tensorrt_rtx", "portable")
     assert seen
     assert all(0 <= done <= total for _, done, total in seen)
-    assert len(bundle.find("onnx")) == 2, "what was there stays"
+    assert len(bundle.find("onnx")) == 4, "what was there stays"
 
 
 def test_a_graph_that_is_not_what_it_says_is_refused(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,8 @@ from melrt_export.parity import FP16_MIN_SNR_DB, FP32_MAX_ABS, Difference, pytor
 def test_same_checkpoint_gives_the_same_bytes(tiny_checkpoint: Path, tiny_bundle_path: Path, tmp_path: Path) -> None:
     again = export_voice(tiny_checkpoint, tmp_path / "again.melrt").path
     files = sorted(file.name for file in tiny_bundle_path.iterdir())
-    assert files == ["edge.fp16.onnx", "edge.fp32.onnx", "manifest.json", "reference.audio.npy", "reference.mel.npy"]
+    graphs = ["edge.fp16.onnx", "edge.fp32.onnx", "interior.fp16.onnx", "interior.fp32.onnx"]
+    assert files == [*graphs, "manifest.json", "reference.audio.npy", "reference.mel.npy"]
     for name in files:
         assert (again / name).read_bytes() == (tiny_bundle_path / name).read_bytes(), name
 
@@ -40,9 +41,11 @@ def test_a_lone_model_file_knows_its_voice(tiny_bundle_path: Path) -> None:
 
 
 def test_parity_is_in_the_manifest(tiny_bundle_path: Path) -> None:
-    full, half = Bundle.open(tiny_bundle_path).find("onnx")
-    assert 0 < full.quality["max_abs"] <= FP32_MAX_ABS
-    assert min(half.quality["snr_db"], half.quality["half_snr_db"]) >= FP16_MIN_SNR_DB
+    bundle = Bundle.open(tiny_bundle_path)
+    for graph in ("edge", "interior"):
+        full, half = bundle.find("onnx", graph=graph)
+        assert 0 < full.quality["max_abs"] <= FP32_MAX_ABS
+        assert min(half.quality["snr_db"], half.quality["half_snr_db"]) >= FP16_MIN_SNR_DB
 
 
 def test_a_wrong_graph_fails_the_export_and_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +76,7 @@ def test_a_failed_overwrite_keeps_the_old_bundle(tiny_checkpoint: Path, tiny_bun
 def test_verify_measures_against_pytorch(tiny_bundle: Bundle, tiny_checkpoint: Path) -> None:
     for checkpoint in (None, load_checkpoint(tiny_checkpoint)):
         rows = list(verify(tiny_bundle, checkpoint))
-        assert [row.file for row in rows] == ["edge.fp32.onnx", "edge.fp16.onnx"]
+        assert [row.file for row in rows] == ["edge.fp32.onnx", "interior.fp32.onnx", "edge.fp16.onnx", "interior.fp16.onnx"]
         assert all(row.passed for row in rows)
 
 

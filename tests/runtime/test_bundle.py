@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from melrt.bundle import MANIFEST, Artifact, Bundle, Manifest
+from melrt.edges import Edges
 from melrt.errors import BundleError
 from melrt.mel import MelSpec
 
@@ -17,7 +18,7 @@ SPEC = MelSpec()
 
 
 def manifest() -> Manifest:
-    return Manifest("x", SPEC, {"channels": 4}, (6, 6), 4, {"source": "x.pt"})
+    return Manifest("x", SPEC, {"channels": 4}, (6, 6), 4, Edges(), {"source": "x.pt"})
 
 
 @pytest.fixture
@@ -69,6 +70,8 @@ def edit(bundle: Bundle, change) -> Path:
         (lambda m: m["spec"].update(log="log2"), "log is 'log2'"),
         (lambda m: m.update(smallest_input=-1), "smallest_input is -1"),
         (lambda m: m.update(receptive_field=[6]), "damaged"),
+        (lambda m: m["edges"].update(left=-1), "left is -1"),
+        (lambda m: m["edges"].update(value="-5"), "value is '-5'"),
     ],
 )
 def test_impossible_manifests(bundle: Bundle, change, message: str) -> None:

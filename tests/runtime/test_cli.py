@@ -22,7 +22,7 @@ def test_from_checkpoint_to_sound(melrt, tiny_checkpoint: Path, tmp_path: Path) 
     assert "edge.fp16.onnx" in out
     code, out, _ = melrt("verify", voice, "--checkpoint", tiny_checkpoint)
     assert code == 0
-    assert out.count("pass") == 2
+    assert out.count("pass") == 4
     code, out, _ = melrt("info", voice)
     assert code == 0
     assert "6 frames before, 6 after (70 ms look-ahead)" in out

@@ -1,0 +1,263 @@
+"""The queue: urgent first, one failure alone, cancellation frees, limits hold, and nothing hangs."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+from concurrent.futures import CancelledError, Future
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from melrt import Vocoder
+from melrt.bundle import Bundle
+from melrt.errors import BackendError, ClosedError, QueueFullError
+from melrt.inflight import Limits
+from melrt.vocoder import Options
+from melrt.windows import Policy
+
+
+class Echo:
+    """A backend whose every sample says which frame it stands for; it can be held, and fails on frames that hold 99."""
+
+    name, device, precision = "echo", "cpu", "fp32"
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.go = threading.Event()
+        self.go.set()
+        self.runs: list[tuple[int, int]] = []
+        self.first: list[float] = []
+        self.started = threading.Semaphore(0)
+
+    def run(self, graph: str, mel: np.ndarray) -> np.ndarray:
+        self.runs.append((len(mel), mel.shape[2]))
+        self.first.append(float(mel[0, 0, 0]))
+        self.started.release()
+        assert self.go.wait(10)
+        if (mel == 99).any():
+            raise RuntimeError("the planted failure")
+        return np.repeat(mel[:, 0], 256, axis=1)
+
+
+def load(bundle: Path, policy: Policy, **limits: object) -> tuple[Vocoder, Echo]:
+    echo = Echo(policy)
+    return Vocoder(Bundle.open(bundle), echo, Options(limits=Limits(**limits))), echo
+
+
+ONE = Policy(64, static=False, batch=1, workers=1)
+BATCHED = Policy(64, static=True, batch=4, workers=1)
+
+
+def constant(value: float, frames: int = 20) -> np.ndarray:
+    return np.full((80, frames), value, np.float32)
+
+
+def test_urgent_windows_go_first(tiny_bundle_path: Path) -> None:
+    vocoder, echo = load(tiny_bundle_path, ONE)
+    echo.go.clear()
+    blocker = vocoder.submit(constant(0))
+    assert echo.started.acquire(timeout=5)
+    slow = [vocoder.submit(constant(value)) for value in (1, 2)]
+    opened = vocoder.open_stream()
+    live = opened.submit(constant(3))
+    echo.go.set()
+    for future in (blocker, *slow, live):
+        future.result(5)
+    assert echo.first == [0, 3, 1, 2], "the stream overtakes, the others keep their order"
+    vocoder.close()
+
+
+def test_windows_of_one_shape_share_a_run(tiny_bundle_path: Path) -> None:
+    vocoder, echo = load(tiny_bundle_path, BATCHED, hold=0)
+    echo.go.clear()
+    first = vocoder.submit(constant(0))
+    assert echo.started.acquire(timeout=5)
+    mels = [constant(value, frames) for value, frames in ((1, 100), (2, 130), (3, 64), (4, 7))]
+    futures = [vocoder.submit(mel) for mel in mels]
+    echo.go.set()
+    for mel, future in zip(mels, futures, strict=True):
+        assert (future.result(5) == mel[0, 0]).all()
+    first.result(5)
+    assert sorted(echo.runs) == [(1, 7), (1, 20), (2, 12), (2, 64), (4, 12), (4, 64)]
+    assert vocoder.stats().batch_fill == pytest.approx(14 / 24)
+    vocoder.close()
+
+
+def test_a_held_run_waits_for_mates_but_not_for_ever(tiny_bundle_path: Path) -> None:
+    vocoder, echo = load(tiny_bundle_path, BATCHED, hold=60)
+    futures = [vocoder.submit(constant(value)) for value in range(4)]
+    for future in futures:
+        future.result(10)  # a full batch is not held
+    assert echo.runs == [(4, 20)]
+    vocoder.inflight.limits = Limits(hold=0.01)
+    vocoder.submit(constant(5)).result(10)
+    assert echo.runs[-1] == (1, 20)
+    vocoder.close()
+
+
+def test_one_failure_touches_no_other(tiny_bundle_path: Path) -> None:
+    vocoder, _ = load(tiny_bundle_path, BATCHED, hold=0.2)
+    futures = [vocoder.submit(constant(value)) for value in (1, 99, 2)]
+    with pytest.raises(RuntimeError, match="planted"):
+        futures[1].result(5)
+    assert (futures[0].result(5) == 1).all()
+    assert (futures[2].result(5) == 2).all()
+    assert (vocoder(constant(3)) == 3).all(), "the worker lives on"
+    opened = vocoder.open_stream()
+    with pytest.raises(RuntimeError, match="planted"):
+        opened.push(constant(99))
+    with pytest.raises(ClosedError):
+        opened.push(constant(1))
+    assert vocoder.stats().failed == 2
+    vocoder.close()
+
+
+def test_samples_that_are_not_finite_are_an_error(tiny_bundle_path: Path) -> None:
+    vocoder, echo = load(tiny_bundle_path, ONE)
+    echo.run = lambda graph, mel: np.full((1, mel.shape[2] * 256), np.nan, np.float32)  # type: ignore[method-assign]
+    with pytest.raises(BackendError, match=r"not finite; is fp32 enough"):
+        vocoder(constant(1))
+    vocoder.close()
+
+
+def test_cancellation_frees_the_windows(tiny_bundle_path: Path) -> None:
+    vocoder, echo = load(tiny_bundle_path, ONE)
+    echo.go.clear()
+    running = vocoder.submit(constant(0, 500))
+    assert echo.started.acquire(timeout=5)
+    waiting = [vocoder.submit(constant(1, 500)) for _ in range(3)]
+    before = vocoder.stats().queue_windows
+    assert all(future.cancel() for future in waiting)
+    assert vocoder.stats().queue_windows == before - 3 * 10
+    assert running.cancel()
+    echo.go.set()
+    with pytest.raises(CancelledError):
+        running.result(5)
+    assert (vocoder(constant(2)) == 2).all()
+    assert len(echo.runs) == 2, "of the cancelled requests only the window that was running ran"
+    assert (vocoder.stats().cancelled, vocoder.stats().queue_windows) == (4, 0)
+    vocoder.close()
+
+
+def test_a_full_queue_pushes_back(tiny_bundle_path: Path) -> None:
+    vocoder, echo = load(tiny_bundle_path, ONE, max_windows=2, wait=False)
+    echo.go.clear()
+    futures = [vocoder.submit(constant(0))]
+    assert echo.started.acquire(timeout=5)
+    futures += [vocoder.submit(constant(value)) for value in (1, 2)]
+    with pytest.raises(QueueFullError, match=r"2 windows are waiting, the limit is 2; try again later"):
+        vocoder.submit(constant(3))
+    opened = vocoder.open_stream()
+    with pytest.raises(QueueFullError):
+        opened.push(constant(4))
+    echo.go.set()
+    for future in futures:
+        future.result(5)
+    audio = np.concatenate([opened.push(constant(4, 0)), opened.flush()])
+    assert audio.shape == (20 * 256,), "a refused push keeps its frames"
+    assert vocoder.stats().rejected == 2
+    vocoder.close()
+
+
+def test_a_caller_that_waits_for_room_waits_no_longer_than_it_said(tiny_bundle_path: Path) -> None:
+    vocoder, echo = load(tiny_bundle_path, ONE, max_windows=1, wait_timeout=0.05)
+    echo.go.clear()
+    futures = [vocoder.submit(constant(0))]
+    assert echo.started.acquire(timeout=5)
+    futures.append(vocoder.submit(constant(1)))
+    with pytest.raises(QueueFullError):
+        vocoder.submit(constant(2))
+    late: list[Future[np.ndarray]] = []
+    vocoder.inflight.limits = Limits(max_windows=1)
+    waiter = threading.Thread(target=lambda: late.append(vocoder.submit(constant(3))))
+    waiter.start()
+    echo.go.set()
+    waiter.join(5)
+    assert (late[0].result(5) == 3).all()
+    vocoder.close()
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_close_drains_or_cancels_as_asked(tiny_bundle_path: Path, drain: bool) -> None:
+    vocoder, echo = load(tiny_bundle_path, ONE)
+    echo.go.clear()
+    running = vocoder.submit(constant(0))
+    assert echo.started.acquire(timeout=5)
+    waiting = vocoder.submit(constant(1))
+    closer = threading.Thread(target=lambda: vocoder.close(drain=drain))
+    closer.start()
+    time.sleep(0.05)
+    with pytest.raises(ClosedError, match="load it again"):
+        vocoder.submit(constant(2))
+    echo.go.set()
+    closer.join(5)
+    assert not closer.is_alive()
+    assert (running.result(0) == 0).all()
+    if drain:
+        assert (waiting.result(0) == 1).all()
+    else:
+        with pytest.raises(ClosedError):
+            waiting.result(0)
+
+
+def test_a_dropped_vocoder_lets_its_workers_go(tiny_bundle_path: Path) -> None:
+    vocoder, _ = load(tiny_bundle_path, ONE)
+    vocoder(constant(1))
+    (worker,) = vocoder.inflight._threads
+    del vocoder
+    worker.join(5)
+    assert not worker.is_alive()
+
+
+def test_a_generator_is_read_only_as_far_as_needed(tiny_bundle_path: Path) -> None:
+    vocoder, _ = load(tiny_bundle_path, ONE)
+    read: list[int] = []
+
+    def source():
+        for value in range(100):
+            read.append(value)
+            yield constant(value)
+
+    audio = vocoder.batch(source())
+    assert (next(audio) == 0).all()
+    assert len(read) <= 4
+    audio.close()
+    assert vocoder.stats().queue_windows == 0
+    vocoder.close()
+
+
+def _in_child(vocoder: Vocoder, answers) -> None:
+    try:
+        vocoder(constant(1))
+    except BackendError as error:
+        answers.put(str(error))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_is_refused_clearly(tiny_bundle_path: Path) -> None:
+    vocoder, _ = load(tiny_bundle_path, ONE)
+    vocoder(constant(1))
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    child = context.Process(target=_in_child, args=(vocoder, answers))
+    child.start()
+    assert "did not survive the fork. Load one here." in answers.get(timeout=20)
+    child.join(20)
+    assert child.exitcode == 0
+    vocoder.close()
+
+
+def test_underruns_are_counted(tiny_bundle_path: Path) -> None:
+    vocoder, _ = load(tiny_bundle_path, ONE)
+    opened = vocoder.open_stream()
+    assert opened.push(constant(1)).size == 14 * 256  # 163 ms to play
+    opened.push(constant(1, 16))
+    assert vocoder.stats().underruns == 0
+    time.sleep(0.5)
+    opened.push(constant(1, 64))
+    time.sleep(0.02)
+    assert vocoder.stats().underruns == 1
+    vocoder.close()

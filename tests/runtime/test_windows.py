@@ -1,0 +1,99 @@
+"""The planner: every sample once, each with its full context or at the utterance's true end, for any network, length and policy."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from melrt.errors import BackendError
+from melrt.windows import Field, Policy, Span, Window, plan, ready
+
+FIELDS = st.builds(Field, left=st.integers(0, 14), right=st.integers(0, 14), smallest=st.integers(1, 9))
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> tuple[Field, Policy]:
+    field = draw(FIELDS)
+    frames = draw(st.integers(field.edge + 1, field.edge + 80))
+    return field, Policy(frames, static=draw(st.booleans()), batch=draw(st.integers(1, 8)), workers=draw(st.integers(1, 5)))
+
+
+def check(window: Window, span: Span, field: Field, policy: Policy) -> None:
+    """What makes a window exact."""
+    assert 0 <= window.start <= window.keep_start < window.keep_stop <= window.stop <= span.received
+    whole = window.start == 0 and window.stop == span.received and span.ended
+    left = window.keep_start - window.start >= field.left
+    right = window.stop - window.keep_stop >= field.right
+    if window.graph == "interior":
+        assert left
+        assert right
+        assert window.frames == policy.frames if policy.static else window.frames <= policy.frames
+    else:
+        assert left or window.start == 0
+        assert right or (span.ended and window.stop == span.received)
+        # long enough for every reflection, and for what a reflection reaches, unless the utterance itself is shorter
+        assert window.frames >= field.edge or whole
+
+
+@settings(max_examples=400)
+@given(networks(), st.integers(1, 700))
+def test_a_whole_utterance(network: tuple[Field, Policy], total: int) -> None:
+    field, policy = network
+    span = Span(0, total, total, ended=True)
+    windows = list(plan(span, field, policy))
+    for window in windows:
+        check(window, span, field, policy)
+    assert [w.keep_start for w in windows] == [0, *(w.keep_stop for w in windows[:-1])]
+    assert windows[-1].keep_stop == total
+    if policy.static:
+        edges = [w for w in windows if w.graph == "edge"]
+        assert len(edges) <= 2
+        assert total < policy.frames or all(w.frames == field.edge for w in edges)
+
+
+@settings(max_examples=400)
+@given(networks(), st.lists(st.integers(0, 120), min_size=1, max_size=12), st.integers(0, 40))
+def test_a_stream_in_any_pieces(network: tuple[Field, Policy], pieces: list[int], least: int) -> None:
+    """Frames come in any pieces, and go out whenever at least so many are ready."""
+    field, policy = network
+    received = done = 0
+    kept: list[Window] = []
+    for piece in pieces:
+        received += piece
+        until = ready(received, False, field)
+        if until - done >= least:
+            span = Span(done, until, received, ended=False)
+            windows = list(plan(span, field, policy))
+            for window in windows:
+                check(window, span, field, policy)
+            kept += windows
+            done = max(done, until)
+    span = Span(done, received, received, ended=True)
+    last = list(plan(span, field, policy))
+    for window in last:
+        check(window, span, field, policy)
+    kept += last
+    assert [w.keep_start for w in kept] == [0, *(w.keep_stop for w in kept[:-1])][: len(kept)]
+    assert (kept[-1].keep_stop if kept else 0) == received
+
+
+def test_the_published_generator() -> None:
+    """Context 6 and 6: one static window of 64 keeps 52 frames; each end is 12 frames long and keeps 6."""
+    field = Field(6, 6, 4)
+    policy = Policy(frames=64, static=True, batch=8, workers=1)
+    assert list(plan(Span(0, 120, 120, True), field, policy)) == [
+        Window("edge", 0, 12, 0, 6), Window("interior", 0, 64, 6, 58), Window("interior", 52, 116, 58, 110),
+        Window("interior", 56, 120, 110, 114), Window("edge", 108, 120, 114, 120),
+    ]  # fmt: skip
+    assert list(plan(Span(0, 63, 63, True), field, policy)) == [Window("edge", 0, 63, 0, 63)]
+    free = Policy(frames=64, static=False, batch=1, workers=2)
+    assert list(plan(Span(0, 60, 60, True), field, free)) == [Window("edge", 0, 60, 0, 60)]
+    assert list(plan(Span(0, 100, 100, True), field, free)) == [Window("edge", 0, 56, 0, 50), Window("edge", 44, 100, 50, 100)]
+
+
+def test_windows_that_keep_nothing_are_refused() -> None:
+    with pytest.raises(BackendError, match=r"windows of 12 frames leave nothing.*at least 13"):
+        Policy(12, static=True, batch=1, workers=1).check(Field(6, 6, 4))
+    with pytest.raises(BackendError, match="workers is 0"):
+        Policy(64, static=True, batch=1, workers=0)
