@@ -29,21 +29,14 @@ def bench(
     """Time a voice against PyTorch and a plain ONNX export on the CPU: one interleaved run, medians, outputs checked."""
     from melrt_benchmarks.bench import run_bench
 
-    try:
-        lengths = [float(part) for part in seconds.split(",")]
-    except ValueError:
-        raise MelrtError(f"--seconds is {seconds!r}; it is lengths in seconds, as in 1,4,10.") from None
-    if not all(0 < length <= 600 for length in lengths) or rounds < 3:
-        raise MelrtError(f"--seconds {seconds} --rounds {rounds}: lengths lie above 0 and up to 600 s, and there are at least 3 rounds.")
-    with Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=Console(stderr=True), transient=True
-    ) as bar:
+    lengths = _lengths("seconds", seconds)
+    if rounds < 3:
+        raise MelrtError(f"--rounds is {rounds}; it is at least 3, or there is no spread to tell of.")
+    with _steps() as bar:
         task = bar.add_task("loading", total=None)
         report = run_bench(voice, checkpoint, lengths, rounds, threads or len(os.sched_getaffinity(0)),
                            lambda step: bar.update(task, description=step))  # fmt: skip
-    if json_file:
-        with whole_file(json_file) as temporary:
-            temporary.write_text(json.dumps(report, indent=1) + "\n")
+    _write(json_file, report)
     table = Table("audio s", "contender", "median ms", "p90 ms", "real-time factor", "times real time", "against PyTorch", "max abs")
     for row in report["results"]:
         wrong = "" if row["correct"] else " [bold red]WRONG[/]"
@@ -54,3 +47,79 @@ def bench(
     console.print(table)
     machine = report["environment"]
     console.print(f"{machine['cpu']}, {machine['threads']} threads, {rounds} rounds, load {machine['load_1min']}", markup=False)
+
+
+def bench_streams(
+    voice: Annotated[Path, typer.Argument(metavar="VOICE.melrt", help="The bundle.")],
+    chunk: Annotated[int, typer.Option(help="Frames that come at once.")] = 16,
+    buffer: Annotated[float, typer.Option(help="Seconds of audio that a listener has in hand.")] = 0.2,
+    seconds: Annotated[float, typer.Option(help="How long each listener listens.")] = 8.0,
+    step: Annotated[int, typer.Option(help="By how many streams the load rises.")] = 2,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+) -> None:
+    """Find how many real-time streams this machine holds without underrun, with in-flight batching and without."""
+    from melrt_benchmarks.bench import environment
+    from melrt_benchmarks.streams import Load, most_streams
+
+    if chunk < 8 or not 0 < buffer < 60 or not 0 < seconds <= 600 or step < 1:
+        raise MelrtError("--chunk is at least 8 frames, --buffer and --seconds above 0, --step at least 1.")
+    with _steps() as bar:
+        task = bar.add_task("loading", total=None)
+        rows = most_streams(str(voice), Load(chunk, buffer, seconds), step, threads, lambda text: bar.update(task, description=text))
+    used = threads or len(os.sched_getaffinity(0))
+    _write(
+        json_file,
+        {"schema": 1, "load": {"chunk": chunk, "buffer": buffer, "seconds": seconds}, "environment": environment(used), "results": rows},
+    )
+    table = Table("streams", "", "late", "of", "latency p50 ms", "p99", "first audio p50 ms", "p99", "")
+    for row in rows:
+        kind, verdict = ("in flight" if row["in_flight"] else "each alone"), ("held" if row["held"] else "[red]too many[/]")
+        numbers = (row["streams"], kind, row["underruns"], row["pushes"], *row["latency_ms"], *row["first_audio_ms"])
+        table.add_row(*map(str, numbers), verdict)
+    console.print(table)
+
+
+def bench_memory(
+    voice: Annotated[Path, typer.Argument(metavar="VOICE.melrt", help="The bundle.")],
+    windowed: Annotated[str, typer.Option(help="Lengths for melrt synth, seconds, comma-separated.")] = "30,1800",
+    whole: Annotated[str, typer.Option(help="Lengths for one run over the whole utterance, seconds.")] = "30,60,120",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+) -> None:
+    """Measure the peak memory of a synthesis against its length, in windows and whole; each in a process of its own."""
+    from melrt_benchmarks.bench import environment
+    from melrt_benchmarks.memory import peak_memory
+
+    rows = []
+    table = Table("audio s", "", "peak MiB")
+    with _steps() as bar:
+        task = bar.add_task("measuring", total=None)
+        for kind, lengths in (("windows", _lengths("windowed", windowed)), ("whole", _lengths("whole", whole))):
+            for seconds in lengths:
+                bar.update(task, description=f"{seconds:g} s, {kind}")
+                peak = round(peak_memory(voice, seconds, whole=kind == "whole"), 1)
+                rows.append({"seconds": seconds, "kind": kind, "peak_mib": peak})
+                table.add_row(f"{seconds:g}", kind, f"{peak:.0f}")
+    _write(json_file, {"schema": 1, "environment": environment(len(os.sched_getaffinity(0))), "results": rows})
+    console.print(table)
+
+
+def _lengths(option: str, text: str) -> list[float]:
+    try:
+        lengths = [float(part) for part in text.split(",")]
+    except ValueError:
+        lengths = []
+    if not lengths or not all(0 < length <= 7200 for length in lengths):
+        raise MelrtError(f"--{option} is {text!r}; it is lengths in seconds, above 0 and up to 7200, as in 1,4,10.")
+    return lengths
+
+
+def _write(json_file: Path | None, report: object) -> None:
+    if json_file:
+        with whole_file(json_file) as temporary:
+            temporary.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _steps() -> Progress:
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    return Progress(*columns, console=Console(stderr=True), transient=True)

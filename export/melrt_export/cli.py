@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -72,25 +73,30 @@ def build(
     precision: Annotated[str, typer.Option(help="fp32, tf32 or fp16.")] = "fp16",
     flavour: Annotated[str, typer.Option(help="tensorrt, tensorrt_rtx, or auto: the first that is installed.")] = "auto",
     portable: Annotated[bool, typer.Option("--portable/--this-gpu", help="tensorrt_rtx: for every GPU, or for this machine's.")] = True,
+    graph: Annotated[str, typer.Option(help="interior (windows of one length), edge (ends, short utterances), or both.")] = "both",
     batch: Annotated[str, typer.Option(help="Smallest,best,largest batch.")] = "1,4,16",
-    frames: Annotated[str | None, typer.Option(help="Smallest,best,largest length in frames; default: from the network.")] = None,
+    frames: Annotated[str | None, typer.Option(help="Smallest,best,largest length in frames; default: from graph and network.")] = None,
     optimization_level: Annotated[int | None, typer.Option(help="0 (fast build) to 5 (fast engine).")] = None,
-    timing_cache: Annotated[Path | None, typer.Option(help="File that keeps kernel timings between builds (tensorrt).")] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="File that keeps kernel timings between builds; default: in the user's cache.")
+    ] = None,
 ) -> None:
-    """Build a TensorRT engine from the bundle's ONNX, audit its precision, and add it to the bundle."""
+    """Build TensorRT engines from the bundle's ONNX, audit their precision, and add them to the bundle."""
     from melrt_export.engine import EngineOptions, build_engine
 
     options = EngineOptions(
         precision=precision, flavour=flavour, portable=portable, batch=_span("batch", batch),
         frames=None if frames is None else _span("frames", frames), optimization_level=optimization_level, timing_cache=timing_cache,
     )  # fmt: skip
+    wanted = [replace(options, graph=name) for name in (("edge", "interior") if graph == "both" else (graph,))]
     with _steps() as bar:
         task = bar.add_task("building", total=None)
-        entry = build_engine(
-            Bundle.open(voice), options, lambda phase, done, total: bar.update(task, description=phase, completed=done, total=total)
-        )
-    audited = "by the engine inspector" if entry.target["audited"] == "engine" else "in the network; the engine itself on its GPU"
-    console.print(f"{voice / entry.file}  {entry.size / 1e6:.2f} MB  precision audited {audited}", markup=False)
+        for one in wanted:
+            entry = build_engine(
+                Bundle.open(voice), one, lambda phase, done, total: bar.update(task, description=phase, completed=done, total=total)
+            )
+            audited = "by the engine inspector" if entry.target["audited"] == "engine" else "in the network; the engine itself on its GPU"
+            console.print(f"{voice / entry.file}  {entry.size / 1e6:.2f} MB  precision audited {audited}", markup=False)
 
 
 def mel(

@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from melrt.bundle import Artifact, Bundle
 from melrt.errors import BundleError, EngineBuildError, MissingExtraError
+from melrt.windows import GraphKind
 from melrt_export.audit import audit_engine, audit_network
 
 logger = logging.getLogger(__name__)
@@ -25,6 +27,10 @@ FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt_rtx")
 # Which ONNX graph an engine is built from: TF32 is a way to multiply float32, not a type.
 SOURCES = {"fp32": "fp32", "tf32": "fp32", "fp16": "fp16"}
 Progress = Callable[[str, int, int], None]
+PORTABLE = "portable"
+# Not confirmed on a GPU: as the runtime's CUDA window, context under a twentieth of it.
+ENGINE_WINDOW = 256
+EDGE_FRAMES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,20 +43,24 @@ class EngineOptions:
     """`tensorrt`, `tensorrt_rtx`, or `auto`: the first that is installed."""
     portable: bool = True
     """tensorrt_rtx only: an engine for every supported GPU, built without one; else for the GPU of this machine."""
+    graph: GraphKind = "interior"
+    """`interior` for windows of one length, `edge` for the ends and for short utterances at any length."""
     batch: tuple[int, int, int] = (1, 4, 16)
     """Smallest, best and largest batch."""
     frames: tuple[int, int, int] | None = None
-    """Smallest, best and largest length in mel frames; None: from the network's smallest input to 2048, best at 256."""
+    """Smallest, best and largest length in mel frames; None: one static window for `interior`, the smallest input to that for `edge`."""
     optimization_level: int | None = None
     """0 (fast build) to 5 (fast engine); the builder's own default if None."""
     timing_cache: Path | None = None
-    """File that keeps kernel timings between builds; `tensorrt` only, `tensorrt_rtx` times nothing while it builds."""
+    """File that keeps kernel timings between builds, in the user's cache folder if None; `tensorrt_rtx` times nothing while it builds."""
 
     def __post_init__(self) -> None:
         if self.precision not in SOURCES:
             raise EngineBuildError(f"precision is {self.precision!r}; engines are built in {', '.join(SOURCES)}.")
         if self.flavour not in ("auto", *FLAVOURS):
             raise EngineBuildError(f"flavour is {self.flavour!r}; it is one of auto, {', '.join(FLAVOURS)}.")
+        if self.graph not in get_args(GraphKind):
+            raise EngineBuildError(f"graph is {self.graph!r}; it is one of {', '.join(get_args(GraphKind))}.")
         for name, span in (("batch", self.batch), ("frames", self.frames)):
             if span is not None and not 1 <= span[0] <= span[1] <= span[2]:
                 raise EngineBuildError(f"{name} is {span}; it is smallest,best,largest in rising order, from 1.")
@@ -74,10 +84,10 @@ def build_engine(bundle: Bundle, options: EngineOptions, on_progress: Progress =
         BundleError: The bundle lacks the graph, or it is damaged.
         MissingExtraError: Polygraphy or TensorRT is not installed.
     """
-    source = bundle.find("onnx", graph="edge", precision=SOURCES[options.precision])
+    source = bundle.find("onnx", graph=options.graph, precision=SOURCES[options.precision])
     if not source:
-        raise BundleError(f"{bundle.path} has no {SOURCES[options.precision]} graph. Export it with `--precision`.")
-    frames = options.frames or _default_frames(bundle.manifest.smallest_input)
+        raise BundleError(f"{bundle.path} has no {options.graph} graph in {SOURCES[options.precision]}. Export it with `--precision`.")
+    frames = options.frames or _default_frames(options.graph, bundle.manifest.smallest_input)
     if frames[0] < bundle.manifest.smallest_input:
         raise EngineBuildError(f"frames start at {frames[0]}; this network takes at least {bundle.manifest.smallest_input}.")
     flavour = _flavour(options.flavour)
@@ -90,17 +100,21 @@ def build_engine(bundle: Bundle, options: EngineOptions, on_progress: Progress =
         if errors:
             logger.warning("the builder finished, but complained: %s", " · ".join(dict.fromkeys(errors)))
         # A portable plan needs a GPU to be opened at all; where there is none, the network's own types were audited.
-        audited = audit_engine(trt, plan, options.precision) if target["compute_capability"] != "portable" else "network"
+        audited = audit_engine(trt, plan, options.precision) if target["compute_capability"] != PORTABLE else "network"
     facts = {"flavour": flavour, "version": trt.__version__, **target, "profile": profile, "source": source[0].sha256, "audited": audited}
-    where = target["compute_capability"].replace(".", "").replace("portable", "-portable")
-    name = f"edge.{options.precision}.{flavour}-{trt.__version__}-sm{where}.engine".replace("sm-portable", "portable")
-    entry = Artifact.of(name, plan, "engine", graph="edge", precision=options.precision, target=facts)
+    capability = target["compute_capability"]
+    where = capability if capability == PORTABLE else f"sm{capability.replace('.', '')}"
+    name = f"{options.graph}.{options.precision}.{flavour}-{trt.__version__}-{where}.engine"
+    entry = Artifact.of(name, plan, "engine", graph=options.graph, precision=options.precision, target=facts)
     bundle.add(entry, plan)
     return entry
 
 
-def _default_frames(smallest: int) -> tuple[int, int, int]:
-    return smallest, max(256, smallest), max(2048, smallest)
+def _default_frames(graph: GraphKind, smallest: int) -> tuple[int, int, int]:
+    if graph == "interior":
+        return ENGINE_WINDOW, ENGINE_WINDOW, ENGINE_WINDOW
+    # what is longer than a window is cut; most runs are the ends of utterances, a few frames long
+    return smallest, max(smallest, EDGE_FRAMES), max(smallest, ENGINE_WINDOW)
 
 
 def _flavour(wanted: str) -> Flavour:
@@ -115,7 +129,7 @@ def _flavour(wanted: str) -> Flavour:
 
 def _target(flavour: Flavour, portable: bool) -> dict[str, str]:
     if flavour == "tensorrt_rtx" and portable:
-        return {"compute_capability": "portable", "gpu": "any"}
+        return {"compute_capability": PORTABLE, "gpu": "any"}
     try:
         from cuda.core import Device
 
@@ -165,7 +179,9 @@ def _build(trt: Any, flavour: Flavour, onnx: bytes, profile: list[list[int]], op
     from polygraphy.backend.trt import CreateConfig, EngineBytesFromNetwork, NetworkFromOnnxBytes, Profile
     from polygraphy.exception import PolygraphyException
 
-    builder, network, parser = NetworkFromOnnxBytes(onnx, strongly_typed=True)()
+    # where the flag is gone, every network is strongly typed
+    flagged = hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
+    builder, network, parser = NetworkFromOnnxBytes(onnx, strongly_typed=flagged)()
     audit_network(trt, network, options.precision)
     monitor = _monitor(trt, on_progress)
     common = {
@@ -180,10 +196,10 @@ def _build(trt: Any, flavour: Flavour, onnx: bytes, profile: list[list[int]], op
 
         create = CreateConfigRTX(use_gpu=not options.portable, **common)
     else:
-        if options.timing_cache is not None:
-            options.timing_cache.parent.mkdir(parents=True, exist_ok=True)
-            cache = {"save_timing_cache": str(options.timing_cache)}
-            common["load_timing_cache"] = str(options.timing_cache)
+        file = options.timing_cache or _user_cache() / f"{flavour}-{trt.__version__}.timing"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        cache = {"save_timing_cache": str(file)}
+        common["load_timing_cache"] = str(file)
         create = CreateConfig(tf32=options.precision == "tf32", **common)
 
     def configure(builder: Any, network: Any) -> Any:
@@ -198,6 +214,10 @@ def _build(trt: Any, flavour: Flavour, onnx: bytes, profile: list[list[int]], op
         if monitor.interrupted:
             raise KeyboardInterrupt from None
         raise
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "melrt"
 
 
 def _monitor(trt: Any, on_progress: Progress) -> Any:

@@ -6,7 +6,7 @@ bytes, and a half-precision graph is half precision by construction. What differ
 - transposed convolutions are 2-tap convolutions to scale·C channels, a reshape and a crop (polyphase);
 - everything is 2-D with height 1, (B, C, 1, T), the layout of the engines' blocked kernels;
 - the `interior` graph for windows has no padding nodes at all (`melrt.windows`);
-- a per-band affine normalisation is folded into the first convolution (`fold_normalisation`).
+- a normalisation of the mel is part of the first convolution already (`checkpoints.checkpoint.fold_normalisation`).
 """
 
 from __future__ import annotations
@@ -68,22 +68,6 @@ def deploy_graph(
         x = net.op("Tanh", x, name="tanh")
     net.op("Reshape", x, net.shape("audio_shape", [0, -1]), name="audio", output="audio")
     return _model(net, config, metadata or {})
-
-
-def fold_normalisation(weights: Weights, mean: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray]:
-    """Fold `(mel - mean) / scale`, per band, into the first convolution.
-
-    Exact where padding commutes with a per-band affine map: reflection and replication, not zeros.
-
-    Args:
-        weights: Folded weights; not changed.
-        mean: Subtracted from each band, shape (M,).
-        scale: Divides each band, shape (M,).
-    """
-    first = weights["first.weight"].astype(np.float64) / np.asarray(scale, np.float64)[:, None]
-    shift = (first * np.asarray(mean, np.float64)[:, None]).sum(axis=(1, 2))
-    bias = weights.get("first.bias", np.zeros(len(first)))
-    return {**weights, "first.weight": first.astype(np.float32), "first.bias": (bias - shift).astype(np.float32)}
 
 
 @dataclass

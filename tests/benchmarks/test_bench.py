@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from melrt import Vocoder
 from melrt_benchmarks import bench
+from melrt_benchmarks.memory import peak_memory
 from melrt_benchmarks.timing import Timing, interleave
 
 
@@ -38,7 +40,8 @@ def test_the_report(melrt, tiny_bundle_path: Path, tiny_checkpoint: Path, tmp_pa
     assert "PyTorch eager" in out
     report = json.loads((tmp_path / "x.json").read_text())
     names = [row["contender"] for row in report["results"]]
-    assert names == ["PyTorch eager", "ONNX Runtime, plain torch.onnx.export", "melrt, onnxruntime fp32"]
+    onnx = ["ONNX Runtime, plain torch.onnx.export", "ONNX Runtime, melrt's graph, whole"]
+    assert names == ["PyTorch eager", *onnx, "melrt, onnxruntime fp32"]
     assert all(row["correct"] for row in report["results"])
     assert report["results"][0]["speedup"] == 1.0
     for row in report["results"]:
@@ -53,3 +56,24 @@ def test_a_wrong_contender_is_shown_as_wrong(tiny_bundle_path: Path, tiny_checkp
     monkeypatch.setattr(bench, "contenders", planted)
     (row,) = bench.run_bench(tiny_bundle_path, tiny_checkpoint, [0.5], rounds=3, threads=1)["results"]
     assert not row["correct"]
+
+
+def test_streams_rise_until_too_many(melrt, tiny_bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a listener who has next to nothing in hand, even one stream is too many; with plenty, few are held."""
+    from melrt_benchmarks.streams import Load, measure
+
+    with Vocoder.load(tiny_bundle_path) as vocoder:
+        vocoder(np.zeros((80, 200)))
+        for in_flight in (True, False):
+            patient = measure(vocoder, 2, Load(buffer=30.0, seconds=1.0), in_flight=in_flight)
+            assert patient.held
+            assert patient.pushes == 2 * 5
+            assert 0 < patient.latency_ms[0] <= patient.latency_ms[1]
+            assert not measure(vocoder, 1, Load(buffer=1e-6, seconds=1.0), in_flight=in_flight).held
+
+
+def test_memory_of_a_long_synthesis_stays(tiny_bundle_path: Path) -> None:
+    """Two minutes in windows take hardly more than ten seconds; whole, they take several times the growth."""
+    windowed = [peak_memory(tiny_bundle_path, seconds, whole=False) for seconds in (10, 120)]
+    assert windowed[1] < 1.2 * windowed[0]
+    assert peak_memory(tiny_bundle_path, 120, whole=True) > 1.3 * windowed[1]

@@ -16,6 +16,7 @@ from melrt.errors import CheckpointError
 from melrt_export.checkpoints import load_checkpoint, native
 from melrt_export.checkpoints.checkpoint import fold_weight_norm
 from melrt_export.checkpoints.reading import read_yaml
+from melrt_export.parity import FP32_MAX_ABS, pytorch_audio
 
 
 class Hostile:
@@ -61,6 +62,26 @@ def test_own_format_round_trip(folder: Path, tmp_path: Path) -> None:
     again = load_checkpoint(tmp_path / "saved")
     assert (again.config, again.spec, again.name) == (checkpoint.config, checkpoint.spec, checkpoint.name)
     assert all(np.array_equal(again.weights[name], value) for name, value in checkpoint.weights.items())
+
+
+def with_config(folder: Path, change) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_normalisation_folds_exactly(folder: Path, tmp_path: Path, published) -> None:
+    """The network of a checkpoint with a normalisation takes plain mels, and does what the trained one does to normalised ones."""
+    native.save(tmp_path / "own", load_checkpoint(folder))
+    noise = np.random.default_rng(0)
+    mean, scale = noise.standard_normal(80), noise.uniform(0.5, 2, 80)
+    with_config(tmp_path / "own", lambda c: c.update(normalisation={"mean": mean.tolist(), "scale": scale.tolist()}))
+    mel = noise.standard_normal((1, 80, 20)).astype(np.float32)
+    with torch.inference_mode():
+        expected = published(torch.from_numpy(((mel - mean[:, None]) / scale[:, None]).astype(np.float32))).numpy()[:, 0]
+    assert np.abs(expected).max() > 0.05
+    assert np.abs(pytorch_audio(load_checkpoint(tmp_path / "own"), mel) - expected).max() < FP32_MAX_ABS
 
 
 def test_a_folder_that_is_no_checkpoint_is_never_replaced(folder: Path, tmp_path: Path) -> None:
@@ -165,12 +186,15 @@ def test_args_of_another_training_are_noticed(folder: Path) -> None:
         (lambda c: c["generator"].update(channels=10**9), "channels is 1000000000"),
         (lambda c: c["mel"].update(n_mels=40), "takes 80 bands"),
         (lambda c: c.update(generator=[]), "generator|section"),
+        (lambda c: c.update(normalisation={"mean": [0.0] * 80}), "each of 80 bands"),
+        (lambda c: c.update(normalisation={"mean": [0.0] * 80, "scale": [0.0] * 80}), "not above 0"),
+        (
+            lambda c: (c["generator"].update(padding_mode="zeros"), c.update(normalisation={"mean": [0] * 80, "scale": [1] * 80})),
+            "folds only",
+        ),
     ],
 )
 def test_a_wrong_config_of_the_own_format(folder: Path, tmp_path: Path, change, message: str) -> None:
     native.save(tmp_path / "own", load_checkpoint(folder))
-    config = json.loads((tmp_path / "own" / "config.json").read_text())
-    change(config)
-    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=message):
-        load_checkpoint(tmp_path / "own")
+        load_checkpoint(with_config(tmp_path / "own", change))

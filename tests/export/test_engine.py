@@ -17,15 +17,17 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed here")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16"])
-def test_an_engine_joins_the_bundle(tiny_bundle: Bundle, precision: str) -> None:
+@pytest.mark.parametrize("graph", ["edge", "interior"])
+def test_an_engine_joins_the_bundle(tiny_bundle: Bundle, precision: str, graph: str) -> None:
     seen = []
-    entry = build_engine(tiny_bundle, EngineOptions(precision=precision), lambda *progress: seen.append(progress))
+    entry = build_engine(tiny_bundle, EngineOptions(precision=precision, graph=graph), lambda *progress: seen.append(progress))
     bundle = Bundle.open(tiny_bundle.path)
     assert bundle.find("engine", precision=precision) == [entry]
     assert len(bundle.read(entry)) == entry.size > 10_000
-    source = bundle.find("onnx", precision="fp16" if precision == "fp16" else "fp32")[0]
+    source = bundle.find("onnx", graph=graph, precision="fp16" if precision == "fp16" else "fp32")[0]
     assert entry.target["source"] == source.sha256
-    assert entry.target["profile"] == [[1, 80, 4], [4, 80, 256], [16, 80, 2048]]
+    frames = (4, 32, 256) if graph == "edge" else (256, 256, 256)
+    assert entry.target["profile"] == [[batch, 80, length] for batch, length in zip((1, 4, 16), frames, strict=True)]
     assert (entry.target["flavour"], entry.target["compute_capability"]) == ("tensorrt_rtx", "portable")
     assert seen
     assert all(0 <= done <= total for _, done, total in seen)
@@ -61,6 +63,7 @@ def test_ctrl_c_stops_the_builder_and_leaves_the_bundle(tiny_bundle: Bundle) -> 
     [
         ({"precision": "int4"}, "precision is 'int4'; engines are built in fp32, tf32, fp16"),
         ({"flavour": "tvm"}, "flavour is 'tvm'"),
+        ({"graph": "middle"}, "graph is 'middle'"),
         ({"batch": (4, 1, 2)}, "rising order"),
         ({"frames": (1, 8, 16)}, "at least 4"),
         ({"optimization_level": 9}, "between 0 and 5"),
@@ -75,7 +78,7 @@ def test_a_bundle_without_the_graph(tiny_checkpoint: Path, tmp_path: Path) -> No
     from melrt_export.export import ExportOptions, export_voice
 
     bundle = export_voice(tiny_checkpoint, tmp_path / "x.melrt", ExportOptions(precisions=("fp32",)))
-    with pytest.raises(BundleError, match="no fp16 graph"):
+    with pytest.raises(BundleError, match="no interior graph in fp16"):
         build_engine(bundle, EngineOptions(precision="fp16"))
 
 

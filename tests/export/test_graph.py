@@ -11,7 +11,7 @@ from melrt.backends.onnxruntime import OnnxModel
 from melrt.errors import CheckpointError
 from melrt_export.config import GeneratorConfig
 from melrt_export.generator import Generator
-from melrt_export.graph import deploy_graph, fold_normalisation
+from melrt_export.graph import deploy_graph
 from melrt_export.receptive_field import receptive_field
 
 # Summing in another order moves a sample by some 1e-6.
@@ -119,18 +119,6 @@ def test_receptive_field_is_what_a_perturbed_frame_moves(config: GeneratorConfig
     # the outputs of frame t see [t - left, t + right], so a moved frame m moves frames m - right to m + left
     assert middle - right <= touched[0] <= middle - right + 1
     assert middle + left - 1 <= touched[-1] <= middle + left
-
-
-def test_normalisation_folds_exactly_under_reflection(noise: np.random.Generator) -> None:
-    config = GeneratorConfig(**SMALL)
-    weights = random_weights(config)
-    mean, scale = noise.standard_normal(8).astype(np.float32), noise.uniform(0.5, 2, 8).astype(np.float32)
-    mel = noise.standard_normal((1, 8, 20)).astype(np.float32)
-    with torch.inference_mode():
-        normalised = torch.from_numpy((mel - mean[:, None]) / scale[:, None])
-        expected = torch_generator(config, weights)(normalised).numpy()[:, 0]
-    folded = deploy_graph(config, fold_normalisation(weights, mean, scale))
-    assert np.abs(OnnxModel(folded.SerializeToString()).run(mel) - expected).max() < TOLERANCE
 
 
 def test_half_graph_is_half_between_float_ends() -> None:

@@ -115,6 +115,28 @@ def named_tensors(state: State, names: Mapping[str, str], config: GeneratorConfi
     return {ours: state[name] for name, (ours, _) in expected.items()}
 
 
+def fold_normalisation(weights: State, config: GeneratorConfig, mean: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray]:
+    """Fold `(mel - mean) / scale`, per band, into the first convolution.
+
+    Exact because a per-band affine map commutes with reflection and replication; with zeros it does not.
+
+    Args:
+        weights: Folded weights under melrt's names; not changed.
+        config: The generator's shape.
+        mean: Subtracted from each band, shape (M,).
+        scale: Divides each band, shape (M,).
+
+    Raises:
+        CheckpointError: The generator pads with zeros, or has no bias to fold into.
+    """
+    if config.padding_mode == "zeros" or not config.bias:
+        raise CheckpointError("a normalisation folds only into a first convolution that has a bias and pads by reflection or replication.")
+    first = weights["first.weight"].astype(np.float64) / np.asarray(scale, np.float64)[:, None]
+    shift = (first * np.asarray(mean, np.float64)[:, None]).sum(axis=(1, 2))
+    bias = weights["first.bias"].astype(np.float64) - shift
+    return {**weights, "first.weight": first.astype(np.float32), "first.bias": bias.astype(np.float32)}
+
+
 def sha256_of(path: Path) -> str:
     """Of the whole file, hexadecimal."""
     with path.open("rb") as stream:

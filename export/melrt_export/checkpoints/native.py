@@ -1,16 +1,21 @@
-"""melrt's own checkpoints: `model.safetensors` with folded weights, and `config.json` beside it."""
+"""melrt's own checkpoints: `model.safetensors` with folded weights, and `config.json` beside it.
+
+`config.json` may hold `normalisation`, a `mean` and a `scale` for each band that the training took off the mel; it is folded into
+the first convolution as the checkpoint is read, so that callers hand over plain log-mels.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from melrt.errors import BundleError, CheckpointError
 from melrt.files import whole_folder
 from melrt.mel import MelSpec
-from melrt_export.checkpoints.checkpoint import Checkpoint, named_tensors, sha256_of
+from melrt_export.checkpoints.checkpoint import Checkpoint, fold_normalisation, named_tensors, sha256_of
 from melrt_export.checkpoints.reading import read_json, read_safetensors
 from melrt_export.config import GeneratorConfig
 
@@ -46,10 +51,23 @@ def load(file: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: the generator takes {config.in_channels} bands, the mel convention has {spec.n_mels}.")
     state = {name: value.astype(np.float32) for name, value in read_safetensors(file).items()}
     weights = named_tensors(state, {name: name for name, _ in config.convolutions()}, config)
+    if "normalisation" in values:
+        weights = fold_normalisation(weights, config, *_normalisation(values["normalisation"], config.in_channels, path))
     return Checkpoint(
         name=str(values.get("name", file.stem)), format=NAME, source=file, sha256=sha256_of(file), config=config, weights=weights,
         spec=spec,
     )  # fmt: skip
+
+
+def _normalisation(values: Any, bands: int, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and scale per band, that the network was trained to have taken off its input."""
+    try:
+        mean, scale = (np.array(values[name], np.float64).reshape(bands) for name in ("mean", "scale"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: normalisation is not a mean and a scale for each of {bands} bands ({error}).") from error
+    if not (np.isfinite(mean).all() and np.isfinite(scale).all() and (scale > 0).all()):
+        raise CheckpointError(f"{path}: normalisation has a value that is not finite, or a scale that is not above 0.")
+    return mean, scale
 
 
 def save(folder: Path, checkpoint: Checkpoint, dtype: type[np.floating] = np.float32) -> None:
