@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+# Thread pools spin for some milliseconds after a run, on the cores that the next contender is about to need.
+SETTLE = 0.02
+
 
 @dataclass(frozen=True, slots=True)
 class Timing:
@@ -32,7 +35,7 @@ class Timing:
 
 
 def interleave(contenders: Mapping[str, Callable[[], object]], rounds: int, warmup: int) -> dict[str, Timing]:
-    """Time each contender once per round, the order shuffled (by a fixed seed): each leaves spinning threads and a cache to the next.
+    """Time each contender once per round, the order shuffled (by a fixed seed) and a short rest before each.
 
     Args:
         contenders: What to run, by name.
@@ -44,6 +47,7 @@ def interleave(contenders: Mapping[str, Callable[[], object]], rounds: int, warm
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(warmup + rounds):
         for name in (names[i] for i in shuffle.permutation(len(names))):
+            time.sleep(SETTLE)
             start = time.perf_counter()
             contenders[name]()
             if turn >= warmup:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future
@@ -121,7 +122,9 @@ class InFlight:
                 self._changed.notify_all()
         if not request.unfinished:
             request.future.set_result(request.audio)
-        request.future.add_done_callback(lambda future: self._forget(request) if future.cancelled() else None)
+        # weak, or request and future would hold each other, and their audio, until a garbage collection
+        reference = weakref.ref(request)
+        request.future.add_done_callback(lambda future: self._forget(reference()) if future.cancelled() else None)
         return request.future
 
     def count_underrun(self) -> None:
@@ -251,9 +254,10 @@ class InFlight:
             self._counters.failed += 1
         request.future.set_exception(error)
 
-    def _forget(self, request: Request) -> None:
+    def _forget(self, request: Request | None) -> None:
         """A cancelled request frees its windows."""
-        self._remove(request)
+        if request is not None:
+            self._remove(request)
         with self._changed:
             self._counters.cancelled += 1
 
