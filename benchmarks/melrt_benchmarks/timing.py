@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# Thread pools spin for some milliseconds after a run, on the cores that the next contender is about to need.
-SETTLE = 0.02
+# ONNX Runtime's thread pools spin for 20 to 50 ms after a run, on the cores that the next contender is about to need.
+SETTLE = 0.06
 
 
 @dataclass(frozen=True, slots=True)
