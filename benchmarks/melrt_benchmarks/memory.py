@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,11 @@ from melrt.bundle import Bundle
 from melrt.errors import BackendError
 from melrt_export.parity import probe_mel
 
+# The kernel's own high-water mark of the process: a parent's getrusage would also count the parent, as it was at the fork.
+_REPORT = """
+import atexit, pathlib
+atexit.register(lambda: print(pathlib.Path("/proc/self/status").read_text()))
+"""
 _WINDOWED = "from melrt.__main__ import main; import sys; sys.argv = ['melrt', 'synth', {voice!r}, {mel!r}, '-o', {wav!r}]; main()"
 _WHOLE = """
 import numpy as np
@@ -37,11 +41,8 @@ def peak_memory(voice: Path, seconds: float, *, whole: bool) -> float:
         mel, wav = Path(folder) / "mel.npy", Path(folder) / "out.wav"
         piece = probe_mel(spec, 1000)
         np.save(mel, np.tile(piece, (1, -(-frames // 1000)))[:, :frames])
-        code = (_WHOLE if whole else _WINDOWED).format(voice=str(voice), mel=str(mel), wav=str(wav))
-        # wait4 gives the peak of that child alone
-        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        if child.returncode:
-            raise BackendError(f"synthesis of {seconds:g} s {'whole' if whole else 'in windows'} ended with code {child.returncode}.")
-        return usage.ru_maxrss / 1024
+        code = _REPORT + (_WHOLE if whole else _WINDOWED).format(voice=str(voice), mel=str(mel), wav=str(wav))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise BackendError(f"synthesis of {seconds:g} s {'whole' if whole else 'in windows'} ended with code {done.returncode}.")
+        return int(done.stdout.rpartition("VmHWM:")[2].split()[0]) / 1024

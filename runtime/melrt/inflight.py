@@ -6,6 +6,7 @@ shape from the other requests up to the batch limit, and run them together. One 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 import time
@@ -86,6 +87,9 @@ class Request:
 
 Job = tuple[Request, Window]
 
+# How often a task looks for room in a full queue, seconds; a window takes several times as long on a CPU.
+ROOM_POLL = 0.002
+
 
 class InFlight:
     """The queue and its workers. The threads start with the first request, and belong to the process that loaded the voice."""
@@ -103,29 +107,32 @@ class InFlight:
         self._threads: list[threading.Thread] = []
 
     def submit(self, request: Request) -> Future[Audio]:
-        """Queue a request; its future ends with the audio or an error, and can be cancelled.
+        """Queue a request, waiting for room as the limits say; its future ends with the audio or an error, and can be cancelled.
 
         Raises:
             QueueFullError: No room, and the limits say not to wait (longer).
             ClosedError: After `close`.
             BackendError: In a process forked after the vocoder was loaded.
         """
-        if self._pid != os.getpid():
-            raise BackendError(f"this vocoder was loaded in process {self._pid}; its threads did not survive the fork. Load one here.")
+        self._check_process()
+        until = self._patience_for_room()
         with self._changed:
-            self._wait_for_room()
-            self._counters.requests += 1
-            if request.waiting:
-                self._requests.append(request)
-                self._waiting_windows += len(request.waiting)
-                self._start_threads()
-                self._changed.notify_all()
-        if not request.unfinished:
-            request.future.set_result(request.audio)
-        # weak, or request and future would hold each other, and their audio, until a garbage collection
-        reference = weakref.ref(request)
-        request.future.add_done_callback(lambda future: self._forget(reference()) if future.cancelled() else None)
-        return request.future
+            while not self._let_in(request):
+                self._check_patience(until)
+                self._changed.wait(None if until is None else until - time.monotonic())
+        return self._watch(request)
+
+    async def submit_async(self, request: Request) -> Future[Audio]:
+        """As `submit`; it is the task that waits for room, not the event loop."""
+        self._check_process()
+        until = self._patience_for_room()
+        while True:
+            with self._changed:
+                if self._let_in(request):
+                    break
+                self._check_patience(until)
+            await asyncio.sleep(ROOM_POLL)
+        return self._watch(request)
 
     def count_underrun(self) -> None:
         """A stream's listener ran out of audio."""
@@ -155,18 +162,45 @@ class InFlight:
             self._fail(request, ClosedError("the vocoder was closed before this was computed."))
         return self._threads
 
-    def _wait_for_room(self) -> None:
-        until = None if self.limits.wait_timeout is None else time.monotonic() + self.limits.wait_timeout
-        while not self._closing and self._waiting_windows >= self.limits.max_windows:
-            left = None if until is None else until - time.monotonic()
-            if not self.limits.wait or (left is not None and left <= 0) or not self._changed.wait(left):
-                self._counters.rejected += 1
-                raise QueueFullError(
-                    f"{self._waiting_windows} windows are waiting, the limit is {self.limits.max_windows}; "
-                    "try again later, or raise Limits.max_windows."
-                )
+    def _check_process(self) -> None:
+        if self._pid != os.getpid():
+            raise BackendError(f"this vocoder was loaded in process {self._pid}; its threads did not survive the fork. Load one here.")
+
+    def _patience_for_room(self) -> float | None:
+        """Until when a caller waits; None: for ever."""
+        if not self.limits.wait:
+            return time.monotonic()
+        return None if self.limits.wait_timeout is None else time.monotonic() + self.limits.wait_timeout
+
+    def _check_patience(self, until: float | None) -> None:
+        if until is not None and time.monotonic() >= until:
+            self._counters.rejected += 1
+            raise QueueFullError(
+                f"{self._waiting_windows} windows are waiting, the limit is {self.limits.max_windows}; "
+                "try again later, or raise Limits.max_windows."
+            )
+
+    def _let_in(self, request: Request) -> bool:
+        """Queue a request if there is room. Holds the lock."""
         if self._closing:
             raise ClosedError("the vocoder is closed; load it again.")
+        if request.waiting:
+            if self._waiting_windows >= self.limits.max_windows:
+                return False
+            self._requests.append(request)
+            self._waiting_windows += len(request.waiting)
+            self._start_threads()
+            self._changed.notify_all()
+        self._counters.requests += 1
+        return True
+
+    def _watch(self, request: Request) -> Future[Audio]:
+        if not request.unfinished:
+            request.future.set_result(request.audio)
+        # weak, or request and future would hold each other, and their audio, until a garbage collection
+        reference = weakref.ref(request)
+        request.future.add_done_callback(lambda future: self._forget(reference()) if future.cancelled() else None)
+        return request.future
 
     def _start_threads(self) -> None:
         while len(self._threads) < self.policy.workers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from concurrent.futures import Future
@@ -73,7 +74,19 @@ class Stream:
         Raises:
             MelError: Fewer frames came than the network takes.
         """
-        return self._wait(self.submit_end())
+        return self._wait(self._submit(self._end()))
+
+    async def push_async(self, frames: ArrayLike) -> Audio:
+        """As `push`, for a task; cancelling it frees its windows, and ends the stream."""
+        return await self._submit_async(self._accept(frames))
+
+    async def flush_async(self) -> Audio:
+        """As `flush`, for a task."""
+        return await self._submit_async(self._end())
+
+    def submit(self, frames: ArrayLike) -> Future[Audio]:
+        """As `push`, for callers that wait in their own way; the next call only after this one's future is done."""
+        return self._submit(self._accept(frames))
 
     def close(self) -> None:
         """Drop what is held; for an utterance that nobody listens to any more."""
@@ -86,18 +99,18 @@ class Stream:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def submit(self, frames: ArrayLike) -> Future[Audio]:
-        """As `push`, for callers that wait in their own way; the next call only after this one's future is done."""
+    def _accept(self, frames: ArrayLike) -> Request:
+        """Take frames; the request for what is ready now, which may be nothing."""
         self._check_open()
         mel = self._vocoder.spec.check_frames(frames)
         if mel.shape[1] and not self._received:
             mel = np.concatenate([self._edges.before(mel), mel], axis=1)
         self._hold(mel)
         until = ready(self._received, False, self._vocoder.field)
-        return self._submit(until if until - self._done >= self._size else self._done, ended=False)
+        return self._request(until if until - self._done >= self._size else self._done, ended=False)
 
-    def submit_end(self) -> Future[Audio]:
-        """As `flush`, for callers that wait in their own way."""
+    def _end(self) -> Request:
+        """Take no more frames; the request for the rest."""
         self._check_open()
         if self._stop is None:
             self._stop = self._received
@@ -106,9 +119,7 @@ class Stream:
         if 0 < self._received < self._vocoder.field.smallest:
             self._closed = True
             raise self._vocoder.spec.too_short(self._received, self._vocoder.field.smallest)
-        future = self._submit(self._stop, ended=True)
-        self._closed = True
-        return future
+        return self._request(self._stop, ended=True)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -121,17 +132,28 @@ class Stream:
         self._base = keep_from
         self._received += mel.shape[1]
 
-    def _submit(self, stop: int, *, ended: bool) -> Future[Audio]:
-        span = Span(self._done, stop, self._received, ended)
-        windows = plan(span, self._vocoder.field, self._vocoder.policy)
+    def _request(self, stop: int, *, ended: bool) -> Request:
+        windows = plan(Span(self._done, stop, self._received, ended), self._vocoder.field, self._vocoder.policy)
         deadline = self._playing_until or time.monotonic()
-        request = Request(self._frames, self._base, windows, self._vocoder.spec.hop, deadline)
-        future = self._vocoder.inflight.submit(request)
-        if stop > self._done:
-            self._done = stop
+        return Request(self._frames, self._base, windows, self._vocoder.spec.hop, deadline)
+
+    def _submit(self, request: Request) -> Future[Audio]:
+        self._vocoder.inflight.submit(request)
+        return self._sent(request)
+
+    async def _submit_async(self, request: Request) -> Audio:
+        await self._vocoder.inflight.submit_async(request)
+        return await asyncio.wrap_future(self._sent(request))
+
+    def _sent(self, request: Request) -> Future[Audio]:
+        """The request was let in: what it covers will be out."""
+        frames = len(request.audio) // self._vocoder.spec.hop
+        if frames:
+            self._done += frames
             self._size = min(self._size * self._growth, self._vocoder.policy.frames)
-            future.add_done_callback(self._heard)
-        return future
+            request.future.add_done_callback(self._heard)
+        self._closed = self._closed or self._stop is not None
+        return request.future
 
     def _heard(self, future: Future[Audio]) -> None:
         """Keep the listener's clock: from the first audio on, playback goes on without a break until what was given is played."""
@@ -163,13 +185,11 @@ def stream(source: Iterable[ArrayLike], opened: Stream) -> Iterator[Audio]:
 
 async def stream_async(source: AsyncIterable[ArrayLike] | Iterable[ArrayLike], opened: Stream) -> AsyncIterator[Audio]:
     """As `stream`, without blocking the event loop; cancelling the task frees its windows."""
-    import asyncio
-
     with opened:
         async for frames in _each(source):
-            if (audio := await asyncio.wrap_future(opened.submit(frames))).size:
+            if (audio := await opened.push_async(frames)).size:
                 yield audio
-        if (audio := await asyncio.wrap_future(opened.submit_end())).size:
+        if (audio := await opened.flush_async()).size:
             yield audio
 
 

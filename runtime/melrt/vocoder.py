@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 import weakref
@@ -52,8 +53,8 @@ class Vocoder:
         self.policy = self.options.policy or backend.policy
         self.policy.check(self.field)
         self.inflight = InFlight(backend, self.policy, self.options.limits)
-        # A vocoder that is dropped lets its workers go; they do not hold on to it.
-        weakref.finalize(self, self.inflight.stop, drain=False)
+        # The workers do not hold on to a vocoder; one that is dropped lets them go, once what was asked of it is done.
+        weakref.finalize(self, self.inflight.stop, drain=True)
 
     @classmethod
     def load(
@@ -139,15 +140,11 @@ class Vocoder:
             MelError: As for a call.
             QueueFullError: The queue is full, and `Limits.wait` is false.
         """
-        frames = self.spec.check(mel, self._fewest())
-        if frames.ndim != 2:
-            raise self.spec.wrong_axes(frames.shape)
-        edges = self.edges
-        extended = edges.extend(frames)
-        total = extended.shape[1]
-        windows = plan(Span(edges.left, total - edges.right, total, ended=True), self.field, self.policy)
-        deadline = time.monotonic() + self.options.limits.patience
-        return self.inflight.submit(Request(extended, 0, windows, self.spec.hop, deadline))
+        return self.inflight.submit(self._request(mel))
+
+    async def call_async(self, mel: ArrayLike) -> Audio:
+        """As a call with (M, T), for a task: it waits, the event loop does not; cancelling it frees its windows."""
+        return await asyncio.wrap_future(await self.inflight.submit_async(self._request(mel)))
 
     def open_stream(self, pace: StreamPace | None = None) -> Stream:
         """Open a stream for one utterance: `push(frames)` gives audio as early as it is exact, `flush()` the rest."""
@@ -174,6 +171,16 @@ class Vocoder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _request(self, mel: ArrayLike) -> Request:
+        frames = self.spec.check(mel, self._fewest())
+        if frames.ndim != 2:
+            raise self.spec.wrong_axes(frames.shape)
+        edges = self.edges
+        extended = edges.extend(frames)
+        total = extended.shape[1]
+        windows = plan(Span(edges.left, total - edges.right, total, ended=True), self.field, self.policy)
+        return Request(extended, 0, windows, self.spec.hop, time.monotonic() + self.options.limits.patience)
 
     def _fewest(self) -> int:
         return max(self.field.smallest - self.edges.left - self.edges.right, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import threading
 import time
@@ -162,6 +163,34 @@ def test_a_full_queue_pushes_back(tiny_bundle_path: Path) -> None:
     vocoder.close()
 
 
+def test_a_task_waits_for_room_and_the_event_loop_does_not(tiny_bundle_path: Path) -> None:
+    vocoder, echo = load(tiny_bundle_path, ONE, max_windows=1)
+    echo.go.clear()
+
+    async def scenario() -> None:
+        running = asyncio.create_task(vocoder.call_async(constant(0)))
+        await asyncio.to_thread(echo.started.acquire, timeout=5)
+        waiting = asyncio.create_task(vocoder.call_async(constant(1)))
+        listener = asyncio.create_task(listen())
+        given_up = asyncio.create_task(vocoder.call_async(constant(3)))
+        await asyncio.sleep(0.05)  # the loop runs on, though the queue is full
+        assert vocoder.stats().queue_windows == 1
+        given_up.cancel()
+        echo.go.set()
+        assert (await running == 0).all()
+        assert (await waiting == 1).all()
+        assert (await listener == 2).all()
+        with pytest.raises(asyncio.CancelledError):
+            await given_up
+
+    async def listen() -> np.ndarray:
+        return np.concatenate([audio async for audio in vocoder.stream_async([constant(2), constant(2, 300)])])
+
+    asyncio.run(scenario())
+    assert vocoder.stats().rejected == 0
+    vocoder.close()
+
+
 def test_a_caller_that_waits_for_room_waits_no_longer_than_it_said(tiny_bundle_path: Path) -> None:
     vocoder, echo = load(tiny_bundle_path, ONE, max_windows=1, wait_timeout=0.05)
     echo.go.clear()
@@ -207,9 +236,11 @@ def test_a_dropped_vocoder_lets_its_workers_go(tiny_bundle_path: Path) -> None:
     vocoder, _ = load(tiny_bundle_path, ONE)
     vocoder(constant(1))
     (worker,) = vocoder.inflight._threads
+    last = vocoder.submit(constant(2, 300))
     del vocoder
     worker.join(5)
     assert not worker.is_alive()
+    assert (last.result(0) == 2).all(), "what was asked of it is done first"
 
 
 def test_a_generator_is_read_only_as_far_as_needed(tiny_bundle_path: Path) -> None:
