@@ -14,10 +14,12 @@ from melrt import MelSpec, Vocoder
 from melrt.edges import Edges
 from melrt.errors import ClosedError, MelError
 from melrt.vocoder import Options
-from melrt.windows import Policy
+from melrt.windows import Policy, Span, plan
 from melrt_export.checkpoints import Checkpoint, load_checkpoint, native
 from melrt_export.config import GeneratorConfig
+from melrt_export.demo import DEMO_VOICE, RECORDING
 from melrt_export.export import ExportOptions, export_voice
+from melrt_export.mels import mel_from_audio, read_audio
 from melrt_export.parity import FP32_MAX_ABS, probe_mel, pytorch_audio
 
 POLICIES = {
@@ -102,23 +104,56 @@ def test_in_flight_from_many_threads(tiny_bundle_path: Path, tiny_checkpoint: Pa
         assert (stats.queue_windows, stats.failed) == (0, 0)
 
 
-def test_no_seam_in_a_real_voice(demo_bundle, tmp_path: Path) -> None:
-    """The difference from PyTorch has no more energy at the seams than elsewhere."""
-    from melrt_export.demo import DEMO_VOICE, RECORDING
-    from melrt_export.mels import mel_from_audio, read_audio
+def seams_stand_out(difference: np.ndarray, vocoder: Vocoder) -> float:
+    """Energy of the difference beside the seams over its energy everywhere."""
+    frames = len(difference) // vocoder.spec.hop
+    seams = [w.keep_stop for w in plan(Span(0, frames, frames, True), vocoder.field, vocoder.policy)][:-1]
+    energy = (difference.astype(np.float64).reshape(frames, -1) ** 2).mean(axis=1)
+    return float(energy[[frame for seam in seams for frame in (seam - 1, seam)]].mean() / energy.mean())
 
+
+def test_no_seam_in_a_real_voice(demo_bundle) -> None:
+    """The difference from PyTorch has no more energy at the seams than elsewhere."""
     policy = Policy(64, static=False, batch=1, workers=2)
     with Vocoder.load(demo_bundle, options=Options(policy=policy)) as vocoder:
         mel = mel_from_audio(read_audio(RECORDING, vocoder.sample_rate), vocoder.spec)
         difference = vocoder(mel) - pytorch_audio(load_checkpoint(DEMO_VOICE), mel[None])[0]
         assert np.abs(difference).max() < FP32_MAX_ABS
-        from melrt.windows import Span, plan
+        assert seams_stand_out(difference, vocoder) < 2
 
-        seams = [w.keep_stop for w in plan(Span(0, mel.shape[1], mel.shape[1], True), vocoder.field, policy)][:-1]
-        energy = (difference.astype(np.float64).reshape(-1, vocoder.spec.hop) ** 2).mean(axis=1)
-        beside = np.array([[seam - 1, seam] for seam in seams]).ravel()
-        assert len(seams) > 8
-        assert energy[beside].mean() < 2 * energy.mean()
+
+def test_ten_recordings_every_way(shared: Path, tmp_path: Path) -> None:
+    """The trained voice on real speech: windowed, batched, streamed in four kinds of pieces, and in flight from 16 threads."""
+    source = shared / "voices" / "lj"
+    checkpoint = load_checkpoint(source)
+    noise = np.random.default_rng(0)
+    worst: dict[str, float] = {}
+
+    def note(kind: str, audio: np.ndarray, reference: np.ndarray) -> None:
+        worst[kind] = max(worst.get(kind, 0.0), float(np.abs(audio - reference).max()))
+
+    with Vocoder.load(export_voice(source, tmp_path / "lj.melrt", ExportOptions(precisions=("fp32",)))) as vocoder:
+        files = [shared / "audio" / "ljspeech" / f"LJ001-{number:04d}.wav" for number in range(1, 11)]
+        mels = [mel_from_audio(read_audio(file, vocoder.sample_rate), vocoder.spec) for file in files]
+        references = [pytorch_audio(checkpoint, mel[None])[0] for mel in mels]
+        for audio, reference in zip(vocoder.batch(mels), references, strict=True):
+            note("batched", audio, reference)
+        seams = []
+        for mel, reference in zip(mels, references, strict=True):
+            audio = vocoder(mel)
+            note("windowed", audio, reference)
+            seams.append(seams_stand_out(audio - reference, vocoder))
+            for size in (1, 7, 32, None):
+                note(f"streamed by {size or 'any'}", streamed(vocoder, mel, size, noise), reference)
+        in_flight = [threading.Thread(target=lambda i=i: note("in flight", vocoder(mels[i % 10]), references[i % 10])) for i in range(16)]
+        for thread in in_flight:
+            thread.start()
+        for thread in in_flight:
+            thread.join()
+    print(worst, "seams over all:", [round(s, 2) for s in seams])
+    assert len(worst) == 7
+    assert max(worst.values()) < FP32_MAX_ABS
+    assert np.mean(seams) < 1.5
 
 
 @pytest.mark.parametrize("edges", [Edges(2, 2), Edges(0, 10, -5.0), Edges(3, 1, 0.0)])
