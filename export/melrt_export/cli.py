@@ -28,7 +28,11 @@ def export(
     name: Annotated[str | None, typer.Option(help="The voice's name; default: the checkpoint's.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
 ) -> None:
-    """Export a checkpoint as a verified bundle: weight norm folded, ONNX in FP32 and FP16, each held against PyTorch."""
+    """Export a checkpoint as a verified bundle: weight norm folded, ONNX in FP32 and FP16, each held against PyTorch.
+
+    `melrt export runs/best_netG.pt -o voice.melrt` reads the `args.yml` beside the checkpoint, or tells the shape from the weights
+    where there is none. If a graph's output is not PyTorch's, nothing is written and the exit code is 1.
+    """
     from melrt_export.export import PRECISIONS, ExportOptions, export_voice
 
     options = ExportOptions(tuple(precision or PRECISIONS), name, force)  # type: ignore[arg-type]  # checked there
@@ -44,7 +48,11 @@ def verify(
     voice: Voice,
     checkpoint: Annotated[Path | None, typer.Option(help="Compare with this checkpoint in PyTorch, not with the stored output.")] = None,
 ) -> None:
-    """Check every file's hash and every model's output against PyTorch's; exit code 1 if one is out of tolerance."""
+    """Check every file's hash and every model's output against PyTorch's; exit code 1 if one is out of tolerance.
+
+    `melrt verify voice.melrt` compares with PyTorch's output that the export stored, and needs no torch;
+    with `--checkpoint best_netG.pt` PyTorch computes it anew.
+    """
     from melrt_export.checkpoints import load_checkpoint
     from melrt_export.parity import verify as rows_of
 
@@ -81,7 +89,11 @@ def build(
         Path | None, typer.Option(help="File that keeps kernel timings between builds; default: in the user's cache.")
     ] = None,
 ) -> None:
-    """Build TensorRT engines from the bundle's ONNX, audit their precision, and add them to the bundle."""
+    """Build TensorRT engines from the bundle's ONNX, audit their precision, and add them to the bundle.
+
+    `melrt build voice.melrt --precision fp16` builds one engine for each graph. With `tensorrt` it has to run on the GPU that the
+    engines are for; with `tensorrt_rtx` it also runs without a GPU, and the engines are portable.
+    """
     from melrt_export.engine import EngineOptions, build_engine
 
     options = EngineOptions(
@@ -104,7 +116,10 @@ def mel(
     audio: Annotated[Path, typer.Argument(metavar="IN.wav", help="Audio; resampled to the voice's rate if need be.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="MEL.npy", help="The mel to write.")],
 ) -> None:
-    """Compute a voice's mel from audio, exactly as the voice expects it."""
+    """Compute a voice's mel from audio, exactly as the voice expects it.
+
+    `melrt mel voice.melrt recording.wav -o mel.npy`
+    """
     from melrt_export.mels import mel_from_audio_file
 
     frames = mel_from_audio_file(audio, Bundle.open(voice).manifest.spec)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +12,7 @@ import typer
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from melrt.audio import write_wav
@@ -30,11 +30,14 @@ Voice = Annotated[Path, typer.Argument(metavar="VOICE.melrt", help="The bundle."
 Device = Annotated[str, typer.Option(help="cuda, cpu, or auto: CUDA if it works.")]
 Precision = Annotated[str, typer.Option(help="fp32, fp16, int8, or auto: the fastest that keeps the quality on this device.")]
 BackendName = Annotated[str, typer.Option("--backend", help="onnxruntime or auto.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; one per physical core if left out.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; one per usable core if left out.")]
 
 
 def info(voice: Voice) -> None:
-    """Show what a voice is: mel convention, architecture, files, provenance."""
+    """Show what a voice is: mel convention, architecture, files, provenance.
+
+    Look here first when a voice sounds wrong: most often its mels were made in another convention.
+    """
     bundle = Bundle.open(voice)
     manifest = bundle.manifest
     left, right = manifest.receptive_field
@@ -66,7 +69,11 @@ def synth(
         str, typer.Option(help="Ends of an utterance: model (as PyTorch's forward), or voice (its project's habit).")
     ] = "model",
 ) -> None:
-    """Turn mels into WAV files, and print the real-time factor (compute time / audio time)."""
+    """Turn mels into WAV files, and print the real-time factor (compute time / audio time).
+
+    `melrt synth voice.melrt mels/*.npy -o speech/` makes one file for each mel; `melrt synth voice.melrt recording.wav -o copy.wav`
+    computes the recording's mel first, and speaks it again. Utterances may be of any length: memory does not grow with it.
+    """
     if edges not in ("model", "voice"):
         raise MelError(f"--edges is {edges!r}; it is model or voice.")
     bundle = Bundle.open(voice)
@@ -75,13 +82,16 @@ def synth(
     targets = _targets(inputs, out)
     clock = _Clock()
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        for source, target in bar.track(list(zip(inputs, targets, strict=True)), description="synthesising"):
+        task = bar.add_task("", total=len(inputs))
+        for source, target in zip(inputs, targets, strict=True):
+            # a long utterance is read, computed and written piece by piece: memory does not grow with it
             mel = mel_pieces(source, vocoder.spec, PIECE)
+            pieces = clock.timed(vocoder.stream(mel), _teller(bar, task, source.name, vocoder.sample_rate))
             try:
-                # a long utterance is read, computed and written piece by piece: memory does not grow with it
-                write_wav(target, clock.timed(vocoder.stream(mel)), vocoder.sample_rate, sample_format)  # type: ignore[arg-type]
+                write_wav(target, pieces, vocoder.sample_rate, sample_format)  # type: ignore[arg-type]  # checked there
             except MelError as error:
-                raise MelError(f"{source}: {error}") from error
+                raise MelError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
+            bar.advance(task)
     engine = vocoder.backend
     where = targets[0] if len(targets) == 1 else out
     compute, audio_seconds = clock.seconds, clock.samples / vocoder.sample_rate
@@ -91,6 +101,13 @@ def synth(
     )  # fmt: skip
 
 
+def _teller(bar: Progress, task: TaskID, name: str, sample_rate: int) -> Callable[[int], None]:
+    def tell(samples: int) -> None:
+        bar.update(task, description=f"{name}: {samples / sample_rate:.0f} s")
+
+    return tell
+
+
 class _Clock:
     """Adds up the time that pieces take to come, and their samples."""
 
@@ -98,11 +115,14 @@ class _Clock:
         self.seconds = 0.0
         self.samples = 0
 
-    def timed(self, pieces: Iterator[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
-        start = time.perf_counter()
+    def timed(self, pieces: Iterator[NDArray[np.float32]], tell: Callable[[int], None]) -> Iterator[NDArray[np.float32]]:
+        """Pass pieces on; `tell` is called with the samples of them so far."""
+        samples, start = 0, time.perf_counter()
         for piece in pieces:
             self.seconds += time.perf_counter() - start
+            samples += len(piece)
             self.samples += len(piece)
+            tell(samples)
             yield piece
             start = time.perf_counter()
         self.seconds += time.perf_counter() - start
