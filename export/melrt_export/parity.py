@@ -164,5 +164,8 @@ def _load(bundle: Bundle, name: str) -> NDArray[np.float32]:
     entry = next((a for a in bundle.find("reference") if a.file == name), None)
     if entry is None:
         raise BundleError(f"{bundle.path} has no {name}; export it anew.")
-    values: Any = np.load(BytesIO(bundle.read(entry)), allow_pickle=False)
-    return np.asarray(values, np.float32)
+    try:
+        values: Any = np.load(BytesIO(bundle.read(entry)), allow_pickle=False)
+        return np.asarray(values, np.float32)
+    except (ValueError, EOFError, MemoryError, SyntaxError) as error:
+        raise BundleError(f"{bundle.path / name} is no numpy array: {error}") from error

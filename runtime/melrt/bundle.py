@@ -51,6 +51,14 @@ class Artifact:
     quality: Mapping[str, float] = field(default_factory=dict)
     """What was measured against PyTorch when it was made."""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.file, str) or not _FILE_NAME.fullmatch(self.file) or self.file == MANIFEST:
+            raise BundleError(f"it names a file {self.file!r}; only plain names within the bundle are allowed.")
+        if type(self.size) is not int or not 0 <= self.size <= MAX_ARTIFACT_BYTES:
+            raise BundleError(f"it gives {self.file} a size of {self.size!r}; at most {MAX_ARTIFACT_BYTES} bytes.")
+        _check_kind(self, str, "kind", "sha256", "graph", "precision")
+        _check_kind(self, dict, "target", "quality")
+
     @classmethod
     def of(cls, file: str, data: bytes, kind: str, **facts: Any) -> Artifact:
         """Describe these bytes."""
@@ -77,6 +85,16 @@ class Manifest:
     """Where the weights come from: source, sha256, format, tool, command."""
     artifacts: tuple[Artifact, ...] = ()
     """Every file beside the manifest."""
+
+    def __post_init__(self) -> None:
+        _check_kind(self, str, "name")
+        _check_kind(self, dict, "architecture", "provenance")
+        for name, value in (("smallest_input", self.smallest_input), *(("receptive_field", side) for side in self.receptive_field)):
+            if type(value) is not int or not 0 <= value < 1 << 20:
+                raise BundleError(f"{name} is {value!r}; it is a number of frames.")
+        names = [entry.file for entry in self.artifacts]
+        if len(set(names)) != len(names):
+            raise BundleError(f"it lists a file twice: {sorted(names)}.")
 
     def dumps(self) -> bytes:
         """The file's content; the same manifest gives the same bytes."""
@@ -106,26 +124,9 @@ class Manifest:
             artifacts = tuple(Artifact(**entry) for entry in values.pop("artifacts"))
             left, right = values.pop("receptive_field")
             edges = Edges(**values.pop("edges"))
-            manifest = cls(spec=spec, artifacts=artifacts, receptive_field=(left, right), edges=edges, **values)
+            return cls(spec=spec, artifacts=artifacts, receptive_field=(left, right), edges=edges, **values)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise BundleError(f"{MANIFEST} is damaged: {error}") from error
-        manifest._check()
-        return manifest
-
-    def _check(self) -> None:
-        numbers = {"smallest_input": self.smallest_input, "receptive_field left": self.receptive_field[0],
-                   "receptive_field right": self.receptive_field[1]}  # fmt: skip
-        for name, value in numbers.items():
-            if type(value) is not int or not 0 <= value < 1 << 20:
-                raise BundleError(f"{MANIFEST} is damaged: {name} is {value!r}.")
-        for entry in self.artifacts:
-            if not isinstance(entry.file, str) or not _FILE_NAME.fullmatch(entry.file) or entry.file == MANIFEST:
-                raise BundleError(f"{MANIFEST} names a file {entry.file!r}; only plain names within the bundle are allowed.")
-            if type(entry.size) is not int or not 0 <= entry.size <= MAX_ARTIFACT_BYTES:
-                raise BundleError(f"{MANIFEST} gives {entry.file} a size of {entry.size!r}; at most {MAX_ARTIFACT_BYTES} bytes.")
-        names = [entry.file for entry in self.artifacts]
-        if len(set(names)) != len(names):
-            raise BundleError(f"{MANIFEST} lists a file twice: {sorted(names)}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +170,6 @@ class Bundle:
             raise BundleError(f"{path} exists. {remedy}")
         contents = list(files)
         manifest = replace(manifest, artifacts=tuple(entry for entry, _ in contents))
-        manifest._check()
         with whole_folder(path) as folder:
             for entry, data in contents:
                 (folder / entry.file).write_bytes(data)
@@ -182,7 +182,6 @@ class Bundle:
             current = Bundle.open(self.path).manifest  # another process may have added to it since
             others = tuple(a for a in current.artifacts if a.file != entry.file)
             manifest = replace(current, artifacts=(*others, entry))
-            manifest._check()
             with whole_file(self.path / entry.file) as temporary:
                 temporary.write_bytes(data)
             with whole_file(self.path / MANIFEST) as temporary:
@@ -210,6 +209,13 @@ class Bundle:
         """The files of this kind, in the manifest's order; an empty argument matches all."""
         return [a for a in self.manifest.artifacts
                 if a.kind == kind and graph in ("", a.graph) and precision in ("", a.precision)]  # fmt: skip
+
+
+def _check_kind(owner: object, kind: type, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not isinstance(value, kind):
+            raise BundleError(f"{name} is {value!r}; it is {'text' if kind is str else 'an object'}.")
 
 
 def _read_bounded(file: Path, limit: int) -> bytes:

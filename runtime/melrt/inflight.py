@@ -253,11 +253,9 @@ class InFlight:
             return
         start = time.monotonic()
         try:
-            audio = self.backend.run(jobs[0][1].graph, np.stack([request.cut(window) for request, window in jobs]))
-            if not np.isfinite(audio).all():
-                raise BackendError(
-                    f"{self.backend.name} gave samples that are not finite; is {self.backend.precision} enough for this voice?"
-                )
+            frames = np.stack([request.cut(window) for request, window in jobs])
+            audio = self.backend.run(jobs[0][1].graph, frames)
+            self._check_audio(audio, (len(jobs), frames.shape[2] * jobs[0][0].hop))
         except Exception as error:  # whatever a backend raises belongs to the request, and must not end the worker
             if len(jobs) == 1:
                 self._fail(jobs[0][0], error)
@@ -270,6 +268,14 @@ class InFlight:
         for (request, window), samples in zip(jobs, audio, strict=True):
             request.keep(window, samples)
             self._finish(request)
+
+    def _check_audio(self, audio: Audio, expected: tuple[int, int]) -> None:
+        if audio.shape != expected:
+            raise BackendError(
+                f"{self.backend.name} gave audio of shape {audio.shape} where {expected} was due; is this model the voice's?"
+            )
+        if not np.isfinite(audio).all():
+            raise BackendError(f"{self.backend.name} gave samples that are not finite; is {self.backend.precision} enough for this voice?")
 
     def _finish(self, request: Request) -> None:
         """Count a window as done; the last one delivers."""

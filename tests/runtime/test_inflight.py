@@ -121,6 +121,9 @@ def test_samples_that_are_not_finite_are_an_error(tiny_bundle_path: Path) -> Non
     echo.run = lambda graph, mel: np.full((1, mel.shape[2] * 256), np.nan, np.float32)  # type: ignore[method-assign]
     with pytest.raises(BackendError, match=r"not finite; is fp32 enough"):
         vocoder(constant(1))
+    echo.run = lambda graph, mel: np.zeros((1, 17), np.float32)  # type: ignore[method-assign]
+    with pytest.raises(BackendError, match=r"shape \(1, 17\) where \(1, 5120\) was due"):
+        vocoder(constant(1))
     vocoder.close()
 
 
