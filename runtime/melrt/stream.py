@@ -7,17 +7,16 @@ import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from melrt.edges import Edges
 from melrt.errors import ClosedError, MelError
-from melrt.inflight import Request
-from melrt.windows import Span, plan, ready
-
-if TYPE_CHECKING:
-    from melrt.vocoder import Vocoder
+from melrt.inflight import InFlight, Request
+from melrt.mel import MelSpec
+from melrt.windows import Field, Span, plan, ready
 
 Audio = NDArray[np.float32]
 
@@ -36,15 +35,35 @@ class StreamPace:
             raise MelError(f"{self}: first is at least 1 frame, growth at least 1.")
 
 
+@dataclass(frozen=True, slots=True, weakref_slot=True)
+class Synthesis:
+    """What utterances and streams of a voice are computed with."""
+
+    spec: MelSpec
+    """The mel convention."""
+    field: Field
+    """What the network needs around a frame."""
+    edges: Edges
+    """How the ends of an utterance are treated."""
+    inflight: InFlight
+    """The queue."""
+
+    @property
+    def look_back(self) -> int:
+        """Frames before the next one to be computed that a later window may still ask for."""
+        policy = self.inflight.policy
+        return max(self.field.edge, policy.frames if policy.static else 0)
+
+
 class Stream:
     """One utterance, frames coming in and audio going out; what it gives, joined, is what `vocoder(mel)` gives. For one thread."""
 
-    def __init__(self, vocoder: Vocoder, pace: StreamPace) -> None:
-        self._vocoder = vocoder
-        self._edges = vocoder.edges
+    def __init__(self, synthesis: Synthesis, pace: StreamPace) -> None:
+        self._synthesis = synthesis
+        self._edges = synthesis.edges
         self._size = float(pace.first)
         self._growth = pace.growth
-        self._frames = np.empty((vocoder.spec.n_mels, 0), np.float32)
+        self._frames = np.empty((synthesis.spec.n_mels, 0), np.float32)
         self._base = 0  # index of the first frame that is still held
         self._received = 0
         self._done = self._edges.left  # frames, of the utterance with its extension, whose audio is out
@@ -102,11 +121,11 @@ class Stream:
     def _accept(self, frames: ArrayLike) -> Request:
         """Take frames; the request for what is ready now, which may be nothing."""
         self._check_open()
-        mel = self._vocoder.spec.check_frames(frames)
+        mel = self._synthesis.spec.check_frames(frames)
         if mel.shape[1] and not self._received:
             mel = np.concatenate([self._edges.before(mel), mel], axis=1)
         self._hold(mel)
-        until = ready(self._received, False, self._vocoder.field)
+        until = ready(self._received, False, self._synthesis.field)
         return self._request(until if until - self._done >= self._size else self._done, ended=False)
 
     def _end(self) -> Request:
@@ -116,9 +135,9 @@ class Stream:
             self._stop = self._received
             if self._received:
                 self._hold(self._edges.after(self._frames))
-        if 0 < self._received < self._vocoder.field.smallest:
+        if 0 < self._received < self._synthesis.field.smallest:
             self._closed = True
-            raise self._vocoder.spec.too_short(self._received, self._vocoder.field.smallest)
+            raise self._synthesis.spec.too_short(self._received, self._synthesis.field.smallest)
         return self._request(self._stop, ended=True)
 
     def _check_open(self) -> None:
@@ -127,30 +146,30 @@ class Stream:
 
     def _hold(self, mel: NDArray[np.float32]) -> None:
         """Keep new frames, and of the old ones only those that a later window may still look back to."""
-        keep_from = max(self._done - self._vocoder.look_back, self._base)
+        keep_from = max(self._done - self._synthesis.look_back, self._base)
         self._frames = np.concatenate([self._frames[:, keep_from - self._base :], mel], axis=1)
         self._base = keep_from
         self._received += mel.shape[1]
 
     def _request(self, stop: int, *, ended: bool) -> Request:
-        windows = plan(Span(self._done, stop, self._received, ended), self._vocoder.field, self._vocoder.policy)
+        windows = plan(Span(self._done, stop, self._received, ended), self._synthesis.field, self._synthesis.inflight.policy)
         deadline = self._playing_until or time.monotonic()
-        return Request(self._frames, self._base, windows, self._vocoder.spec.hop, deadline)
+        return Request(self._frames, self._base, windows, self._synthesis.spec.hop, deadline)
 
     def _submit(self, request: Request) -> Future[Audio]:
-        self._vocoder.inflight.submit(request)
+        self._synthesis.inflight.submit(request)
         return self._sent(request)
 
     async def _submit_async(self, request: Request) -> Audio:
-        await self._vocoder.inflight.submit_async(request)
+        await self._synthesis.inflight.submit_async(request)
         return await asyncio.wrap_future(self._sent(request))
 
     def _sent(self, request: Request) -> Future[Audio]:
         """The request was let in: what it covers will be out."""
-        frames = len(request.audio) // self._vocoder.spec.hop
+        frames = len(request.audio) // self._synthesis.spec.hop
         if frames:
             self._done += frames
-            self._size = min(self._size * self._growth, self._vocoder.policy.frames)
+            self._size = min(self._size * self._growth, self._synthesis.inflight.policy.frames)
             request.future.add_done_callback(self._heard)
         self._closed = self._closed or self._stop is not None
         return request.future
@@ -162,8 +181,8 @@ class Stream:
             return
         now = time.monotonic()
         if self._playing_until is not None and now > self._playing_until:
-            self._vocoder.inflight.count_underrun()
-        self._playing_until = max(self._playing_until or now, now) + len(future.result()) / self._vocoder.sample_rate
+            self._synthesis.inflight.count_underrun()
+        self._playing_until = max(self._playing_until or now, now) + len(future.result()) / self._synthesis.spec.sample_rate
 
     def _wait(self, future: Future[Audio]) -> Audio:
         try:

@@ -21,7 +21,7 @@ from melrt.counters import Stats
 from melrt.edges import Edges
 from melrt.inflight import InFlight, Limits, Request
 from melrt.mel import MelSpec
-from melrt.stream import Stream, StreamPace, stream, stream_async
+from melrt.stream import Stream, StreamPace, Synthesis, stream, stream_async
 from melrt.windows import Field, Policy, Span, plan
 
 Audio = NDArray[np.float32]
@@ -53,8 +53,10 @@ class Vocoder:
         self.policy = self.options.policy or backend.policy
         self.policy.check(self.field)
         self.inflight = InFlight(backend, self.policy, self.options.limits)
-        # The workers do not hold on to a vocoder; one that is dropped lets them go, once what was asked of it is done.
-        weakref.finalize(self, self.inflight.stop, drain=True)
+        self._synthesis = Synthesis(manifest.spec, self.field, self.options.edges, self.inflight)
+        # The vocoder and its streams hold on to this, the workers do not: once all of them are dropped, and what was asked of them
+        # is done, the workers go.
+        weakref.finalize(self._synthesis, self.inflight.stop, drain=True)
 
     @classmethod
     def load(
@@ -100,11 +102,6 @@ class Vocoder:
         """How the ends of an utterance are treated."""
         return self.options.edges
 
-    @property
-    def look_back(self) -> int:
-        """Frames before the next one to be computed that a stream holds on to."""
-        return max(self.field.edge, self.policy.frames if self.policy.static else 0)
-
     def __call__(self, mel: ArrayLike) -> Audio:
         """Turn log-mel frames into a waveform.
 
@@ -148,7 +145,7 @@ class Vocoder:
 
     def open_stream(self, pace: StreamPace | None = None) -> Stream:
         """Open a stream for one utterance: `push(frames)` gives audio as early as it is exact, `flush()` the rest."""
-        return Stream(self, pace or self.options.pace)
+        return Stream(self._synthesis, pace or self.options.pace)
 
     def stream(self, source: Iterable[ArrayLike], pace: StreamPace | None = None) -> Iterator[Audio]:
         """Audio of an iterable of frames (M, n), piece by piece."""

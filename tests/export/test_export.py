@@ -100,7 +100,8 @@ def test_real_voice_on_real_speech(shared: Path, tmp_path: Path) -> None:
         reference = pytorch_audio(checkpoint, mel[None])[0]
         assert Difference.between(reference, full(mel)).max_abs < FP32_MAX_ABS
         assert Difference.between(reference, half(mel)).snr_db > FP16_MIN_SNR_DB
-        assert Difference.between(reference, pytorch_audio(checkpoint, mel[None], half=True)[0]).snr_db > FP16_MIN_SNR_DB
+        if number >= 31:  # the two that its training never saw; PyTorch's half precision is slow on a CPU
+            assert Difference.between(reference, pytorch_audio(checkpoint, mel[None], half=True)[0]).snr_db > FP16_MIN_SNR_DB
 
 
 def test_disk_full_during_export_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import multiprocessing
 import threading
 import time
@@ -244,6 +245,9 @@ def test_a_dropped_vocoder_lets_its_workers_go(tiny_bundle_path: Path) -> None:
     worker.join(5)
     assert not worker.is_alive()
     assert (last.result(0) == 2).all(), "what was asked of it is done first"
+    opened = load(tiny_bundle_path, ONE)[0].open_stream()
+    gc.collect()
+    assert np.concatenate([opened.push(constant(3)), opened.flush()]).shape == (20 * 256,), "a stream keeps its voice"
 
 
 def test_a_generator_is_read_only_as_far_as_needed(tiny_bundle_path: Path) -> None:
