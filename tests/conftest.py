@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,11 @@ import torch
 from torch import nn
 
 from melrt.bundle import Bundle
+from melrt.mel import MelSpec
+from melrt_export.checkpoints import Checkpoint, native
+from melrt_export.config import GeneratorConfig
 from melrt_export.demo import DEMO_VOICE
-from melrt_export.export import export_voice
+from melrt_export.export import ExportOptions, export_voice
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -61,6 +65,25 @@ class PublishedGenerator(nn.Module):
 
     def forward(self, mel: torch.Tensor) -> torch.Tensor:
         return self.model(mel)
+
+
+@pytest.fixture(scope="session")
+def make_voice() -> Callable[..., tuple[Path, Checkpoint]]:
+    """A bundle of a random small generator of any shape, by way of melrt's own checkpoint format."""
+    return random_voice
+
+
+def random_voice(config: GeneratorConfig, folder: Path, precisions: tuple[str, ...] = ("fp32",)) -> tuple[Path, Checkpoint]:
+    noise = np.random.default_rng(0)
+    weights = {}
+    for name, shape in config.tensors():
+        fan = 2 * shape[0] if "upsample" in name else int(np.prod(shape[1:]))
+        weights[name] = ((0.1 if name.endswith("bias") else 1 / np.sqrt(fan)) * noise.standard_normal(shape)).astype(np.float32)
+    rate = 500 * config.hop
+    spec = MelSpec(sample_rate=rate, n_fft=4 * config.hop, hop=config.hop, win_length=4 * config.hop, n_mels=8, f_max=rate / 2)
+    checkpoint = Checkpoint("x", "melrt", folder, "", config, weights, spec)
+    native.save(folder / "checkpoint", checkpoint)
+    return export_voice(folder / "checkpoint", folder / "x.melrt", ExportOptions(precisions=precisions)).path, checkpoint
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ MAX_KERNEL = 255
 MAX_STAGES = 8
 MAX_STACKS = 8
 MAX_HOP = 8192
+MAX_TAPS = 1022
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,8 @@ class GeneratorConfig:
     """Whether the convolutions have biases."""
     final_tanh: bool = True
     """Whether a tanh follows the last convolution."""
+    pqmf_taps: int = 0
+    """Length less one, even, of the filters that join sub-bands to one signal (pseudo-quadrature mirror filter bank); 0: no sub-bands."""
     causal: bool = False
     """All padding on the left: no look-ahead (ParallelWaveGAN's `use_causal_conv`)."""
 
@@ -62,6 +65,8 @@ class GeneratorConfig:
             raise CheckpointError(f"upsample_scales {self.upsample_scales} makes a hop of {self.hop}; at most {MAX_HOP}.")
         if self.padding_mode not in get_args(PaddingMode):
             raise CheckpointError(f"padding_mode is {self.padding_mode!r}; it is one of {', '.join(get_args(PaddingMode))}.")
+        if type(self.pqmf_taps) is not int or not 0 <= self.pqmf_taps <= MAX_TAPS or self.pqmf_taps % 2:
+            raise CheckpointError(f"pqmf_taps is {self.pqmf_taps!r}; it is an even number up to {MAX_TAPS}, or 0 for no sub-bands.")
         if not 0 <= self.negative_slope < 1:
             raise CheckpointError(f"negative_slope is {self.negative_slope}; it lies in [0, 1).")
 
@@ -80,8 +85,13 @@ class GeneratorConfig:
 
     @property
     def hop(self) -> int:
-        """Output samples per mel frame and output channel."""
-        return math.prod(self.upsample_scales)
+        """Samples of the output per mel frame."""
+        return math.prod(self.upsample_scales) * self.subbands
+
+    @property
+    def subbands(self) -> int:
+        """Signals that the filter bank joins; 1 without one."""
+        return self.out_channels if self.pqmf_taps else 1
 
     @property
     def stage_channels(self) -> tuple[int, ...]:
@@ -125,6 +135,8 @@ class GeneratorConfig:
             yield f"{name}.weight", shape
             if self.bias:
                 yield f"{name}.bias", (shape[1] if name.endswith("upsample") else shape[0],)
+        if self.pqmf_taps:
+            yield "pqmf.weight", (self.out_channels, self.pqmf_taps + 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

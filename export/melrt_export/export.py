@@ -63,7 +63,7 @@ def export_voice(
     options = options or ExportOptions()
     on_step("reading the checkpoint")
     checkpoint = load_checkpoint(source)
-    if checkpoint.config.out_channels != 1 or checkpoint.config.hop != checkpoint.spec.hop:
+    if checkpoint.config.out_channels != checkpoint.config.subbands or checkpoint.config.hop != checkpoint.spec.hop:
         raise CheckpointError(
             f"{checkpoint.source} gives {checkpoint.config.out_channels} channels with a hop of {checkpoint.config.hop}; "
             f"a voice of this convention has 1 channel and a hop of {checkpoint.spec.hop}."

@@ -76,8 +76,27 @@ class Stage(nn.Module):
         return cast(Tensor, self.blocks(self.upsample(F.leaky_relu(x, self.slope))))
 
 
+class FilterBank(nn.Module):
+    """Sub-bands (B, S, T) to one signal (B, 1, T·S): zeros put between their samples, each band filtered, and summed.
+
+    The synthesis side of a pseudo-quadrature mirror filter bank (Nguyen 1994), as ParallelWaveGAN's `layers/pqmf.py` has it.
+    The filters are part of the checkpoint, since projects and their versions differ in them.
+    """
+
+    def __init__(self, subbands: int, taps: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(subbands, taps + 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = cast(Tensor, self.weight)
+        subbands = len(weight)
+        spread = x.new_zeros(*x.shape[:2], x.shape[2] * subbands)
+        spread[..., ::subbands] = subbands * x
+        return F.conv1d(spread, weight[None], padding=weight.shape[1] // 2)
+
+
 class Generator(nn.Module):
-    """Mel frames (B, M, T) to waveform (B, out_channels, T·hop)."""
+    """Mel frames (B, M, T) to waveform (B, 1, T·hop), or (B, out_channels, T·hop) where no filter bank joins them."""
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
@@ -85,6 +104,7 @@ class Generator(nn.Module):
         self.first = Conv(config, config.in_channels, config.channels, config.kernel_size)
         self.stages = nn.Sequential(*(Stage(config, i) for i in range(len(config.upsample_scales))))
         self.last = Conv(config, config.stage_channels[-1], config.out_channels, config.kernel_size)
+        self.pqmf = FilterBank(config.out_channels, config.pqmf_taps) if config.pqmf_taps else nn.Identity()
 
     @classmethod
     def from_weights(cls, config: GeneratorConfig, weights: Mapping[str, Tensor]) -> Generator:
@@ -96,4 +116,4 @@ class Generator(nn.Module):
     def forward(self, mel: Tensor) -> Tensor:
         x = self.stages(self.first(mel))
         x = self.last(F.leaky_relu(x, self.config.negative_slope))
-        return torch.tanh(x) if self.config.final_tanh else x
+        return cast(Tensor, self.pqmf(torch.tanh(x) if self.config.final_tanh else x))

@@ -66,6 +66,8 @@ def deploy_graph(
         x = net.cast(x, TensorProto.FLOAT, "audio_single")
     if config.final_tanh:
         x = net.op("Tanh", x, name="tanh")
+    if config.pqmf_taps:
+        x = net.filter_bank("pqmf", x)
     net.op("Reshape", x, net.shape("audio_shape", [0, -1]), name="audio", output="audio")
     return _model(net, config, metadata or {})
 
@@ -135,6 +137,24 @@ class _Net:
         left = scale // 2 + scale % 2
         start, end = self.shape(f"crop{left}.start", [left]), self.shape(f"crop{left}.{scale}.end", [left - scale])
         return self.op("Slice", x, start, end, self.shape("time_axis", [3]), name=f"{name}.crop")
+
+    def filter_bank(self, name: str, x: str) -> str:
+        """Zero insertion and filters as one convolution at the sub-bands' rate, one output channel per phase; in float32 always.
+
+        Sample m·S + p of the output takes sub-band sample m + d through filter tap d·S - p + taps / 2.
+        """
+        filters = self.weights[f"{name}.weight"]  # (S, taps + 1)
+        subbands, taps = len(filters), filters.shape[1] - 1
+        first, last = -(taps // 2 // subbands), (subbands - 1 + taps // 2) // subbands
+        weight = np.zeros((subbands, subbands, last - first + 1), np.float32)
+        for phase in range(subbands):
+            for d in range(first, last + 1):
+                tap = d * subbands - phase + taps // 2
+                if 0 <= tap <= taps:
+                    weight[phase, :, d - first] = subbands * filters[:, tap]
+        inputs = [x, self.constant(f"{name}.weight", weight[:, :, None])]
+        attributes: dict[str, Any] = {"kernel_shape": [1, weight.shape[2]], "pads": [0, -first, 0, last]}
+        return self._interleave(name, self.op("Conv", *inputs, name=name, **attributes), 1, subbands)
 
     def _interleave(self, name: str, x: str, channels: int, scale: int) -> str:
         """(B, C·scale, 1, T) to (B, C, 1, T·scale)."""

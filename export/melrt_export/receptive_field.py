@@ -19,6 +19,10 @@ def receptive_field(config: GeneratorConfig) -> tuple[int, int]:
         first -= reach if config.causal else reach // 2
         last += 0 if config.causal else reach // 2
 
+    if config.pqmf_taps:
+        # output sample n takes sub-band samples t with |n - t·S| <= taps / 2
+        reach = config.pqmf_taps // 2
+        first, last = -((reach - first) // config.subbands), (last + reach) // config.subbands
     convolution(config.kernel_size, 1)
     for scale in reversed(config.upsample_scales):
         for dilation in reversed(config.dilations):

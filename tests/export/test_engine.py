@@ -11,6 +11,7 @@ from melrt.bundle import Bundle
 from melrt.errors import BundleError, EngineBuildError, MissingExtraError
 from melrt_export import engine
 from melrt_export.audit import audit_layers
+from melrt_export.config import GeneratorConfig
 from melrt_export.engine import EngineOptions, build_engine
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed here")
@@ -32,6 +33,12 @@ def test_an_engine_joins_the_bundle(tiny_bundle: Bundle, precision: str, graph: 
     assert seen
     assert all(0 <= done <= total for _, done, total in seen)
     assert len(bundle.find("onnx")) == 4, "what was there stays"
+
+
+def test_a_multi_band_engine_keeps_its_filter_bank_in_float32(make_voice, tmp_path: Path) -> None:
+    config = GeneratorConfig(in_channels=8, channels=32, upsample_scales=(4, 2), stacks=2, out_channels=4, pqmf_taps=62)
+    path, _ = make_voice(config, tmp_path, ("fp32", "fp16"))
+    assert build_engine(Bundle.open(path), EngineOptions(precision="fp16")).size > 10_000
 
 
 def test_a_graph_that_is_not_what_it_says_is_refused(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,8 @@ FAMILY = {
     "published": GeneratorConfig(in_channels=80, channels=64),
     "four stacks": GeneratorConfig(**SMALL, upsample_scales=(8, 4, 2), stacks=4),
     "odd scales, sub-bands": GeneratorConfig(**SMALL, upsample_scales=(5, 5, 3), stacks=2, out_channels=4),
+    "multi-band": GeneratorConfig(**SMALL, upsample_scales=(8, 4, 2), stacks=4, out_channels=4, pqmf_taps=62),
+    "multi-band, odd scales, three bands": GeneratorConfig(**SMALL, upsample_scales=(5, 3), stacks=2, out_channels=3, pqmf_taps=20),
     "wide kernels": GeneratorConfig(**SMALL, upsample_scales=(4, 2), kernel_size=9, stack_kernel_size=5, stacks=2),
     "zero padding, no bias, no tanh": GeneratorConfig(**SMALL, padding_mode="zeros", bias=False, final_tanh=False, negative_slope=0.1),
     "replication": GeneratorConfig(**SMALL, upsample_scales=(4, 2), padding_mode="replicate"),
@@ -53,7 +55,7 @@ def test_graph_equals_pytorch_at_every_length(config: GeneratorConfig, noise: np
         mel = noise.standard_normal((batch, config.in_channels, frames)).astype(np.float32)
         with torch.inference_mode():
             expected = generator(torch.from_numpy(mel)).numpy()
-        assert expected.shape == (batch, config.out_channels, frames * config.hop)
+        assert expected.shape == (batch, config.out_channels // config.subbands, frames * config.hop)
         assert np.abs(expected).max() > 0.05, "a silent output would hide any error"
         assert np.abs(session.run(mel).reshape(expected.shape) - expected).max() < TOLERANCE
 
@@ -99,6 +101,10 @@ def test_smallest_input_is_where_pytorch_begins_to_work() -> None:
         (GeneratorConfig(upsample_scales=(8, 8, 4, 2)), (6, 6)),
         (GeneratorConfig(channels=1024, upsample_scales=(4, 4, 4, 2, 2), stacks=4), (18, 18)),
         (GeneratorConfig(upsample_scales=(8, 8, 4), stacks=4), (10, 10)),
+        (GeneratorConfig(channels=384, upsample_scales=(8, 4, 2), stacks=4, out_channels=4, pqmf_taps=62), (11, 11)),
+        (GeneratorConfig(channels=384, upsample_scales=(5, 5, 3), stacks=4, out_channels=4, pqmf_taps=62), (14, 15)),
+        (GeneratorConfig(channels=384, upsample_scales=(8, 4, 4), stacks=4, out_channels=4, pqmf_taps=62), (11, 11)),
+        (GeneratorConfig(channels=384, upsample_scales=(2, 4, 8), stacks=4, out_channels=4, pqmf_taps=62), (30, 30)),
     ],
 )
 def test_receptive_field_of_published_shapes(config: GeneratorConfig, expected: tuple[int, int]) -> None:
@@ -137,7 +143,7 @@ def test_half_graph_is_half_between_float_ends() -> None:
     "wrong",
     [
         {"channels": 30}, {"kernel_size": 6}, {"upsample_scales": ()}, {"upsample_scales": (999, 999)}, {"channels": 1 << 40},
-        {"stacks": 0}, {"padding_mode": "circular"}, {"negative_slope": 2.0}, {"channels": 512.0}, {"in_channels": True},
+        {"stacks": 0}, {"padding_mode": "circular"}, {"pqmf_taps": 61}, {"negative_slope": 2.0}, {"channels": 512.0}, {"in_channels": True},
     ],
 )  # fmt: skip
 def test_impossible_shapes_are_refused(wrong: dict) -> None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from melrt import MelSpec, Vocoder
+from melrt import Vocoder
 from melrt.edges import Edges
 from melrt.errors import ClosedError, MelError
 from melrt.vocoder import Options
 from melrt.windows import Policy, Span, plan
-from melrt_export.checkpoints import Checkpoint, load_checkpoint, native
+from melrt_export.checkpoints import Checkpoint, load_checkpoint
 from melrt_export.config import GeneratorConfig
 from melrt_export.demo import DEMO_VOICE, RECORDING
 from melrt_export.export import ExportOptions, export_voice
@@ -27,10 +26,10 @@ POLICIES = {
     "static": Policy(40, static=True, batch=4, workers=1),
     "static, two workers": Policy(33, static=True, batch=3, workers=2),
 }
-SMALL = MelSpec(sample_rate=8000, n_fft=64, hop=16, win_length=64, n_mels=8, f_max=4000.0)
 FAMILY = {
     "reflection": GeneratorConfig(in_channels=8, channels=32, upsample_scales=(4, 4)),
     "odd scales": GeneratorConfig(in_channels=8, channels=32, upsample_scales=(5, 3)),
+    "multi-band": GeneratorConfig(in_channels=8, channels=32, upsample_scales=(4, 2), stacks=2, out_channels=4, pqmf_taps=62),
     "zeros": GeneratorConfig(in_channels=8, channels=32, upsample_scales=(4, 4), padding_mode="zeros"),
     "causal": GeneratorConfig(in_channels=8, channels=32, upsample_scales=(4, 4), stacks=2, causal=True),
     "causal, replication": GeneratorConfig(
@@ -39,21 +38,9 @@ FAMILY = {
 }
 
 
-def voice(config: GeneratorConfig, folder: Path) -> tuple[Path, Checkpoint]:
-    noise = np.random.default_rng(0)
-    weights = {}
-    for name, shape in config.tensors():
-        fan = 2 * shape[0] if "upsample" in name else int(np.prod(shape[1:]))
-        weights[name] = ((0.1 if name.endswith("bias") else 1 / np.sqrt(fan)) * noise.standard_normal(shape)).astype(np.float32)
-    spec = replace(SMALL, hop=config.hop)
-    checkpoint = Checkpoint("x", "melrt", folder, "", config, weights, spec)
-    native.save(folder / "checkpoint", checkpoint)
-    return export_voice(folder / "checkpoint", folder / "x.melrt", ExportOptions(precisions=("fp32",))).path, checkpoint
-
-
 @pytest.fixture(scope="module", params=FAMILY.values(), ids=FAMILY.keys())
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Checkpoint]:
-    return voice(request.param, tmp_path_factory.mktemp("voice"))
+def family(request: pytest.FixtureRequest, make_voice, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Checkpoint]:
+    return make_voice(request.param, tmp_path_factory.mktemp("voice"))
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())

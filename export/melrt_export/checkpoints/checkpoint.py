@@ -101,7 +101,7 @@ def named_tensors(state: State, names: Mapping[str, str], config: GeneratorConfi
     expected = {}
     for ours, shape in config.tensors():
         convolution, _, kind = ours.rpartition(".")
-        expected[f"{names[convolution]}.{kind}"] = (ours, shape)
+        expected[f"{names.get(convolution, convolution)}.{kind}"] = (ours, shape)
     problems = [f"missing {name}" for name in expected if name not in state]
     problems += [f"unexpected {name}" for name in state if name not in expected]
     for name, (_, shape) in expected.items():
