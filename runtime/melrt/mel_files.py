@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterator
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def read_mel(path: Path, spec: MelSpec) -> NDArray[Any]:
     if not path.is_file():
         raise MelError(f"{path} does not exist, or is no file.")
     suffix = path.suffix.lower().lstrip(".")
-    mel = _read_numpy(path) if suffix in ("npy", "npz") else _reader(suffix, path).load()(path, spec)
+    mel = _read_numpy(path) if suffix in ("npy", "npz") else _read_with_extra(suffix, path, spec)
     if mel.ndim == 3 and len(mel) == 1:
         mel = mel[0]
     if mel.ndim != 2:
@@ -54,17 +54,16 @@ def mel_pieces(path: Path, spec: MelSpec, frames: int) -> Iterator[NDArray[Any]]
         yield np.array((read_mel(path, spec) if mapped else mel)[:, start : start + frames])
 
 
-def _reader(suffix: str, path: Path) -> EntryPoint:
+def _read_with_extra(suffix: str, path: Path, spec: MelSpec) -> NDArray[Any]:
     readers = entry_points(group="melrt.mel_readers")
-    known = sorted({"npy", "npz"} | {reader.name for reader in readers})
     if suffix not in readers.names:
+        known = sorted({"npy", "npz"} | readers.names)
         raise MelError(f"{path} is no mel that melrt reads; it reads {', '.join('.' + name for name in known)}.")
     reader = readers[suffix]
     try:
-        reader.load()
-    except ImportError as error:
+        return np.asarray(reader.load()(path, spec))
+    except ModuleNotFoundError as error:
         raise MissingExtraError(f"reading .{suffix}", error.name or "a package", reader.extras[0]) from error
-    return reader
 
 
 def _read_numpy(path: Path) -> NDArray[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
 import librosa
@@ -11,7 +12,7 @@ import pytest
 import soundfile
 import torch
 
-from melrt.errors import AudioError, MelError
+from melrt.errors import AudioError, MelError, MissingExtraError
 from melrt.mel import MelSpec
 from melrt.mel_files import read_mel
 from melrt_export.demo import RECORDING
@@ -90,3 +91,9 @@ def test_mel_files_that_cannot_be_read(tmp_path: Path) -> None:
             read_mel(tmp_path / name, SPEC)
     with pytest.raises(MelError, match="holds no mel"):
         mel_from_torch_file(tmp_path / "other.pt", SPEC)
+
+
+def test_a_missing_package_names_the_extra_of_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "librosa", None)
+    with pytest.raises(MissingExtraError, match=r"reading .wav needs librosa.*melrt\[export\]"):
+        read_mel(RECORDING, SPEC)
