@@ -30,7 +30,7 @@ def contenders(checkpoint: Checkpoint, vocoder: Vocoder, threads: int) -> Iterat
     naive = OnnxModel(_naive_onnx(torch, generator), threads=threads)
     yield "ONNX Runtime, plain torch.onnx.export", lambda mel: naive.run(mel[None]).reshape(-1)
     (edge,) = vocoder.bundle.find("onnx", graph="edge", precision="fp32")
-    deploy = OnnxModel(vocoder.bundle.read(edge), threads=threads)
+    deploy = OnnxModel(vocoder.bundle.read(edge), threads=threads, blocked=threads == 1)
     yield "ONNX Runtime, melrt's graph, whole", lambda mel: deploy.run(mel[None])[0]
     yield f"melrt, {vocoder.backend.name} {vocoder.backend.precision}", vocoder
 

@@ -34,13 +34,14 @@ def usable_devices() -> tuple[str, ...]:
 class OnnxModel:
     """One ONNX model in one session; safe to call from several threads."""
 
-    def __init__(self, model: bytes, device: str = "cpu", threads: int = 0) -> None:
+    def __init__(self, model: bytes, device: str = "cpu", threads: int = 0, *, blocked: bool = True) -> None:
         """Load a model.
 
         Args:
             model: Serialised ONNX, verified by the caller.
             device: `cpu` or `cuda`.
             threads: CPU threads that share one run; 0 for one per physical core.
+            blocked: Let ONNX Runtime use its blocked layout: faster on one thread, slower where several share a run (docs/windows.md).
 
         Raises:
             BackendError: ONNX Runtime refuses the model, or the device is not to be had.
@@ -51,6 +52,8 @@ class OnnxModel:
         options = ort.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         options.intra_op_num_threads = threads
+        if not blocked:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         try:
             self._session = ort.InferenceSession(model, options, providers=_PROVIDERS[device])
         except Exception as error:  # ONNX Runtime's exceptions have no common base
