@@ -12,6 +12,7 @@ from melrt.errors import MelrtError, MissingExtraError, ParityError
 
 OUT_OF_TOLERANCE = 1
 WRONG_INPUT = 2
+UNEXPECTED = 3
 INTERRUPTED = 130
 
 
@@ -51,6 +52,8 @@ def _guarded(point: EntryPoint) -> Callable[..., Any]:
         except OSError as error:
             name = f"{error.filename}: " if error.filename else ""
             _fail(f"{name}{error.strerror or error}", WRONG_INPUT)
+        except (ArithmeticError, LookupError, TypeError, ValueError, MemoryError) as error:
+            _fail(f"melrt {point.name} met what it does not know ({type(error).__name__}: {error}); please report it.", UNEXPECTED)
         except KeyboardInterrupt:
             _fail("interrupted; nothing was left half-written.", INTERRUPTED)
 

@@ -132,8 +132,11 @@ def _targets(inputs: list[Path], out: Path) -> list[Path]:
     if out.suffix.lower() == ".wav" and not out.is_dir():
         if len(inputs) > 1:
             raise MelError(f"{len(inputs)} inputs cannot go to one file {out}; give a folder.")
-        return [out]
-    targets = [out / f"{source.stem}.wav" for source in inputs]
+        targets = [out]
+    else:
+        targets = [out / f"{source.stem}.wav" for source in inputs]
+    if overwritten := {t.resolve() for t in targets} & {s.resolve() for s in inputs}:
+        raise MelError(f"{', '.join(map(str, overwritten))} would be overwritten by its own synthesis; give another folder.")
     if len(set(targets)) < len(targets):
         raise MelError("two inputs have the same name and would overwrite each other; run them apart.")
     return targets

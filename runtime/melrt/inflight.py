@@ -7,6 +7,7 @@ shape from the other requests up to the batch limit, and run them together. One 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import threading
 import time
@@ -66,6 +67,8 @@ class Request:
         self.first_frame = first_frame
         self.waiting = deque(windows)
         self.unfinished = len(self.waiting)
+        self.ended = False
+        """Result, error or cancellation is decided; guarded by the queue's lock."""
         self.keep_start = self.waiting[0].keep_start if self.waiting else 0
         kept = self.waiting[-1].keep_stop - self.keep_start if self.waiting else 0
         self.hop = hop
@@ -105,6 +108,7 @@ class InFlight:
         self._closing = False
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
+        _at_exit.add(self)
 
     def submit(self, request: Request) -> Future[Audio]:
         """Queue a request, waiting for room as the limits say; its future ends with the audio or an error, and can be cancelled.
@@ -115,16 +119,18 @@ class InFlight:
             BackendError: In a process forked after the vocoder was loaded.
         """
         self._check_process()
+        self._watch(request)
         until = self._patience_for_room()
         with self._changed:
             while not self._let_in(request):
                 self._check_patience(until)
                 self._changed.wait(None if until is None else until - time.monotonic())
-        return self._watch(request)
+        return request.future
 
     async def submit_async(self, request: Request) -> Future[Audio]:
         """As `submit`; it is the task that waits for room, not the event loop."""
         self._check_process()
+        self._watch(request)
         until = self._patience_for_room()
         while True:
             with self._changed:
@@ -132,7 +138,7 @@ class InFlight:
                     break
                 self._check_patience(until)
             await asyncio.sleep(ROOM_POLL)
-        return self._watch(request)
+        return request.future
 
     def count_underrun(self) -> None:
         """A stream's listener ran out of audio."""
@@ -141,6 +147,7 @@ class InFlight:
 
     def stats(self) -> Stats:
         """What a service scrapes."""
+        self._check_process()
         with self._changed:
             return self._counters.stats(self._waiting_windows, len(self._requests), self.policy.batch)
 
@@ -187,26 +194,27 @@ class InFlight:
         if request.waiting:
             if self._waiting_windows >= self.limits.max_windows:
                 return False
+            self._start_threads()  # first: where no thread starts, nothing is queued
             self._requests.append(request)
             self._waiting_windows += len(request.waiting)
-            self._start_threads()
             self._changed.notify_all()
+        else:
+            request.ended = True
+            request.future.set_result(request.audio)
         self._counters.requests += 1
         return True
 
-    def _watch(self, request: Request) -> Future[Audio]:
-        if not request.unfinished:
-            request.future.set_result(request.audio)
+    def _watch(self, request: Request) -> None:
+        """Hear of a cancellation; before the request is queued, since from then on workers may end it."""
         # weak, or request and future would hold each other, and their audio, until a garbage collection
         reference = weakref.ref(request)
         request.future.add_done_callback(lambda future: self._forget(reference()) if future.cancelled() else None)
-        return request.future
 
     def _start_threads(self) -> None:
         while len(self._threads) < self.policy.workers:
             thread = threading.Thread(target=self._work, name=f"melrt-{len(self._threads)}", daemon=True)
-            self._threads.append(thread)
             thread.start()
+            self._threads.append(thread)
 
     def _work(self) -> None:
         while True:
@@ -248,7 +256,7 @@ class InFlight:
 
     def _run(self, jobs: list[Job]) -> None:
         """Run a batch and deliver. If it fails, each window runs alone, so that only the guilty request fails."""
-        jobs = [(request, window) for request, window in jobs if not request.future.done()]
+        jobs = [(request, window) for request, window in jobs if not request.ended and not request.future.cancelled()]
         if not jobs:
             return
         start = time.monotonic()
@@ -281,7 +289,7 @@ class InFlight:
         """Count a window as done; the last one delivers."""
         with self._changed:
             request.unfinished -= 1
-            if request.unfinished or not request.future.set_running_or_notify_cancel():
+            if request.unfinished or not self._end(request):
                 return
             self._counters.latencies.append(time.monotonic() - request.arrival)
         request.future.set_result(request.audio)
@@ -289,17 +297,26 @@ class InFlight:
     def _fail(self, request: Request, error: Exception) -> None:
         self._remove(request)
         with self._changed:
-            if request.future.done() or not request.future.set_running_or_notify_cancel():
+            if not self._end(request):
                 return
             self._counters.failed += 1
         request.future.set_exception(error)
 
+    def _end(self, request: Request) -> bool:
+        """Whether the caller is the one that ends this request: the first that asks, unless it was cancelled. Holds the lock."""
+        if request.ended:
+            return False
+        request.ended = True
+        return request.future.set_running_or_notify_cancel()
+
     def _forget(self, request: Request | None) -> None:
-        """A cancelled request frees its windows."""
+        """A cancelled request frees its windows, and those who wait for its future hear of it."""
         if request is not None:
             self._remove(request)
         with self._changed:
             self._counters.cancelled += 1
+            if request is not None:
+                self._end(request)
 
     def _remove(self, request: Request) -> None:
         with self._changed:
@@ -316,3 +333,15 @@ def _urgency(request: Request) -> tuple[float, float]:
 
 def _mates(one: Window, other: Window) -> bool:
     return one.graph == other.graph and one.frames == other.frames
+
+
+_at_exit: weakref.WeakSet[InFlight] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    """A worker that is killed inside an engine's run aborts the process: each ends its run first."""
+    for inflight in list(_at_exit):
+        inflight.close(drain=False)
+
+
+atexit.register(_close_all)

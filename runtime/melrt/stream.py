@@ -110,7 +110,7 @@ class Stream:
     def close(self) -> None:
         """Drop what is held; for an utterance that nobody listens to any more."""
         self._closed = True
-        self._frames = self._frames[:, :0]
+        self._frames = np.empty((len(self._frames), 0), np.float32)
 
     def __enter__(self) -> Self:
         return self
@@ -121,6 +121,8 @@ class Stream:
     def _accept(self, frames: ArrayLike) -> Request:
         """Take frames; the request for what is ready now, which may be nothing."""
         self._check_open()
+        if self._stop is not None:
+            raise ClosedError("the stream is being flushed; flush again for the rest of its audio.")
         mel = self._synthesis.spec.check_frames(frames)
         if mel.shape[1] and not self._received:
             mel = np.concatenate([self._edges.before(mel), mel], axis=1)
@@ -162,7 +164,11 @@ class Stream:
 
     async def _submit_async(self, request: Request) -> Audio:
         await self._synthesis.inflight.submit_async(request)
-        return await asyncio.wrap_future(self._sent(request))
+        try:
+            return await asyncio.wrap_future(self._sent(request))
+        except BaseException:
+            self._closed = True  # cancelled or failed: what was lost leaves a gap
+            raise
 
     def _sent(self, request: Request) -> Future[Audio]:
         """The request was let in: what it covers will be out."""
@@ -189,6 +195,7 @@ class Stream:
             return future.result()
         except BaseException:
             future.cancel()  # an interrupted caller takes its windows along
+            self._closed = True
             raise
 
 

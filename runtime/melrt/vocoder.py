@@ -175,6 +175,8 @@ class Vocoder:
             raise self.spec.wrong_axes(frames.shape)
         edges = self.edges
         extended = edges.extend(frames)
+        if isinstance(mel, np.ndarray) and np.may_share_memory(extended, mel):
+            extended = extended.copy()  # the caller may refill the array while its windows wait
         total = extended.shape[1]
         windows = plan(Span(edges.left, total - edges.right, total, ended=True), self.field, self.policy)
         return Request(extended, 0, windows, self.spec.hop, time.monotonic() + self.options.limits.patience)

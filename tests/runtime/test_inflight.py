@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import multiprocessing
+import subprocess
+import sys
 import threading
 import time
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, wait
 from pathlib import Path
 
 import numpy as np
@@ -298,4 +300,67 @@ def test_underruns_are_counted(tiny_bundle_path: Path) -> None:
     opened.push(constant(1, 64))
     time.sleep(0.02)
     assert vocoder.stats().underruns == 1
+    vocoder.close()
+
+
+class Instant:
+    """A backend that returns at once, or always fails: what meets in the queue, meets here."""
+
+    name, device, precision = "instant", "cpu", "fp32"
+    policy = Policy(64, static=False, batch=1, workers=4)
+    failing = False
+
+    def run(self, graph: str, mel: np.ndarray) -> np.ndarray:
+        if self.failing:
+            raise RuntimeError("the planted failure")
+        return np.zeros((len(mel), mel.shape[2] * 256), np.float32)
+
+
+def test_workers_survive_whatever_meets(tiny_bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instant results, simultaneous failures and cancellations from many threads: every future ends, every worker lives."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    backend, problems = Instant(), []
+    vocoder = Vocoder(Bundle.open(tiny_bundle_path), backend)
+
+    def work(seed: int) -> None:
+        for turn in range(150):
+            backend.failing = (turn // 30) % 2 == 1
+            try:
+                future = vocoder.submit(constant(seed, 200))
+                if turn % 7 == 0:
+                    future.cancel()
+                if not wait([future], timeout=10).done:
+                    problems.append("a future that never ends")
+            except Exception as error:
+                problems.append(repr(error))
+
+    try:
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert problems == []
+    assert all(worker.is_alive() for worker in vocoder.inflight._threads)
+    vocoder.close()
+
+
+def test_leaving_with_work_in_flight_is_no_crash(tiny_bundle_path: Path) -> None:
+    code = f"import numpy, melrt; v = melrt.Vocoder.load({str(tiny_bundle_path)!r}); f = v.submit(numpy.zeros((80, 60000)))"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_refilled_array_does_not_change_what_was_asked(tiny_bundle_path: Path) -> None:
+    vocoder, _ = load(tiny_bundle_path, ONE)
+    buffer = constant(0)
+
+    def source():
+        for value in range(5):
+            buffer[:] = value
+            yield buffer
+
+    assert [float(audio[0]) for audio in vocoder.batch(source())] == [0, 1, 2, 3, 4]
     vocoder.close()

@@ -101,5 +101,7 @@ def _compare(config: GeneratorConfig, args: Mapping[str, Any], path: Path) -> No
         "n_residual_layers": config.stacks,
     }
     for name, value in expected.items():
+        if type(args.get(name, value)) is not int:  # never printed: an alias bomb would take for ever
+            raise CheckpointError(f"{path}: {name} is no whole number; the weights say {value}.")
         if args.get(name, value) != value:
             raise CheckpointError(f"{path} says {name} is {args[name]}, the weights say {value}. They belong to different trainings.")
