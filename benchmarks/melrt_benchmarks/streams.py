@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from melrt.inflight import Request
 from melrt.stream import Stream, StreamPace
 from melrt.vocoder import Options, Vocoder
 from melrt.windows import Policy, Span, plan
@@ -62,13 +63,12 @@ class _Alone:
         field, policy = self.vocoder.field, Policy(self.vocoder.policy.frames, static=False, batch=1, workers=1)
         received = self.frames.shape[1]
         span = Span(self.done, received - field.right, received, ended=False)
-        pieces = []
-        for window in plan(span, field, policy):
-            audio = self.vocoder.backend.run(window.graph, np.ascontiguousarray(self.frames[None, :, window.start : window.stop]))[0]
-            hop = self.vocoder.spec.hop
-            pieces.append(audio[(window.keep_start - window.start) * hop : (window.keep_stop - window.start) * hop])
+        windows = list(plan(span, field, policy))
+        request = Request(self.frames, 0, windows, self.vocoder.spec.hop, deadline=0.0)
+        for window in windows:
+            request.keep(window, self.vocoder.backend.run(window.graph, np.ascontiguousarray(request.cut(window)[None]))[0])
         self.done = span.stop
-        return np.concatenate(pieces)
+        return request.audio
 
 
 def measure(vocoder: Vocoder, streams: int, load: Load, *, in_flight: bool) -> Outcome:

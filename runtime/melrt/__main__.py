@@ -17,7 +17,7 @@ INTERRUPTED = 130
 
 
 def main() -> None:
-    """Run the command line; exit codes: 0 done, 1 out of tolerance, 2 wrong input, 130 interrupted."""
+    """Run the command line; exit codes: 0 done, 1 out of tolerance, 2 wrong input, 3 a fault of melrt's own, 130 interrupted."""
     try:
         import rich  # noqa: F401
         import typer

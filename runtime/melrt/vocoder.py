@@ -116,7 +116,7 @@ class Vocoder:
             BackendError: The backend failed.
         """
         frames = self.spec.check(mel, self._fewest())
-        audio = list(self._in_order(frames.reshape(-1, *frames.shape[-2:])))
+        audio = list(self._in_order(self._request(one) for one in frames.reshape(-1, *frames.shape[-2:])))
         return audio[0] if frames.ndim == 2 else np.stack(audio)
 
     def batch(self, mels: Iterable[ArrayLike]) -> Iterator[Audio]:
@@ -128,7 +128,7 @@ class Vocoder:
         Raises:
             MelError: As for a call; it names the utterance, and comes when that one's turn has come.
         """
-        return self._in_order(mels)
+        return self._in_order(self._request(self._own(mel)) for mel in mels)
 
     def submit(self, mel: ArrayLike) -> Future[Audio]:
         """As a call with (M, T), without waiting: a future to wait for, await (`asyncio.wrap_future`) or cancel.
@@ -137,11 +137,11 @@ class Vocoder:
             MelError: As for a call.
             QueueFullError: The queue is full, and `Limits.wait` is false.
         """
-        return self.inflight.submit(self._request(mel))
+        return self.inflight.submit(self._request(self._own(mel)))
 
     async def call_async(self, mel: ArrayLike) -> Audio:
         """As a call with (M, T), for a task: it waits, the event loop does not; cancelling it frees its windows."""
-        return await asyncio.wrap_future(await self.inflight.submit_async(self._request(mel)))
+        return await asyncio.wrap_future(await self.inflight.submit_async(self._request(self._own(mel))))
 
     def open_stream(self, pace: StreamPace | None = None) -> Stream:
         """Open a stream for one utterance: `push(frames)` gives audio as early as it is exact, `flush()` the rest."""
@@ -169,14 +169,16 @@ class Vocoder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _request(self, mel: ArrayLike) -> Request:
+    def _own(self, mel: ArrayLike) -> NDArray[np.float32]:
+        """Checked frames of one utterance, in memory of our own: the caller may refill its array while its windows wait."""
         frames = self.spec.check(mel, self._fewest())
         if frames.ndim != 2:
             raise self.spec.wrong_axes(frames.shape)
+        return frames.copy() if np.may_share_memory(frames, np.asarray(mel)) else frames
+
+    def _request(self, frames: NDArray[np.float32]) -> Request:
         edges = self.edges
         extended = edges.extend(frames)
-        if isinstance(mel, np.ndarray) and np.may_share_memory(extended, mel):
-            extended = extended.copy()  # the caller may refill the array while its windows wait
         total = extended.shape[1]
         windows = plan(Span(edges.left, total - edges.right, total, ended=True), self.field, self.policy)
         return Request(extended, 0, windows, self.spec.hop, time.monotonic() + self.options.limits.patience)
@@ -184,12 +186,12 @@ class Vocoder:
     def _fewest(self) -> int:
         return max(self.field.smallest - self.edges.left - self.edges.right, 1)
 
-    def _in_order(self, mels: Iterable[ArrayLike]) -> Iterator[Audio]:
+    def _in_order(self, requests: Iterable[Request]) -> Iterator[Audio]:
         ahead = 2 * self.policy.workers * self.policy.batch
         pending: deque[Future[Audio]] = deque()
         try:
-            for mel in mels:
-                pending.append(self.submit(mel))
+            for request in requests:
+                pending.append(self.inflight.submit(request))
                 if len(pending) > ahead:
                     yield pending.popleft().result()
             while pending:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from melrt import Vocoder
 from melrt.bundle import Bundle
@@ -363,4 +364,5 @@ def test_a_refilled_array_does_not_change_what_was_asked(tiny_bundle_path: Path)
             yield buffer
 
     assert [float(audio[0]) for audio in vocoder.batch(source())] == [0, 1, 2, 3, 4]
+    assert [float(audio[0]) for audio in vocoder.batch(torch.from_numpy(one) for one in source())] == [0, 1, 2, 3, 4]
     vocoder.close()
