@@ -106,8 +106,7 @@ def build_engine(bundle: Bundle, options: EngineOptions, on_progress: Progress =
     where = capability if capability == PORTABLE else f"sm{capability.replace('.', '')}"
     name = f"{options.graph}.{options.precision}.{flavour}-{trt.__version__}-{where}.engine"
     entry = Artifact.of(name, plan, "engine", graph=options.graph, precision=options.precision, target=facts)
-    bundle.add(entry, plan)
-    return entry
+    return bundle.add(entry, plan, made_from=source[0])
 
 
 def _default_frames(graph: GraphKind, smallest: int) -> tuple[int, int, int]:

@@ -146,6 +146,12 @@ def verify(bundle: Bundle, checkpoint: Checkpoint | None = None) -> Iterator[Row
     manifest = bundle.manifest
     mel = _load(bundle, REFERENCE_MEL)
     reference = _load(bundle, REFERENCE_AUDIO)
+    bands = manifest.spec.n_mels
+    if mel.ndim != 3 or mel.shape[1] != bands or reference.shape != (mel.shape[0], mel.shape[2] * manifest.spec.hop) or not mel.size:
+        raise BundleError(
+            f"{bundle.path} holds a probe mel of shape {mel.shape} and audio of shape {reference.shape}; "
+            f"this voice's are (B, {bands}, T) and (B, T * {manifest.spec.hop}). Export it anew."
+        )
     if checkpoint is not None:
         if checkpoint.config.to_dict() != dict(bundle.manifest.architecture):
             raise BundleError(f"{checkpoint.source} is another generator than the one in {bundle.path}: {checkpoint.config}.")

@@ -27,6 +27,9 @@ MANIFEST = "manifest.json"
 # Real manifests are under 20 KB and real artefacts under 50 MB; what is far beyond is refused before it is read.
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_ARTIFACT_BYTES = 2 << 30
+# The widest published network sees 30 frames on either side.
+MAX_FRAMES = 10_000
+_REPLACEMENT = re.compile(r"\+[0-9a-f]{8}(?=\.[^.]*$)")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,120}")
 
 
@@ -58,6 +61,13 @@ class Artifact:
             raise BundleError(f"it gives {self.file} a size of {self.size!r}; at most {MAX_ARTIFACT_BYTES} bytes.")
         _check_kind(self, str, "kind", "sha256", "graph", "precision")
         _check_kind(self, dict, "target", "quality")
+        if odd := [f"{k} {v!r}" for k, v in self.quality.items() if type(v) not in (int, float) or not -1e300 < v < 1e300]:
+            raise BundleError(f"it gives {self.file} a quality of {odd[0]:.80}; that is a finite number.")
+
+    @property
+    def name(self) -> str:
+        """The file's name without the part that tells a replacement from what it replaced."""
+        return _REPLACEMENT.sub("", self.file)
 
     @classmethod
     def of(cls, file: str, data: bytes, kind: str, **facts: Any) -> Artifact:
@@ -79,6 +89,8 @@ class Manifest:
     """Mel frames before and after a frame that its samples depend on."""
     smallest_input: int
     """The fewest mel frames that the network takes."""
+    end_reach: int
+    """Mel frames of an utterance's beginning or end that its outermost frame depends on, reflections included."""
     edges: Edges
     """How the voice's own project treats the ends of an utterance."""
     provenance: Mapping[str, str]
@@ -89,9 +101,10 @@ class Manifest:
     def __post_init__(self) -> None:
         _check_kind(self, str, "name")
         _check_kind(self, dict, "architecture", "provenance")
-        for name, value in (("smallest_input", self.smallest_input), *(("receptive_field", side) for side in self.receptive_field)):
-            if type(value) is not int or not 0 <= value < 1 << 20:
-                raise BundleError(f"{name} is {value!r}; it is a number of frames.")
+        counts = {"smallest_input": (self.smallest_input,), "end_reach": (self.end_reach,), "receptive_field": self.receptive_field}
+        for name, values in counts.items():
+            if wrong := [value for value in values if type(value) is not int or not 0 <= value <= MAX_FRAMES]:
+                raise BundleError(f"{name} is {wrong[0]!r}; it is a number of frames, at most {MAX_FRAMES}.")
         names = [entry.file for entry in self.artifacts]
         if len(set(names)) != len(names):
             raise BundleError(f"it lists a file twice: {sorted(names)}.")
@@ -125,7 +138,7 @@ class Manifest:
             left, right = values.pop("receptive_field")
             edges = Edges(**values.pop("edges"))
             return cls(spec=spec, artifacts=artifacts, receptive_field=(left, right), edges=edges, **values)
-        except (TypeError, KeyError, ValueError, AttributeError) as error:
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
             raise BundleError(f"{MANIFEST} is damaged: {error}") from error
 
 
@@ -176,17 +189,45 @@ class Bundle:
             (folder / MANIFEST).write_bytes(manifest.dumps())
         return cls(path, manifest)
 
-    def add(self, entry: Artifact, data: bytes) -> Bundle:
-        """Add a file, or replace the one of that name; the manifest changes last, in one step."""
+    def add(self, entry: Artifact, data: bytes, *, made_from: Artifact | None = None) -> Artifact:
+        """Add a file, or replace the one of that name: until the manifest changes, in one step, the old one stands.
+
+        Args:
+            entry: What the file is.
+            data: Its content.
+            made_from: The file of this bundle that it was made from; it must still be the same.
+
+        Returns:
+            The entry as it now stands in the manifest; a replacement's file name differs from what it replaced.
+
+        Raises:
+            BundleError: Meanwhile the bundle was replaced by one of other content.
+        """
         with _locked(self.path):
             current = Bundle.open(self.path).manifest  # another process may have added to it since
-            others = tuple(a for a in current.artifacts if a.file != entry.file)
-            manifest = replace(current, artifacts=(*others, entry))
+            if made_from is not None and made_from not in current.artifacts:
+                raise BundleError(f"{self.path} was exported anew while {entry.file} was made from it; make it again.")
+            old = [a for a in current.artifacts if a.name == entry.name]
+            if any(a.file == entry.file for a in old):
+                stem, _, suffix = entry.name.rpartition(".")
+                entry = replace(entry, file=f"{stem}+{entry.sha256[:8]}.{suffix}")
+            others = tuple(a for a in current.artifacts if a not in old)
+            self._write(replace(current, artifacts=(*others, entry)), entry, data)
+            for gone in {a.file for a in old} - {entry.file}:
+                (self.path / gone).unlink(missing_ok=True)
+        return entry
+
+    def _write(self, manifest: Manifest, entry: Artifact, data: bytes) -> None:
+        """A new file, and then the manifest that lists it."""
+        try:
             with whole_file(self.path / entry.file) as temporary:
                 temporary.write_bytes(data)
             with whole_file(self.path / MANIFEST) as temporary:
                 temporary.write_bytes(manifest.dumps())
-        return Bundle(self.path, manifest)
+        except BaseException:
+            if entry not in Bundle.open(self.path).manifest.artifacts:  # it is, if only the folder's sync failed
+                (self.path / entry.file).unlink(missing_ok=True)
+            raise
 
     def read(self, entry: Artifact) -> bytes:
         """A file's bytes, after its size and hash were compared with the manifest.
@@ -229,9 +270,13 @@ def _read_bounded(file: Path, limit: int) -> bytes:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the folder against other processes that add to it."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+    while True:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(handle), folder.stat()):
+                yield
+                return
+        finally:
+            os.close(handle)
+        # another folder took its place while we waited for the lock of the old one

@@ -18,7 +18,7 @@ SPEC = MelSpec()
 
 
 def manifest() -> Manifest:
-    return Manifest("x", SPEC, {"channels": 4}, (6, 6), 4, Edges(), {"source": "x.pt"})
+    return Manifest("x", SPEC, {"channels": 4}, (6, 6), 4, 7, Edges(), {"source": "x.pt"})
 
 
 @pytest.fixture
@@ -70,6 +70,11 @@ def edit(bundle: Bundle, change) -> Path:
         (lambda m: m["spec"].update(log="log2"), "log is 'log2'"),
         (lambda m: m.update(smallest_input=-1), "smallest_input is -1"),
         (lambda m: m.update(receptive_field=[6]), "damaged"),
+        (lambda m: m.update(receptive_field=[6, 10**400]), "receptive_field is 1000"),
+        (lambda m: m.update(end_reach=None), "end_reach is None"),
+        (lambda m: m["spec"].update(f_max=10**400), "damaged"),
+        (lambda m: m["artifacts"][0].update(quality={"snr_db": float("nan")}), "quality of snr_db nan"),
+        (lambda m: m["artifacts"][0].update(quality={"snr_db": "[red]"}), "finite number"),
         (lambda m: m.update(name=7), "name is 7; it is text"),
         (lambda m: m.update(architecture=[]), "architecture is"),
         (lambda m: m["artifacts"][0].update(quality=None), "quality is None; it is an object"),
@@ -122,6 +127,45 @@ def test_a_failed_addition_leaves_the_bundle(bundle: Bundle, monkeypatch: pytest
         bundle.add(Artifact.of("b.engine", b"b", "engine"), b"b")
     assert Bundle.open(bundle.path) == before
     assert sorted(file.name for file in bundle.path.iterdir()) == ["a.onnx", MANIFEST]
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3, 4])
+def test_a_failed_replacement_leaves_the_old_file(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, fails_at: int) -> None:
+    """Of the four syncs (the file, its folder, the manifest, its folder) any may fail: the bundle is the old one or the new one."""
+    sync, calls = os.fsync, []
+
+    def fail(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) == fails_at:
+            raise OSError(28, "No space left on device")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        bundle.add(Artifact.of("a.onnx", b"new", "onnx"), b"new")
+    found = Bundle.open(bundle.path)
+    (entry,) = found.manifest.artifacts
+    assert found.read(entry) == (b"new" if fails_at == 4 else b"abc")
+    if fails_at < 4:
+        assert sorted(file.name for file in bundle.path.iterdir()) == ["a.onnx", MANIFEST]
+
+
+def test_a_file_is_replaced_as_often_as_one_likes(bundle: Bundle) -> None:
+    for content in (b"new", b"newer", b"newer", b"newest"):
+        entry = bundle.add(Artifact.of("a.onnx", content, "onnx"), content)
+        found = Bundle.open(bundle.path)
+        assert found.manifest.artifacts == (entry,)
+        assert found.read(entry) == content
+        assert sorted(file.name for file in bundle.path.iterdir()) == sorted([entry.file, MANIFEST])
+        assert entry.name == "a.onnx"
+
+
+def test_an_engine_does_not_join_a_bundle_it_was_not_made_from(bundle: Bundle) -> None:
+    (source,) = bundle.manifest.artifacts
+    Bundle.create(bundle.path, manifest(), [(Artifact.of("a.onnx", b"other", "onnx"), b"other")], overwrite=True)
+    with pytest.raises(BundleError, match="exported anew while b.engine was made"):
+        bundle.add(Artifact.of("b.engine", b"b", "engine"), b"b", made_from=source)
+    assert not (bundle.path / "b.engine").exists()
 
 
 def _add(path: str, name: str) -> None:
