@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from melrt.machine import cpu_name
 from melrt.vocoder import Vocoder
 from melrt_benchmarks.contenders import contenders
 from melrt_benchmarks.timing import interleave
@@ -76,10 +77,9 @@ def run_bench(
 
 def environment(threads: int) -> dict[str, Any]:
     """What the figures depend on."""
-    model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?")
     packages = ("melrt", "numpy", "torch", "onnxruntime", "onnx")
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "cpu": model, "cores": len(os.sched_getaffinity(0)), "threads": threads, "load_1min": round(os.getloadavg()[0], 2),
+        "cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "threads": threads, "load_1min": round(os.getloadavg()[0], 2),
         "python": platform.python_version(), "versions": {name: metadata.version(name) for name in packages},
     }  # fmt: skip

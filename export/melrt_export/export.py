@@ -19,7 +19,7 @@ from melrt.windows import GraphKind
 from melrt_export.checkpoints import Checkpoint, load_checkpoint
 from melrt_export.graph import OPSET, GraphPrecision, deploy_graph
 from melrt_export.parity import PROBE_FRAMES, Difference, inside, probe_mel, pytorch_audio, reference_files
-from melrt_export.receptive_field import receptive_field
+from melrt_export.receptive_field import end_reach, receptive_field
 
 PRECISIONS: tuple[GraphPrecision, ...] = ("fp32", "fp16")
 GRAPHS: tuple[GraphKind, ...] = ("edge", "interior")
@@ -85,7 +85,7 @@ def export_voice(
     on_step("writing the bundle")
     manifest = Manifest(
         name=name, spec=checkpoint.spec, architecture=checkpoint.config.to_dict(), receptive_field=field,
-        smallest_input=checkpoint.config.smallest_input, edges=Edges(), provenance=provenance,
+        smallest_input=checkpoint.config.smallest_input, end_reach=end_reach(checkpoint.config), edges=Edges(), provenance=provenance,
     )  # fmt: skip
     return Bundle.create(out, manifest, [*files, *reference_files(mel, reference)], overwrite=options.overwrite)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from melrt_export.config import GeneratorConfig
 
 
@@ -32,3 +34,44 @@ def receptive_field(config: GeneratorConfig) -> tuple[int, int]:
         first, last = (first + left) // scale - 1, (last + left) // scale
     convolution(config.kernel_size, 1)
     return -first, last
+
+
+def end_reach(config: GeneratorConfig) -> int:
+    """Mel frames of an utterance's beginning or end that its outermost frame depends on: what a short window there must hold.
+
+    A reflection at any layer takes values from inside: frame 0 of a causal network, which sees nothing to its right, still depends on
+    the frames that its left context is reflected onto.
+    """
+    return max(_farthest(config, "beginning"), _farthest(config, "end")) + 1
+
+
+def _farthest(config: GeneratorConfig, end: Literal["beginning", "end"]) -> int:
+    """The index, counted inwards from an end, of the last mel frame that the outermost frame's samples depend on."""
+    nearest, farthest = 0, config.hop - 1
+    reflected = config.padding_mode == "reflect"
+
+    def convolution(kernel_size: int, dilation: int) -> None:
+        nonlocal nearest, farthest
+        span = (kernel_size - 1) * dilation
+        before, after = (span, 0) if config.causal else (span // 2, span // 2)
+        outwards, inwards = (before, after) if end == "beginning" else (after, before)
+        farthest = max(farthest + inwards, outwards - nearest if reflected else 0)
+        nearest = max(nearest - outwards, 0)
+
+    if config.pqmf_taps:
+        reach = config.pqmf_taps // 2
+        bands = config.subbands
+        # counted from the end, sub-band sample t stands at output sample t·S + S - 1
+        shift = 0 if end == "beginning" else bands - 1
+        nearest, farthest = max(-((reach - nearest + shift) // bands), 0), (farthest + reach - shift) // bands
+    convolution(config.kernel_size, 1)
+    for scale in reversed(config.upsample_scales):
+        for dilation in reversed(config.dilations):
+            convolution(config.stack_kernel_size, dilation)
+        left = 0 if config.causal else scale // 2 + scale % 2
+        if end == "beginning":
+            nearest, farthest = max((nearest + left) // scale - 1, 0), (farthest + left) // scale
+        else:  # sample m from the end is sample -1 - m of a multiple of the scale
+            nearest, farthest = max(-1 - (left - 1 - nearest) // scale, 0), -((left - 1 - farthest) // scale)
+    convolution(config.kernel_size, 1)
+    return farthest

@@ -1,4 +1,4 @@
-"""The runtime's commands: info, synth, doctor."""
+"""The runtime's commands: info, synth, tune, doctor."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from melrt.audio import write_wav
+from melrt.backends import Choice, open_backend
 from melrt.bundle import Bundle
 from melrt.doctor import examine
 from melrt.errors import MelError
 from melrt.mel_files import mel_pieces
+from melrt.tuning import record
+from melrt.tuning import tune as measure
 from melrt.vocoder import Options, Vocoder
 
 console = Console(highlight=False)
@@ -78,10 +81,10 @@ def synth(
         raise MelError(f"--edges is {edges!r}; it is model or voice.")
     bundle = Bundle.open(voice)
     options = Options(edges=bundle.manifest.edges) if edges == "voice" else Options()
-    vocoder = Vocoder.load(bundle, device=device, precision=precision, backend=backend, threads=threads, options=options)
     targets = _targets(inputs, out)
     clock = _Clock()
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    vocoder = Vocoder.load(bundle, device=device, precision=precision, backend=backend, threads=threads, options=options)
+    with vocoder, Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=len(inputs))
         for source, target in zip(inputs, targets, strict=True):
             # a long utterance is read, computed and written piece by piece: memory does not grow with it
@@ -99,6 +102,35 @@ def synth(
         f"{where}: {audio_seconds:.2f} s of audio in {compute:.2f} s, real-time factor {compute / audio_seconds:.4f} "
         f"({audio_seconds / compute:.1f} times real time), {engine.name} {engine.precision} on {engine.device}", markup=False,
     )  # fmt: skip
+
+
+def tune(
+    voice: Voice,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    backend: BackendName = "auto",
+    threads: Threads = None,
+    rounds: Annotated[int, typer.Option(help="Measurements of each candidate.", min=1)] = 7,
+) -> None:
+    """Measure which windows make this voice cheapest on this machine, and keep the answer in the bundle.
+
+    Run it once on each kind of machine, with nothing else going on there: some ten seconds. Whoever loads the voice on such a machine
+    runs with the recorded windows; what is exact stays exact with any of them.
+    """
+    bundle = Bundle.open(voice)
+    engine = open_backend(bundle, Choice(device, precision, backend, threads))
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("measuring", total=(rounds + 1) * len(engine.candidates))
+        trials = measure(bundle, engine, rounds, lambda: bar.advance(task))
+    entry = record(bundle, engine, trials)
+    table = Table("window, frames", "batch", "workers", "µs per frame", "times real time", "")
+    real = 1e6 * bundle.manifest.spec.hop / bundle.manifest.spec.sample_rate
+    for trial in sorted(trials, key=lambda trial: (trial.policy.frames, trial.policy.batch)):
+        policy, cost = trial.policy, trial.microseconds
+        mark = "chosen" if trial is trials[0] else ""
+        table.add_row(str(policy.frames), str(policy.batch), str(policy.workers), f"{cost:.0f}", f"{real / cost:.1f}", mark)
+    console.print(table)
+    console.print(f"{engine.machine}, {engine.name} {engine.precision} on {engine.device}; kept in {voice / entry.file}", markup=False)
 
 
 def _teller(bar: Progress, task: TaskID, name: str, sample_rate: int) -> Callable[[int], None]:

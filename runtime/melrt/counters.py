@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
 
 RECENT = 2048
+RATE_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,8 @@ class Stats:
     """Engine runs they took."""
     busy_seconds: float
     """Time spent in those runs, over all workers."""
+    windows_per_second: float
+    """Computed in the last ten seconds, per second."""
     batch_fill: float
     """Windows per run over the batch limit, mean since the load; 0 before the first run."""
     latency_seconds: tuple[float, float, float]
@@ -53,15 +57,23 @@ class Counters:
     underruns: int = 0
     busy_seconds: float = 0.0
     latencies: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    lately: deque[tuple[float, int]] = field(default_factory=deque)
 
     def ran(self, windows: int, seconds: float) -> None:
         """One engine run."""
         self.windows += windows
         self.runs += 1
         self.busy_seconds += seconds
+        self.lately.append((time.monotonic(), windows))
+        self._forget()
+
+    def _forget(self) -> None:
+        while self.lately and self.lately[0][0] < time.monotonic() - RATE_SECONDS:
+            self.lately.popleft()
 
     def stats(self, queue_windows: int, queue_requests: int, batch: int) -> Stats:
         """What stands now."""
+        self._forget()
         recent = np.percentile(self.latencies, (50, 90, 99), method="higher") if self.latencies else (0.0, 0.0, 0.0)
         return Stats(
             queue_windows=queue_windows,
@@ -73,6 +85,7 @@ class Counters:
             windows=self.windows,
             runs=self.runs,
             busy_seconds=self.busy_seconds,
+            windows_per_second=sum(windows for _, windows in self.lately) / RATE_SECONDS,
             batch_fill=self.windows / (self.runs * batch) if self.runs else 0.0,
             latency_seconds=(float(recent[0]), float(recent[1]), float(recent[2])),
             underruns=self.underruns,

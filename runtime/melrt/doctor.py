@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata as metadata
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+
+from melrt.machine import cpu_name, find_gpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +32,14 @@ _PACKAGES = (
     ("PyCUDA arrays", ("pycuda",), "pycuda"),
     ("reading and writing audio", ("soundfile",), "cli"),
 )
+_NO_GPU = "no driver (libcuda.so.1) that finds a device"
 
 
 def examine() -> Iterator[Finding]:
     """Every capability in turn."""
-    yield Finding("CPU", True, f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores usable", "")
-    gpu = _gpu()
-    found = gpu or "no driver (libcuda.so.1) that finds a device"
+    yield Finding("CPU", True, f"{cpu_name()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores usable", "")
+    gpu = find_gpu()
+    found = f"{gpu.name} (compute capability {gpu.compute_capability}), {gpu.count} in all" if gpu else _NO_GPU
     yield Finding("NVIDIA GPU", gpu is not None, found, "the NVIDIA driver, from your distribution")
     for purpose, distributions, extra in _PACKAGES:
         versions = {name: _version(name) for name in distributions}
@@ -55,25 +56,3 @@ def _version(alternatives: str) -> str | None:
         except metadata.PackageNotFoundError:
             continue
     return None
-
-
-def _gpu() -> str | None:
-    """Name and compute capability of the first device, straight from the driver."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    device, count, major, minor = (ctypes.c_int() for _ in range(4))
-    name = ctypes.create_string_buffer(256)
-    # CUDA driver API: attributes 75 and 76 are COMPUTE_CAPABILITY_MAJOR and _MINOR
-    calls: tuple[tuple[Any, ...], ...] = (
-        (driver.cuInit, 0),
-        (driver.cuDeviceGetCount, ctypes.byref(count)),
-        (driver.cuDeviceGet, ctypes.byref(device), 0),
-        (driver.cuDeviceGetName, name, 256, device),
-        (driver.cuDeviceGetAttribute, ctypes.byref(major), 75, device),
-        (driver.cuDeviceGetAttribute, ctypes.byref(minor), 76, device),
-    )
-    if any(call(*arguments) != 0 for call, *arguments in calls):
-        return None
-    return f"{name.value.decode()} (compute capability {major.value}.{minor.value}), {count.value} in all"

@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
@@ -76,6 +76,8 @@ class Request:
         self.deadline = deadline
         self.arrival = time.monotonic()
         self.future: Future[Audio] = Future()
+        self.on_end: Callable[[Request, bool], None] | None = None
+        """Called once, with whether the audio is complete, before those who wait for the future hear of it; not if there are no windows."""
 
     def cut(self, window: Window) -> Frames:
         """The window's frames."""
@@ -120,7 +122,8 @@ class InFlight:
         """
         self._check_process()
         self._watch(request)
-        until = self._patience_for_room()
+        # a worker that waited for room, in a callback of a future, would wait for itself
+        until = time.monotonic() if threading.current_thread() in self._threads else self._patience_for_room()
         with self._changed:
             while not self._let_in(request):
                 self._check_patience(until)
@@ -292,6 +295,7 @@ class InFlight:
             if request.unfinished or not self._end(request):
                 return
             self._counters.latencies.append(time.monotonic() - request.arrival)
+        self._tell(request, completed=True)
         request.future.set_result(request.audio)
 
     def _fail(self, request: Request, error: Exception) -> None:
@@ -300,6 +304,7 @@ class InFlight:
             if not self._end(request):
                 return
             self._counters.failed += 1
+        self._tell(request, completed=False)
         request.future.set_exception(error)
 
     def _end(self, request: Request) -> bool:
@@ -313,10 +318,15 @@ class InFlight:
         """A cancelled request frees its windows, and those who wait for its future hear of it."""
         if request is not None:
             self._remove(request)
+            self._tell(request, completed=False)
         with self._changed:
             self._counters.cancelled += 1
             if request is not None:
                 self._end(request)
+
+    def _tell(self, request: Request, *, completed: bool) -> None:
+        if request.on_end is not None:
+            request.on_end(request, completed)
 
     def _remove(self, request: Request) -> None:
         with self._changed:

@@ -16,7 +16,7 @@ from melrt.edges import Edges
 from melrt.errors import ClosedError, MelError
 from melrt.inflight import InFlight, Request
 from melrt.mel import MelSpec
-from melrt.windows import Field, Span, plan, ready
+from melrt.windows import Field, Span, look_back, plan, ready
 
 Audio = NDArray[np.float32]
 
@@ -47,12 +47,6 @@ class Synthesis:
     """How the ends of an utterance are treated."""
     inflight: InFlight
     """The queue."""
-
-    @property
-    def look_back(self) -> int:
-        """Frames before the next one to be computed that a later window may still ask for."""
-        policy = self.inflight.policy
-        return max(self.field.edge, policy.frames if policy.static else 0)
 
 
 class Stream:
@@ -148,7 +142,7 @@ class Stream:
 
     def _hold(self, mel: NDArray[np.float32]) -> None:
         """Keep new frames, and of the old ones only those that a later window may still look back to."""
-        keep_from = max(self._done - self._synthesis.look_back, self._base)
+        keep_from = max(self._done - look_back(self._synthesis.field, self._synthesis.inflight.policy), self._base)
         self._frames = np.concatenate([self._frames[:, keep_from - self._base :], mel], axis=1)
         self._base = keep_from
         self._received += mel.shape[1]
@@ -156,7 +150,9 @@ class Stream:
     def _request(self, stop: int, *, ended: bool) -> Request:
         windows = plan(Span(self._done, stop, self._received, ended), self._synthesis.field, self._synthesis.inflight.policy)
         deadline = self._playing_until or time.monotonic()
-        return Request(self._frames, self._base, windows, self._synthesis.spec.hop, deadline)
+        request = Request(self._frames, self._base, windows, self._synthesis.spec.hop, deadline)
+        request.on_end = self._heard
+        return request
 
     def _submit(self, request: Request) -> Future[Audio]:
         self._synthesis.inflight.submit(request)
@@ -176,19 +172,18 @@ class Stream:
         if frames:
             self._done += frames
             self._size = min(self._size * self._growth, self._synthesis.inflight.policy.frames)
-            request.future.add_done_callback(self._heard)
         self._closed = self._closed or self._stop is not None
         return request.future
 
-    def _heard(self, future: Future[Audio]) -> None:
+    def _heard(self, request: Request, completed: bool) -> None:
         """Keep the listener's clock: from the first audio on, playback goes on without a break until what was given is played."""
-        if future.cancelled() or future.exception():
+        if not completed:
             self._closed = True  # what was lost leaves a gap
             return
         now = time.monotonic()
         if self._playing_until is not None and now > self._playing_until:
             self._synthesis.inflight.count_underrun()
-        self._playing_until = max(self._playing_until or now, now) + len(future.result()) / self._synthesis.spec.sample_rate
+        self._playing_until = max(self._playing_until or now, now) + len(request.audio) / self._synthesis.spec.sample_rate
 
     def _wait(self, future: Future[Audio]) -> Audio:
         try:

@@ -19,9 +19,11 @@ from melrt.backends import Backend, Choice, open_backend
 from melrt.bundle import Bundle
 from melrt.counters import Stats
 from melrt.edges import Edges
+from melrt.errors import MelError
 from melrt.inflight import InFlight, Limits, Request
 from melrt.mel import MelSpec
 from melrt.stream import Stream, StreamPace, Synthesis, stream, stream_async
+from melrt.tuning import recorded
 from melrt.windows import Field, Policy, Span, plan
 
 Audio = NDArray[np.float32]
@@ -32,7 +34,7 @@ class Options:
     """How a vocoder cuts, queues and paces; what is left out is the backend's or melrt's own choice."""
 
     policy: Policy | None = None
-    """Windows; the backend's own policy if None."""
+    """Windows; if None what `melrt tune` recorded for this machine, or else the backend's own policy."""
     limits: Limits = field(default_factory=Limits)
     """Of the queue."""
     edges: Edges = field(default_factory=Edges)
@@ -49,8 +51,8 @@ class Vocoder:
         self.backend = backend
         self.options = options or Options()
         manifest = bundle.manifest
-        self.field = Field(*manifest.receptive_field, manifest.smallest_input)
-        self.policy = self.options.policy or backend.policy
+        self.field = Field(*manifest.receptive_field, manifest.smallest_input, manifest.end_reach)
+        self.policy = self.options.policy or recorded(bundle, backend) or backend.policy
         self.policy.check(self.field)
         self.inflight = InFlight(backend, self.policy, self.options.limits)
         self._synthesis = Synthesis(manifest.spec, self.field, self.options.edges, self.inflight)
@@ -116,7 +118,8 @@ class Vocoder:
             BackendError: The backend failed.
         """
         frames = self.spec.check(mel, self._fewest())
-        audio = list(self._in_order(self._request(one) for one in frames.reshape(-1, *frames.shape[-2:])))
+        utterances = frames.reshape(-1, *frames.shape[-2:])
+        audio = list(self._in_order(self.inflight.submit(self._request(one)) for one in utterances))
         return audio[0] if frames.ndim == 2 else np.stack(audio)
 
     def batch(self, mels: Iterable[ArrayLike]) -> Iterator[Audio]:
@@ -126,9 +129,9 @@ class Vocoder:
             mels: (M, T) each; a generator is read only as far ahead as keeps the backend busy.
 
         Raises:
-            MelError: As for a call; it names the utterance, and comes when that one's turn has come.
+            MelError: As for a call; it gives the utterance's index, and comes after the audio of those before it. None after it is read.
         """
-        return self._in_order(self._request(self._own(mel)) for mel in mels)
+        return self._in_order(self._submitted(mels))
 
     def submit(self, mel: ArrayLike) -> Future[Audio]:
         """As a call with (M, T), without waiting: a future to wait for, await (`asyncio.wrap_future`) or cancel.
@@ -186,16 +189,31 @@ class Vocoder:
     def _fewest(self) -> int:
         return max(self.field.smallest - self.edges.left - self.edges.right, 1)
 
-    def _in_order(self, requests: Iterable[Request]) -> Iterator[Audio]:
+    def _submitted(self, mels: Iterable[ArrayLike]) -> Iterator[Future[Audio]]:
+        """A future for each utterance; the first refused one has its error, and is the last."""
+        for index, mel in enumerate(mels):
+            try:
+                request = self._request(self._own(mel))
+            except MelError as error:
+                refused: Future[Audio] = Future()
+                refused.set_exception(MelError(f"utterance {index}: {error}"))
+                yield refused
+                return
+            yield self.inflight.submit(request)
+
+    def _in_order(self, futures: Iterable[Future[Audio]]) -> Iterator[Audio]:
+        """What lazily submitted futures give, submitting only as far ahead as keeps the backend busy."""
         ahead = 2 * self.policy.workers * self.policy.batch
         pending: deque[Future[Audio]] = deque()
         try:
-            for request in requests:
-                pending.append(self.inflight.submit(request))
+            for future in futures:
+                pending.append(future)
                 if len(pending) > ahead:
-                    yield pending.popleft().result()
+                    yield pending[0].result()  # taken out afterwards: an interrupted wait must not leave it queued
+                    pending.popleft()
             while pending:
-                yield pending.popleft().result()
+                yield pending[0].result()
+                pending.popleft()
         finally:
             for future in pending:  # the caller has gone, or one failed
                 future.cancel()

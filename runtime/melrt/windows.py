@@ -18,6 +18,8 @@ GraphKind = Literal["edge", "interior"]
 
 # Sharing an utterance among workers shortens its latency and costs an overlap for each share: under a fifth from here on.
 LEAST_SHARE = 32
+# Of a policy's frames, batch and workers; beyond any use.
+MOST = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +32,13 @@ class Field:
     """Frames after it."""
     smallest: int
     """The fewest frames that the network takes at all."""
+    reach: int
+    """Frames of an utterance's beginning or end that its outermost frame depends on, reflections included."""
 
     @property
     def edge(self) -> int:
-        """Frames of a short window at an end: what is kept there, what that depends on, and how far a reflection reaches."""
-        return max(self.left + self.right, self.smallest)
+        """The fewest frames of a window at an end of the utterance."""
+        return max(self.reach, self.smallest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +55,20 @@ class Policy:
     """Runs at the same time."""
 
     def __post_init__(self) -> None:
-        for name, least in (("frames", 1), ("batch", 1), ("workers", 1)):
-            if getattr(self, name) < least:
-                raise BackendError(f"windows: {name} is {getattr(self, name)}; it is at least {least}.")
+        for name in ("frames", "batch", "workers"):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= MOST:
+                raise BackendError(f"windows: {name} is {value!r}; it is a whole number from 1 to {MOST}.")
+        if type(self.static) is not bool:
+            raise BackendError(f"windows: static is {self.static!r}; it is true or false.")
 
     def check(self, field: Field) -> None:
         """Raise BackendError if a window of this length would keep nothing of this network's output."""
-        if self.frames <= field.edge:
+        least = max(field.left + field.right + 1, field.edge)
+        if self.frames < least:
             raise BackendError(
                 f"windows of {self.frames} frames leave nothing beside this voice's context of {field.left} + {field.right}; "
-                f"take at least {field.edge + 1}."
+                f"take at least {least}."
             )
 
 
@@ -96,6 +104,11 @@ def ready(received: int, ended: bool, field: Field) -> int:
     if ended:
         return received
     return max(received - field.right, 0) if received >= field.edge else 0
+
+
+def look_back(field: Field, policy: Policy) -> int:
+    """Frames before the next one to be computed that a later window may still begin with."""
+    return max(field.left, field.edge, policy.frames if policy.static else 0)
 
 
 def plan(span: Span, field: Field, policy: Policy) -> Iterator[Window]:

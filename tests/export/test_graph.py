@@ -12,7 +12,7 @@ from melrt.errors import CheckpointError
 from melrt_export.config import GeneratorConfig
 from melrt_export.generator import Generator
 from melrt_export.graph import deploy_graph
-from melrt_export.receptive_field import receptive_field
+from melrt_export.receptive_field import end_reach, receptive_field
 
 # Summing in another order moves a sample by some 1e-6.
 TOLERANCE = 2e-5
@@ -125,6 +125,25 @@ def test_receptive_field_is_what_a_perturbed_frame_moves(config: GeneratorConfig
     # the outputs of frame t see [t - left, t + right], so a moved frame m moves frames m - right to m + left
     assert middle - right <= touched[0] <= middle - right + 1
     assert middle + left - 1 <= touched[-1] <= middle + left
+
+
+@pytest.mark.parametrize("config", FAMILY.values(), ids=FAMILY.keys())
+def test_the_outermost_frame_depends_on_what_end_reach_says(config: GeneratorConfig) -> None:
+    """Frames beyond it may be anything, or not there at all; the last of them matters, at one end at least."""
+    generator = torch_generator(config, random_weights(config)).double()
+    reach = end_reach(config)
+    short, frames = max(reach, config.smallest_input), 3 * reach + 9
+    mel = torch.randn(1, config.in_channels, frames, dtype=torch.float64)
+    matters = []
+    with torch.inference_mode():
+        whole = generator(mel)
+        for ends in (slice(0, short), slice(frames - short, frames)):
+            outermost = slice(0, config.hop) if ends.start == 0 else slice(-config.hop, None)
+            assert (generator(mel[..., ends])[..., outermost] - whole[..., outermost]).abs().max() < 1e-12
+            moved = mel.clone()
+            moved[..., reach - 1 if ends.start == 0 else frames - reach] += 1.0
+            matters.append((generator(moved) - whole)[..., outermost].abs().max().item() > 0)
+    assert any(matters)
 
 
 def test_half_graph_is_half_between_float_ends() -> None:

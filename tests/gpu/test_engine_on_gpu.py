@@ -26,4 +26,5 @@ def test_an_engine_for_this_gpu(demo_bundle: Bundle, tmp_path: Path, flavour: st
     bundle = Bundle.open(shutil.copytree(demo_bundle.path, tmp_path / "lj.melrt"))
     entry = build_engine(bundle, EngineOptions(precision=precision, flavour=flavour, portable=False))
     assert entry.target["gpu"] in gpu.found
-    assert entry.target["audited"] in ("engine", "network")
+    # TensorRT's inspector names every layer's type; TensorRT-RTX's says so only of what is compiled ahead
+    assert entry.target["audited"] == "engine" or flavour == "tensorrt_rtx"

@@ -12,6 +12,7 @@ import pytest
 from melrt import Vocoder
 from melrt.edges import Edges
 from melrt.errors import ClosedError, MelError
+from melrt.stream import StreamPace
 from melrt.vocoder import Options
 from melrt.windows import Policy, Span, plan
 from melrt_export.checkpoints import Checkpoint, load_checkpoint
@@ -57,6 +58,18 @@ def test_every_generator_and_every_way(family: tuple[Path, Checkpoint], policy: 
             assert np.abs(vocoder(mel) - reference).max() < FP32_MAX_ABS
             for size in (1, 7, 32, None):
                 assert np.abs(streamed(vocoder, mel, size, noise) - reference).max() < FP32_MAX_ABS
+
+
+def test_first_audio_comes_as_early_as_it_can_be_exact(family: tuple[Path, Checkpoint]) -> None:
+    path, checkpoint = family
+    with Vocoder.load(path, options=Options(policy=POLICIES["even"])) as vocoder:
+        mel = np.random.default_rng(2).standard_normal((8, 120)).astype(np.float32)
+        opened = vocoder.open_stream(StreamPace(first=1, growth=1))
+        pieces = [opened.push(mel[:, at : at + 1]) for at in range(120)]
+        first = next(index for index, piece in enumerate(pieces) if piece.size)
+        assert first + 1 == max(1 + vocoder.field.right, vocoder.field.edge)
+        audio = np.concatenate([*pieces, opened.flush()])
+        assert np.abs(audio - pytorch_audio(checkpoint, mel[None])[0]).max() < FP32_MAX_ABS
 
 
 def streamed(vocoder: Vocoder, mel: np.ndarray, size: int | None, noise: np.random.Generator) -> np.ndarray:

@@ -18,7 +18,7 @@ import torch
 
 from melrt import Vocoder
 from melrt.bundle import Bundle
-from melrt.errors import BackendError, ClosedError, QueueFullError
+from melrt.errors import BackendError, ClosedError, MelError, QueueFullError
 from melrt.inflight import Limits
 from melrt.vocoder import Options
 from melrt.windows import Policy
@@ -299,8 +299,56 @@ def test_underruns_are_counted(tiny_bundle_path: Path) -> None:
     assert vocoder.stats().underruns == 0
     time.sleep(0.5)
     opened.push(constant(1, 64))
-    time.sleep(0.02)
-    assert vocoder.stats().underruns == 1
+    assert vocoder.stats().underruns == 1, "counted before the listener has its audio"
+    vocoder.close()
+
+
+def test_what_a_stream_lost_closes_it_before_the_listener_hears_of_it(tiny_bundle_path: Path) -> None:
+    vocoder, _ = load(tiny_bundle_path, ONE)
+    opened = vocoder.open_stream()
+    with pytest.raises(RuntimeError, match="planted"):
+        opened.submit(constant(99)).result(5)
+    with pytest.raises(ClosedError, match="has ended"):
+        opened.submit(constant(1))
+    vocoder.close()
+
+
+def test_a_callback_on_a_worker_never_waits_for_room(tiny_bundle_path: Path) -> None:
+    """It would wait for itself."""
+    vocoder, echo = load(tiny_bundle_path, ONE, max_windows=1)
+    echo.go.clear()
+    found: list[object] = []
+
+    def again(_: Future) -> None:
+        try:
+            vocoder.submit(constant(2))
+        except QueueFullError as error:
+            found.append(error)
+
+    running = vocoder.submit(constant(0))
+    running.add_done_callback(again)
+    assert echo.started.acquire(timeout=5)
+    waiting = vocoder.submit(constant(1))
+    echo.go.set()
+    assert (waiting.result(5) == 1).all()
+    assert "1 windows are waiting, the limit is 1" in str(found[0])
+    vocoder.close()
+
+
+def test_a_batch_gives_what_it_can_and_names_what_it_cannot(tiny_bundle_path: Path) -> None:
+    vocoder, _ = load(tiny_bundle_path, ONE)
+    read: list[int] = []
+
+    def source():
+        for index in range(9):
+            read.append(index)
+            yield constant(index) if index != 4 else np.zeros((40, 20))
+
+    batch = vocoder.batch(source())
+    assert [float(next(batch)[0]) for _ in range(4)] == [0, 1, 2, 3]
+    with pytest.raises(MelError, match="utterance 4: mel has 40 bands"):
+        next(batch)
+    assert read == [0, 1, 2, 3, 4]
     vocoder.close()
 
 

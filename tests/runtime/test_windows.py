@@ -7,15 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from melrt.errors import BackendError
-from melrt.windows import Field, Policy, Span, Window, plan, ready
-
-FIELDS = st.builds(Field, left=st.integers(0, 14), right=st.integers(0, 14), smallest=st.integers(1, 9))
+from melrt.windows import Field, Policy, Span, Window, look_back, plan, ready
 
 
 @st.composite
 def networks(draw: st.DrawFn) -> tuple[Field, Policy]:
-    field = draw(FIELDS)
-    frames = draw(st.integers(field.edge + 1, field.edge + 80))
+    left, right = draw(st.integers(0, 14)), draw(st.integers(0, 14))
+    field = Field(left, right, draw(st.integers(1, 9)), draw(st.integers(max(left, right) + 1, left + right + 1)))
+    least = max(left + right + 1, field.edge)
+    frames = draw(st.integers(least, least + 80))
     return field, Policy(frames, static=draw(st.booleans()), batch=draw(st.integers(1, 8)), workers=draw(st.integers(1, 5)))
 
 
@@ -49,7 +49,7 @@ def test_a_whole_utterance(network: tuple[Field, Policy], total: int) -> None:
     if policy.static:
         edges = [w for w in windows if w.graph == "edge"]
         assert len(edges) <= 2
-        assert total < policy.frames or all(w.frames == field.edge for w in edges)
+        assert total < policy.frames or all(w.frames == max(field.left + field.right, field.edge) for w in edges)
 
 
 @settings(max_examples=400)
@@ -57,9 +57,10 @@ def test_a_whole_utterance(network: tuple[Field, Policy], total: int) -> None:
 def test_a_stream_in_any_pieces(network: tuple[Field, Policy], pieces: list[int], least: int) -> None:
     """Frames come in any pieces, and go out whenever at least so many are ready."""
     field, policy = network
-    received = done = 0
+    received = done = held = 0
     kept: list[Window] = []
     for piece in pieces:
+        held = max(held, done - look_back(field, policy))  # the first frame that the stream still has
         received += piece
         until = ready(received, False, field)
         if until - done >= least:
@@ -67,12 +68,14 @@ def test_a_stream_in_any_pieces(network: tuple[Field, Policy], pieces: list[int]
             windows = list(plan(span, field, policy))
             for window in windows:
                 check(window, span, field, policy)
+                assert window.start >= held
             kept += windows
             done = max(done, until)
     span = Span(done, received, received, ended=True)
     last = list(plan(span, field, policy))
     for window in last:
         check(window, span, field, policy)
+        assert window.start >= held
     kept += last
     assert [w.keep_start for w in kept] == [0, *(w.keep_stop for w in kept[:-1])][: len(kept)]
     assert (kept[-1].keep_stop if kept else 0) == received
@@ -80,7 +83,7 @@ def test_a_stream_in_any_pieces(network: tuple[Field, Policy], pieces: list[int]
 
 def test_the_published_generator() -> None:
     """Context 6 and 6: one static window of 64 keeps 52 frames; each end is 12 frames long and keeps 6."""
-    field = Field(6, 6, 4)
+    field = Field(6, 6, 4, 7)
     policy = Policy(frames=64, static=True, batch=8, workers=1)
     assert list(plan(Span(0, 120, 120, True), field, policy)) == [
         Window("edge", 0, 12, 0, 6), Window("interior", 0, 64, 6, 58), Window("interior", 52, 116, 58, 110),
@@ -94,6 +97,6 @@ def test_the_published_generator() -> None:
 
 def test_windows_that_keep_nothing_are_refused() -> None:
     with pytest.raises(BackendError, match=r"windows of 12 frames leave nothing.*at least 13"):
-        Policy(12, static=True, batch=1, workers=1).check(Field(6, 6, 4))
+        Policy(12, static=True, batch=1, workers=1).check(Field(6, 6, 4, 7))
     with pytest.raises(BackendError, match="workers is 0"):
         Policy(64, static=True, batch=1, workers=0)

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("onnxruntime",)
 DEVICES = ("cuda", "cpu")
+MAX_THREADS = 1024
 PRECISIONS = ("fp32", "fp16", "int8")
 # A CPU has no half-precision convolutions: there the half graph is the float32 graph with casts around it, and slower.
 _AUTO_PRECISIONS = {"cuda": ("fp16", "fp32"), "cpu": ("fp32",)}
@@ -30,10 +31,14 @@ class Backend(Protocol):
     """`onnxruntime`."""
     device: str
     """`cpu` or `cuda`."""
+    machine: str
+    """The processor or GPU that it runs on."""
     precision: str
     """Of the artefacts."""
     policy: Policy
-    """How it likes its windows."""
+    """How it likes its windows, where `melrt tune` has not measured it."""
+    candidates: tuple[Policy, ...]
+    """What `melrt tune` may try instead."""
 
     def run(self, graph: GraphKind, mel: NDArray[np.float32]) -> NDArray[np.float32]:
         """Mel frames (B, M, T) through a graph to samples (B, T·hop), a fresh array."""
@@ -53,8 +58,8 @@ class Choice:
         for name, allowed in (("device", DEVICES), ("precision", PRECISIONS), ("backend", BACKENDS)):
             if getattr(self, name) not in ("auto", *allowed):
                 raise BackendError(f"{name} is {getattr(self, name)!r}; it is one of auto, {', '.join(allowed)}.")
-        if self.threads is not None and self.threads < 1:
-            raise BackendError(f"threads is {self.threads}; it is at least 1, or left out for one per core.")
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise BackendError(f"threads is {self.threads}; it lies between 1 and {MAX_THREADS}, or is left out for one per core.")
 
 
 def open_backend(bundle: Bundle, choice: Choice) -> Backend:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from melrt.errors import BackendError, MissingExtraError
+from melrt.machine import cpu_name, find_gpu
 from melrt.windows import GraphKind, Policy
 
 _PROVIDERS: dict[str, list[Any]] = {
@@ -20,9 +22,12 @@ _PROVIDERS: dict[str, list[Any]] = {
 _ERRORS_ONLY = 3
 # Measured per kept frame (docs/windows.md): shorter windows recompute more context, longer ones fall out of the cache.
 CPU_WINDOW = 128
+CPU_WINDOWS = (48, 64, 96, 128, 192, 256, 384)
 # Not confirmed on a GPU: long enough that the context is under a tenth, one shape so that cuDNN chooses its kernels once.
 CUDA_WINDOW = 256
+CUDA_WINDOWS = (64, 128, 256, 512)
 CUDA_BATCH = 8
+CUDA_BATCHES = (1, 4, 8, 16, 32)
 
 
 def usable_devices() -> tuple[str, ...]:
@@ -96,9 +101,14 @@ class OnnxRuntime:
         self.device = device
         self._models = {graph: OnnxModel(model, device, threads=1) for graph, model in models.items()}
         if device == "cpu":
+            self.machine = cpu_name()
             self.policy = Policy(frames=CPU_WINDOW, static=False, batch=1, workers=threads or len(os.sched_getaffinity(0)))
+            self.candidates = tuple(replace(self.policy, frames=frames) for frames in CPU_WINDOWS)
         else:
+            gpu = find_gpu()
+            self.machine = gpu.name if gpu else "unknown GPU"
             self.policy = Policy(frames=CUDA_WINDOW, static=True, batch=CUDA_BATCH, workers=1)
+            self.candidates = tuple(replace(self.policy, frames=f, batch=b) for f in CUDA_WINDOWS for b in CUDA_BATCHES)
 
     def run(self, graph: GraphKind, mel: NDArray[np.float32]) -> NDArray[np.float32]:
         return self._models[graph].run(mel)
