@@ -9,6 +9,7 @@ import pytest
 
 from melrt.bundle import Bundle
 from melrt.errors import BundleError, EngineBuildError, MissingExtraError
+from melrt.machine import find_gpu
 from melrt_export import engine
 from melrt_export.audit import audit_layers
 from melrt_export.config import GeneratorConfig
@@ -90,7 +91,7 @@ def test_a_bundle_without_the_graph(tiny_checkpoint: Path, tmp_path: Path) -> No
 
 
 def test_an_engine_for_this_gpu_needs_one(tiny_bundle: Bundle) -> None:
-    if _has_gpu():
+    if find_gpu():
         pytest.skip("this machine has a GPU")
     with pytest.raises(EngineBuildError, match="none works here.*portable"):
         build_engine(tiny_bundle, EngineOptions(portable=False, flavour="tensorrt_rtx"))
@@ -118,9 +119,3 @@ def test_an_engine_that_fell_back_is_an_error() -> None:
     with pytest.raises(EngineBuildError, match="first gives Row major linear FP32, not fp16"):
         audit_layers(inspected("Row major linear FP32"), "fp16")
     assert audit_layers('{"Layers": ["first"]}', "fp16") == "network", "an inspector that names no types"
-
-
-def _has_gpu() -> bool:
-    from melrt.doctor import _gpu
-
-    return _gpu() is not None
