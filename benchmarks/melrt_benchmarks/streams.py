@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from melrt.inflight import Request
+from melrt.inflight import Request, Sound
 from melrt.stream import Stream, StreamPace
 from melrt.vocoder import Options, Vocoder
 from melrt.windows import Policy, Span, plan
@@ -64,7 +64,7 @@ class _Alone:
         received = self.frames.shape[1]
         span = Span(self.done, received - field.right, received, ended=False)
         windows = list(plan(span, field, policy))
-        request = Request(self.frames, 0, windows, self.vocoder.spec.hop, deadline=0.0)
+        request = Request(self.frames, 0, windows, Sound(self.vocoder.spec.hop), deadline=0.0)
         for window in windows:
             request.keep(window, self.vocoder.backend.run(window.graph, np.ascontiguousarray(request.cut(window)[None]))[0])
         self.done = span.stop

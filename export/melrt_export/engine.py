@@ -9,16 +9,18 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from melrt.bundle import Artifact, Bundle
 from melrt.errors import BundleError, EngineBuildError, MissingExtraError
+from melrt.files import user_cache
+from melrt.machine import find_gpu
 from melrt.windows import GraphKind
 from melrt_export.audit import audit_engine, audit_network
+from melrt_export.gate import speak_on_gpu
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +108,9 @@ def build_engine(bundle: Bundle, options: EngineOptions, on_progress: Progress =
     where = capability if capability == PORTABLE else f"sm{capability.replace('.', '')}"
     name = f"{options.graph}.{options.precision}.{flavour}-{trt.__version__}-{where}.engine"
     entry = Artifact.of(name, plan, "engine", graph=options.graph, precision=options.precision, target=facts)
+    if find_gpu():
+        on_progress("speaking", 0, 1)
+        entry = replace(entry, quality=speak_on_gpu(bundle, entry, plan, options.graph))
     return bundle.add(entry, plan, made_from=source[0])
 
 
@@ -195,7 +200,7 @@ def _build(trt: Any, flavour: Flavour, onnx: bytes, profile: list[list[int]], op
 
         create = CreateConfigRTX(use_gpu=not options.portable, **common)
     else:
-        file = options.timing_cache or _user_cache() / f"{flavour}-{trt.__version__}.timing"
+        file = options.timing_cache or user_cache() / f"{flavour}-{trt.__version__}.timing"
         file.parent.mkdir(parents=True, exist_ok=True)
         cache = {"save_timing_cache": str(file)}
         common["load_timing_cache"] = str(file)
@@ -213,10 +218,6 @@ def _build(trt: Any, flavour: Flavour, onnx: bytes, profile: list[list[int]], op
         if monitor.interrupted:
             raise KeyboardInterrupt from None
         raise
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "melrt"
 
 
 def _monitor(trt: Any, on_progress: Progress) -> Any:

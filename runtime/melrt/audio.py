@@ -15,6 +15,9 @@ from melrt.errors import AudioError, MissingExtraError
 from melrt.files import whole_file
 
 SampleFormat = Literal["int16", "float32"]
+SAMPLE_FORMATS: tuple[SampleFormat, ...] = ("int16", "float32")
+# What a device that converts to 16 bit gives for a sample that is not a number: no number gives it.
+NO_NUMBER = -32768
 _SUBTYPES = {"int16": "PCM_16", "float32": "FLOAT"}
 
 

@@ -30,9 +30,9 @@ console = Console(highlight=False)
 PIECE = 1024
 
 Voice = Annotated[Path, typer.Argument(metavar="VOICE.melrt", help="The bundle.")]
-Device = Annotated[str, typer.Option(help="cuda, cpu, or auto: CUDA if it works.")]
-Precision = Annotated[str, typer.Option(help="fp32, fp16, int8, or auto: the fastest that keeps the quality on this device.")]
-BackendName = Annotated[str, typer.Option("--backend", help="onnxruntime or auto.")]
+Device = Annotated[str, typer.Option(help="cuda, cuda:1, cpu, or auto: CUDA if it works.")]
+Precision = Annotated[str, typer.Option(help="fp32, tf32, fp16, int8, or auto: the fastest that keeps the quality on this device.")]
+BackendName = Annotated[str, typer.Option("--backend", help="tensorrt, onnxruntime, or auto: engines where there are any for this GPU.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; one per usable core if left out.")]
 
 

@@ -45,6 +45,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
     _sync(path.parent)
 
 
+def user_cache() -> Path:
+    """The folder for what can be made again: `$XDG_CACHE_HOME/melrt`, or `~/.cache/melrt`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "melrt"
+
+
 def _make_parents(path: Path) -> list[Path]:
     """Make the folders that a path needs; returns those that were not there, innermost first."""
     missing = [folder for folder in path.parents if not folder.exists()]

@@ -17,17 +17,19 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from melrt.audio import NO_NUMBER, SampleFormat, to_int16
 from melrt.backends import Backend
 from melrt.counters import Counters, Stats
 from melrt.errors import BackendError, ClosedError, QueueFullError
 from melrt.windows import Policy, Window
 
 Frames = NDArray[np.float32]
-Audio = NDArray[np.float32]
+Audio = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +52,27 @@ class Limits:
             raise BackendError(f"{self}: max_windows is at least 1, hold and patience at least 0 seconds.")
 
 
+@dataclass(frozen=True, slots=True)
+class Sound:
+    """What a mel frame becomes."""
+
+    hop: int
+    """Samples of audio per frame."""
+    sample_format: SampleFormat = "float32"
+    """`float32`, or `int16` with full scale 32767."""
+
+
 class Request:
     """Some windows over some frames, and the audio that they become; `future` ends with it."""
 
-    def __init__(self, frames: Frames, first_frame: int, windows: Iterable[Window], hop: int, deadline: float) -> None:
+    def __init__(self, frames: Frames, first_frame: int, windows: Iterable[Window], sound: Sound, deadline: float) -> None:
         """Prepare a request.
 
         Args:
             frames: (M, n) float32; not copied, and read until the future is done.
             first_frame: Index of its first frame in the utterance.
             windows: In order and without a gap, from `plan`.
-            hop: Samples of audio per frame.
+            sound: What becomes of a frame.
             deadline: When it is due, on `time.monotonic`'s clock.
         """
         self.frames = frames
@@ -71,8 +83,8 @@ class Request:
         """Result, error or cancellation is decided; guarded by the queue's lock."""
         self.keep_start = self.waiting[0].keep_start if self.waiting else 0
         kept = self.waiting[-1].keep_stop - self.keep_start if self.waiting else 0
-        self.hop = hop
-        self.audio = np.empty(kept * hop, np.float32)
+        self.hop = sound.hop
+        self.audio: Audio = np.empty(kept * sound.hop, sound.sample_format)
         self.deadline = deadline
         self.arrival = time.monotonic()
         self.future: Future[Audio] = Future()
@@ -87,7 +99,8 @@ class Request:
         """Put the kept part of a window's audio in its place."""
         source = slice((window.keep_start - window.start) * self.hop, (window.keep_stop - window.start) * self.hop)
         target = slice((window.keep_start - self.keep_start) * self.hop, (window.keep_stop - self.keep_start) * self.hop)
-        self.audio[target] = audio[source]
+        kept = audio[source]
+        self.audio[target] = to_int16(kept) if self.audio.dtype == np.int16 and kept.dtype != np.int16 else kept
 
 
 Job = tuple[Request, Window]
@@ -285,7 +298,7 @@ class InFlight:
             raise BackendError(
                 f"{self.backend.name} gave audio of shape {audio.shape} where {expected} was due; is this model the voice's?"
             )
-        if not np.isfinite(audio).all():
+        if (audio == NO_NUMBER).any() if audio.dtype == np.int16 else not np.isfinite(audio).all():
             raise BackendError(f"{self.backend.name} gave samples that are not finite; is {self.backend.precision} enough for this voice?")
 
     def _finish(self, request: Request) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from melrt.arrays import on_gpu
 from melrt.errors import BundleError, MelError
 
 Log = Literal["log10", "ln", "dB"]
@@ -96,11 +97,22 @@ class MelSpec:
             MelError: Wrong number of axes or bands, too few frames, or a value that is not finite.
         """
         frames = self.check_frames(mel, axes=(2, 3))
-        if 0 in frames.shape:
-            raise MelError(f"mel is empty, shape {frames.shape}; give at least {smallest} frame{'s' * (smallest > 1)}.")
-        if frames.shape[-1] < smallest:
-            raise self.too_short(frames.shape[-1], smallest)
+        self.check_shape(frames.shape, smallest)
         return frames
+
+    def check_shape(self, shape: tuple[int, ...], smallest: int = 1) -> None:
+        """Raise MelError if a mel of this shape has another number of bands, or too few frames."""
+        if 0 in shape:
+            raise MelError(f"mel is empty, shape {shape}; give at least {smallest} frame{'s' * (smallest > 1)}.")
+        if shape[-2] != self.n_mels:
+            raise self.wrong_bands(shape)
+        if shape[-1] < smallest:
+            raise self.too_short(shape[-1], smallest)
+
+    def wrong_bands(self, shape: tuple[int, ...]) -> MelError:
+        """The error for a wrong number of bands."""
+        turned = " It looks transposed: pass mel.T." if shape[-1] == self.n_mels else ""
+        return MelError(f"mel has {shape[-2]} bands; this voice takes {self.n_mels} ({self.describe()}).{turned}")
 
     def too_short(self, frames: int, smallest: int) -> MelError:
         """The error for too few frames."""
@@ -115,14 +127,15 @@ class MelSpec:
 
     def check_frames(self, mel: ArrayLike, axes: tuple[int, ...] = (2,)) -> NDArray[np.float32]:
         """As `check`, for a piece of an utterance: any number of frames, none too."""
+        if on_gpu(mel):
+            raise MelError("mel is on a GPU and is taken from the host here; only a call, `vocoder(mel)`, of an engine takes it there.")
         frames = np.asarray(mel)
         if frames.dtype.kind not in "fiu":
             raise MelError(f"mel has dtype {frames.dtype}; it holds real numbers, best float32.")
         if frames.ndim not in axes:
             raise self.wrong_axes(frames.shape, axes)
         if frames.shape[-2] != self.n_mels:
-            turned = " It looks transposed: pass mel.T." if frames.shape[-1] == self.n_mels else ""
-            raise MelError(f"mel has {frames.shape[-2]} bands; this voice takes {self.n_mels} ({self.describe()}).{turned}")
+            raise self.wrong_bands(frames.shape)
         with np.errstate(over="ignore"):  # what overflows float32 is reported below
             frames = np.ascontiguousarray(frames, dtype=np.float32)
         finite = np.isfinite(frames)

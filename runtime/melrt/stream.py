@@ -7,18 +7,18 @@ import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from melrt.edges import Edges
 from melrt.errors import ClosedError, MelError
-from melrt.inflight import InFlight, Request
+from melrt.inflight import InFlight, Request, Sound
 from melrt.mel import MelSpec
 from melrt.windows import Field, Span, look_back, plan, ready
 
-Audio = NDArray[np.float32]
+Audio = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,8 @@ class Synthesis:
 
     spec: MelSpec
     """The mel convention."""
+    sound: Sound
+    """What a frame becomes."""
     field: Field
     """What the network needs around a frame."""
     edges: Edges
@@ -150,7 +152,7 @@ class Stream:
     def _request(self, stop: int, *, ended: bool) -> Request:
         windows = plan(Span(self._done, stop, self._received, ended), self._synthesis.field, self._synthesis.inflight.policy)
         deadline = self._playing_until or time.monotonic()
-        request = Request(self._frames, self._base, windows, self._synthesis.spec.hop, deadline)
+        request = Request(self._frames, self._base, windows, self._synthesis.sound, deadline)
         request.on_end = self._heard
         return request
 

@@ -10,23 +10,25 @@ from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from melrt.backends import Backend, Choice, open_backend
+from melrt.arrays import on_gpu
+from melrt.audio import SAMPLE_FORMATS, SampleFormat
+from melrt.backends import Backend, Choice, DeviceBackend, open_backend
 from melrt.bundle import Bundle
 from melrt.counters import Stats
 from melrt.edges import Edges
-from melrt.errors import MelError
-from melrt.inflight import InFlight, Limits, Request
+from melrt.errors import AudioError, MelError
+from melrt.inflight import InFlight, Limits, Request, Sound
 from melrt.mel import MelSpec
 from melrt.stream import Stream, StreamPace, Synthesis, stream, stream_async
 from melrt.tuning import recorded
 from melrt.windows import Field, Policy, Span, plan
 
-Audio = NDArray[np.float32]
+Audio = NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,12 @@ class Options:
     """The ends of an utterance: as PyTorch's forward has them by default; `bundle.manifest.edges` is the habit of the voice's project."""
     pace: StreamPace = field(default_factory=StreamPace)
     """Of streams."""
+    sample_format: SampleFormat = "float32"
+    """What a vocoder gives: `float32`, or `int16` with full scale 32767, converted on the GPU where there is one."""
+
+    def __post_init__(self) -> None:
+        if self.sample_format not in SAMPLE_FORMATS:
+            raise AudioError(f"sample format is {self.sample_format!r}; it is one of {', '.join(SAMPLE_FORMATS)}.")
 
 
 class Vocoder:
@@ -55,7 +63,8 @@ class Vocoder:
         self.policy = self.options.policy or recorded(bundle, backend) or backend.policy
         self.policy.check(self.field)
         self.inflight = InFlight(backend, self.policy, self.options.limits)
-        self._synthesis = Synthesis(manifest.spec, self.field, self.options.edges, self.inflight)
+        self._sound = Sound(manifest.spec.hop, self.options.sample_format)
+        self._synthesis = Synthesis(manifest.spec, self._sound, self.field, self.options.edges, self.inflight)
         # The vocoder and its streams hold on to this, the workers do not: once all of them are dropped, and what was asked of them
         # is done, the workers go.
         weakref.finalize(self._synthesis, self.inflight.stop, drain=True)
@@ -75,9 +84,9 @@ class Vocoder:
 
         Args:
             bundle: A voice.melrt folder.
-            device: `cuda`, `cpu`, or `auto`: CUDA if it works, else the CPU.
+            device: `cuda` (the first), `cuda:1`, `cpu`, or `auto`: CUDA if it works, else the CPU.
             precision: `fp32`, `fp16`, `int8`, or `auto`: the fastest that keeps the voice's quality on the device.
-            backend: `onnxruntime` or `auto`.
+            backend: `tensorrt`, `onnxruntime`, or `auto`: an engine if the bundle has one for this GPU.
             threads: CPU threads in all; one per usable core if None.
             options: Windows, queue, ends and streams.
 
@@ -85,7 +94,8 @@ class Vocoder:
             BundleError: The bundle is missing, damaged or too new.
             BackendError: What was asked for cannot run here; the text says why.
         """
-        choice = Choice(device, precision, backend, threads)
+        options = options or Options()
+        choice = Choice(device, precision, backend, threads, options.sample_format)
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         return cls(bundle, open_backend(bundle, choice), options)
 
@@ -108,19 +118,24 @@ class Vocoder:
         """Turn log-mel frames into a waveform.
 
         Args:
-            mel: Log-mel frames in this voice's convention (`self.spec`), shape (M, T) or (B, M, T).
+            mel: Log-mel frames in this voice's convention (`self.spec`), shape (M, T) or (B, M, T). An engine also takes float32 arrays
+                on its GPU (PyTorch, CuPy, PyCUDA, Numba) and reads them there.
 
         Returns:
-            Samples in [-1, 1], float32, shape (N,) or (B, N), N = T * hop. A fresh array.
+            Samples in [-1, 1], shape (N,) or (B, N), N = T * hop. A fresh numpy array; for an array on a GPU a fresh one of its kind there,
+            in order with the work on its library's current stream, and not waited for.
 
         Raises:
-            MelError: Wrong number of bands, too few frames, or a value that is not finite.
+            MelError: Wrong number of bands, too few frames, or a value that is not finite (on a GPU that is not looked for).
             BackendError: The backend failed.
         """
+        if on_gpu(mel) and isinstance(self.backend, DeviceBackend):
+            audio = self.backend.speak(mel, self.spec, self.field, self.edges, self.policy)
+            return cast(Audio, audio)  # of the caller's kind; in most programs numpy arrays go in and out
         frames = self.spec.check(mel, self._fewest())
         utterances = frames.reshape(-1, *frames.shape[-2:])
-        audio = list(self._in_order(self.inflight.submit(self._request(one)) for one in utterances))
-        return audio[0] if frames.ndim == 2 else np.stack(audio)
+        pieces = list(self._in_order(self.inflight.submit(self._request(one)) for one in utterances))
+        return pieces[0] if frames.ndim == 2 else np.stack(pieces)
 
     def batch(self, mels: Iterable[ArrayLike]) -> Iterator[Audio]:
         """Utterances of any lengths, in order; their windows share runs without padding.
@@ -165,6 +180,7 @@ class Vocoder:
     def close(self, *, drain: bool = True) -> None:
         """End the vocoder: after what is queued is done, or (not `drain`) with ClosedError for it."""
         self.inflight.close(drain=drain)
+        self.backend.close()
 
     def __enter__(self) -> Self:
         return self
@@ -184,7 +200,7 @@ class Vocoder:
         extended = edges.extend(frames)
         total = extended.shape[1]
         windows = plan(Span(edges.left, total - edges.right, total, ended=True), self.field, self.policy)
-        return Request(extended, 0, windows, self.spec.hop, time.monotonic() + self.options.limits.patience)
+        return Request(extended, 0, windows, self._sound, time.monotonic() + self.options.limits.patience)
 
     def _fewest(self) -> int:
         return max(self.field.smallest - self.edges.left - self.edges.right, 1)

@@ -37,6 +37,9 @@ class Echo:
         self.first: list[float] = []
         self.started = threading.Semaphore(0)
 
+    def close(self) -> None:
+        pass
+
     def run(self, graph: str, mel: np.ndarray) -> np.ndarray:
         self.runs.append((len(mel), mel.shape[2]))
         self.first.append(float(mel[0, 0, 0]))
@@ -358,6 +361,9 @@ class Instant:
     name, device, precision = "instant", "cpu", "fp32"
     policy = Policy(64, static=False, batch=1, workers=4)
     failing = False
+
+    def close(self) -> None:
+        pass
 
     def run(self, graph: str, mel: np.ndarray) -> np.ndarray:
         if self.failing:

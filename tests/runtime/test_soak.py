@@ -42,6 +42,9 @@ class Unreliable:
         self.policy = Policy(96, static=True, batch=4, workers=2)
         self.runs = 0
 
+    def close(self) -> None:
+        self.real.close()
+
     def run(self, graph, mel: np.ndarray) -> np.ndarray:
         self.runs += 1
         if self.runs % FAIL_EVERY == 0:

@@ -26,6 +26,9 @@ class Priced:
     policy = POLICY
     candidates = tuple(replace(POLICY, frames=frames) for frames in (12, 48, 64, 512))
 
+    def close(self) -> None:
+        pass
+
     def run(self, graph: str, mel: np.ndarray) -> np.ndarray:
         assert graph == "interior"
         time.sleep(0.02 if mel.shape[2] == 64 else 0.002)

@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from melrt.audio import SampleFormat
 from melrt.bundle import Artifact, Bundle
-from melrt.errors import BackendError
-from melrt.windows import GraphKind, Policy
+from melrt.edges import Edges
+from melrt.errors import BackendError, MissingExtraError
+from melrt.machine import find_gpu
+from melrt.mel import MelSpec
+from melrt.windows import Field, GraphKind, Policy
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("onnxruntime",)
-DEVICES = ("cuda", "cpu")
+BACKENDS = ("tensorrt", "onnxruntime")
+PRECISIONS = ("fp32", "tf32", "fp16", "int8")
 MAX_THREADS = 1024
-PRECISIONS = ("fp32", "fp16", "int8")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,2})?")
 # A CPU has no half-precision convolutions: there the half graph is the float32 graph with casts around it, and slower.
-_AUTO_PRECISIONS = {"cuda": ("fp16", "fp32"), "cpu": ("fp32",)}
+_AUTO_PRECISIONS = {"cuda": ("fp16", "tf32", "fp32"), "cpu": ("fp32",)}
 
 
 class Backend(Protocol):
     """A voice's two graphs, loaded on one device. Safe to call from several threads."""
 
     name: str
-    """`onnxruntime`."""
+    """`tensorrt` or `onnxruntime`."""
     device: str
-    """`cpu` or `cuda`."""
+    """`cpu`, `cuda:0`, ..."""
     machine: str
     """The processor or GPU that it runs on."""
     precision: str
@@ -40,8 +46,21 @@ class Backend(Protocol):
     candidates: tuple[Policy, ...]
     """What `melrt tune` may try instead."""
 
-    def run(self, graph: GraphKind, mel: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Mel frames (B, M, T) through a graph to samples (B, T·hop), a fresh array."""
+    def run(self, graph: GraphKind, mel: NDArray[np.float32]) -> NDArray[Any]:
+        """Mel frames (B, M, T) through a graph to samples (B, T·hop), float32 or (if so opened) int16, a fresh array."""
+        ...
+
+    def close(self) -> None:
+        """Give memory back; no run is going on, and none follows."""
+        ...
+
+
+@runtime_checkable
+class DeviceBackend(Backend, Protocol):
+    """A backend that also takes whole mels that are on its GPU."""
+
+    def speak(self, mel: Any, spec: MelSpec, field: Field, edges: Edges, policy: Policy) -> Any:
+        """A mel on the GPU to audio of the same kind there, in order with the caller's stream."""
         ...
 
 
@@ -53,13 +72,34 @@ class Choice:
     precision: str = "auto"
     backend: str = "auto"
     threads: int | None = None
+    sample_format: SampleFormat = "float32"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("device", DEVICES), ("precision", PRECISIONS), ("backend", BACKENDS)):
+        if not _DEVICE.fullmatch(self.device):
+            raise BackendError(f"device is {self.device!r}; it is one of auto, cpu, cuda, cuda:0, cuda:1, ...")
+        for name, allowed in (("precision", PRECISIONS), ("backend", BACKENDS)):
             if getattr(self, name) not in ("auto", *allowed):
                 raise BackendError(f"{name} is {getattr(self, name)!r}; it is one of auto, {', '.join(allowed)}.")
         if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
             raise BackendError(f"threads is {self.threads}; it lies between 1 and {MAX_THREADS}, or is left out for one per core.")
+
+    @property
+    def kind(self) -> str:
+        """`auto`, `cpu` or `cuda`."""
+        return self.device.partition(":")[0]
+
+    @property
+    def index(self) -> int:
+        """Of the CUDA device."""
+        return int(self.device.partition(":")[2] or 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to run a voice."""
+
+    description: str
+    open: Callable[[], Backend]
 
 
 def open_backend(bundle: Bundle, choice: Choice) -> Backend:
@@ -68,30 +108,72 @@ def open_backend(bundle: Bundle, choice: Choice) -> Backend:
     Raises:
         BackendError: None can; the text says why for each one tried.
     """
-    from melrt.backends.onnxruntime import OnnxRuntime, usable_devices
-
-    devices = usable_devices() if choice.device == "auto" else (choice.device,)
     reasons = []
-    for device, precision, graphs in _candidates(bundle, choice, devices):
+    for candidate in (*_engines(bundle, choice), *_models(bundle, choice)):
         try:
-            return OnnxRuntime({graph: bundle.read(artifact) for graph, artifact in graphs.items()}, precision, device, choice.threads)
-        except BackendError as error:
-            reasons.append(f"{precision} on {device}: {error}")
-            logger.warning("%s does not run on %s here, trying the next: %s", precision, device, error)
+            return candidate.open()
+        except (BackendError, MissingExtraError) as error:
+            reasons.append((candidate.description, error))
+            logger.warning("%s does not run here, trying the next: %s", candidate.description, error)
     if len(reasons) == 1:
-        raise BackendError(reasons[0])
-    raise BackendError(f"nothing in {bundle.path} runs here. " + " · ".join(reasons) if reasons else _nothing_fits(bundle, choice))
+        raise reasons[0][1]
+    if reasons:
+        raise BackendError(f"nothing in {bundle.path} runs here. " + " · ".join(f"{what}: {error}" for what, error in reasons))
+    raise BackendError(_nothing_fits(bundle, choice))
 
 
-def _candidates(bundle: Bundle, choice: Choice, devices: tuple[str, ...]) -> Iterator[tuple[str, str, dict[GraphKind, Artifact]]]:
-    for device in devices:
-        wanted = _AUTO_PRECISIONS[device] if choice.precision == "auto" else (choice.precision,)
-        for precision in wanted:
+def _engines(bundle: Bundle, choice: Choice) -> Iterator[Candidate]:
+    """Pairs of engines, one for each graph, by precision and then by flavour; the newest of each comes last in the manifest."""
+    if choice.backend == "onnxruntime" or choice.kind == "cpu":
+        return
+    if (choice.backend, choice.kind) == ("auto", "auto") and find_gpu() is None:
+        return  # nothing was promised, so there is nothing to warn of
+    for precision in _wanted(choice, "cuda"):
+        pairs: dict[tuple[str, ...], dict[GraphKind, Artifact]] = {}
+        for artifact in bundle.find("engine", precision=precision):
+            made_for = tuple(str(artifact.target.get(key)) for key in ("flavour", "version", "compute_capability"))
+            pairs.setdefault(made_for, {})[artifact.graph] = artifact  # type: ignore[index]  # a graph of another name is never asked for
+        for made_for, artifacts in reversed(pairs.items()):
+            if {"edge", "interior"} <= set(artifacts):
+                yield Candidate(f"the {precision} engine of {' '.join(made_for)}", partial(_open_engines, bundle, artifacts, choice))
+
+
+def _open_engines(bundle: Bundle, artifacts: dict[GraphKind, Artifact], choice: Choice) -> Backend:
+    from melrt.backends.tensorrt import TensorRT
+
+    return TensorRT(bundle, artifacts, choice.index, int16=choice.sample_format == "int16")
+
+
+def _models(bundle: Bundle, choice: Choice) -> Iterator[Candidate]:
+    """ONNX models, on the GPU if ONNX Runtime can, and on the CPU."""
+    if choice.backend == "tensorrt":
+        return
+    from melrt.backends.onnxruntime import usable_devices
+
+    for kind in usable_devices() if choice.kind == "auto" else (choice.kind,):
+        for precision in _wanted(choice, kind):
             edge, interior = (bundle.find("onnx", graph=graph, precision=precision) for graph in ("edge", "interior"))
             if edge and interior:
-                yield device, precision, {"edge": edge[0], "interior": interior[0]}
+                device = f"cuda:{choice.index}" if kind == "cuda" else "cpu"
+                models: dict[GraphKind, Artifact] = {"edge": edge[0], "interior": interior[0]}
+                yield Candidate(
+                    f"{precision} by ONNX Runtime on {device}", partial(_open_models, bundle, models, precision, device, choice)
+                )
+
+
+def _open_models(bundle: Bundle, models: dict[GraphKind, Artifact], precision: str, device: str, choice: Choice) -> Backend:
+    from melrt.backends.onnxruntime import OnnxRuntime
+
+    return OnnxRuntime({graph: bundle.read(artifact) for graph, artifact in models.items()}, precision, device, choice.threads)
+
+
+def _wanted(choice: Choice, kind: str) -> tuple[str, ...]:
+    return _AUTO_PRECISIONS[kind] if choice.precision == "auto" else (choice.precision,)
 
 
 def _nothing_fits(bundle: Bundle, choice: Choice) -> str:
-    there = sorted({a.precision for a in bundle.find("onnx")})
-    return f"{bundle.path} has no {choice.precision} artefact; it has {', '.join(there) or 'none'}. Export it with `--precision`."
+    there = ", ".join(sorted({f"{a.precision} {a.kind}" for kind in ("engine", "onnx") for a in bundle.find(kind)})) or "none"
+    asked = "" if choice.precision == "auto" else f"{choice.precision} "
+    if choice.backend == "tensorrt":
+        return f"{bundle.path} has no {asked}engines of both graphs; it has {there}. `melrt build` makes them."
+    return f"{bundle.path} has no {asked}artefact; it has {there}. Export it with `--precision`."

@@ -14,11 +14,6 @@ from melrt.errors import BackendError, MissingExtraError
 from melrt.machine import cpu_name, find_gpu
 from melrt.windows import GraphKind, Policy
 
-_PROVIDERS: dict[str, list[Any]] = {
-    "cpu": ["CPUExecutionProvider"],
-    # The default, EXHAUSTIVE, tunes every new input shape anew: hundreds of milliseconds each. HEURISTIC asks cuDNN once.
-    "cuda": [("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"}), "CPUExecutionProvider"],
-}
 _ERRORS_ONLY = 3
 # Measured per kept frame (docs/windows.md): shorter windows recompute more context, longer ones fall out of the cache.
 CPU_WINDOW = 128
@@ -44,7 +39,7 @@ class OnnxModel:
 
         Args:
             model: Serialised ONNX, verified by the caller.
-            device: `cpu` or `cuda`.
+            device: `cpu`, or `cuda:0`, `cuda:1`, ...
             threads: CPU threads that share one run; 0 for one per physical core.
             blocked: Let ONNX Runtime use its blocked layout: faster on one thread, slower where several share a run (docs/windows.md).
 
@@ -52,7 +47,7 @@ class OnnxModel:
             BackendError: ONNX Runtime refuses the model, or the device is not to be had.
         """
         ort = _onnxruntime()
-        if device == "cuda" and "CUDAExecutionProvider" not in ort.get_available_providers():
+        if device != "cpu" and "CUDAExecutionProvider" not in ort.get_available_providers():
             raise BackendError('this ONNX Runtime has no CUDA: pip uninstall onnxruntime, then pip install "melrt[gpu]"')
         options = ort.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
@@ -60,10 +55,10 @@ class OnnxModel:
         if not blocked:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         try:
-            self._session = ort.InferenceSession(model, options, providers=_PROVIDERS[device])
+            self._session = ort.InferenceSession(model, options, providers=_providers(device))
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise BackendError(f"ONNX Runtime {ort.__version__} refused the model: {error}") from error
-        if device == "cuda" and self._session.get_providers()[0] != "CUDAExecutionProvider":
+        if device != "cpu" and self._session.get_providers()[0] != "CUDAExecutionProvider":
             raise BackendError("ONNX Runtime found no usable CUDA device; `melrt doctor` shows what is missing.")
 
     def run(self, mel: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -94,7 +89,7 @@ class OnnxRuntime:
         Args:
             models: Serialised ONNX of `edge` and `interior`, verified by the caller.
             precision: Of the models.
-            device: `cpu` or `cuda`.
+            device: `cpu`, or `cuda:0`, `cuda:1`, ...
             threads: CPU threads in all; one per usable core if None.
         """
         self.precision = precision
@@ -112,6 +107,17 @@ class OnnxRuntime:
 
     def run(self, graph: GraphKind, mel: NDArray[np.float32]) -> NDArray[np.float32]:
         return self._models[graph].run(mel)
+
+    def close(self) -> None:
+        self._models.clear()
+
+
+def _providers(device: str) -> list[Any]:
+    if device == "cpu":
+        return ["CPUExecutionProvider"]
+    # The default search, EXHAUSTIVE, tunes every new input shape anew: hundreds of milliseconds each. HEURISTIC asks cuDNN once.
+    options = {"device_id": device.partition(":")[2], "cudnn_conv_algo_search": "HEURISTIC"}
+    return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
 
 
 def _onnxruntime() -> Any:

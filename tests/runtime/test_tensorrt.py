@@ -1,0 +1,221 @@
+"""Engines at run time, against a GPU that is a fake with the rules of a real one: what it refuses here, a real one would not forgive."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.runtime.fake_gpu import VERSION, Gpu, engine_bytes, install, install_cupy
+
+from melrt import Vocoder
+from melrt.audio import to_int16
+from melrt.bundle import Artifact, Bundle
+from melrt.edges import Edges
+from melrt.errors import BackendError, BundleError, EngineBuildError, MelError, MelrtError, MissingExtraError
+from melrt.vocoder import Options
+from melrt_export.gate import speak_on_gpu
+from melrt_export.parity import FP32_MAX_ABS, probe_mel
+
+WINDOW, BATCH = 48, 4
+TARGET = {"flavour": "tensorrt_rtx", "version": VERSION, "compute_capability": "9.0", "gpu": "Fake GPU"}
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Gpu:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return install(monkeypatch)
+
+
+def add_engines(bundle: Bundle, **facts: object) -> Bundle:
+    for graph, smallest in (("edge", 4), ("interior", WINDOW)):
+        (model,) = bundle.find("onnx", graph=graph, precision="fp32")
+        target = TARGET | {key: value for key, value in facts.items() if key in TARGET}
+        options = {key: value for key, value in facts.items() if key not in TARGET}
+        data = engine_bytes(bundle.read(model), (1, 80, smallest), (BATCH, 80, WINDOW), **options)
+        bundle.add(Artifact.of(f"{graph}.fp32.engine", data, "engine", graph=graph, precision="fp32", target=target), data)
+    return Bundle.open(bundle.path)
+
+
+@pytest.fixture
+def voice(tiny_bundle: Bundle) -> Bundle:
+    return add_engines(tiny_bundle)
+
+
+def load(voice: Bundle, **options: object) -> Vocoder:
+    return Vocoder.load(voice, backend="tensorrt", precision="fp32", options=Options(**options))
+
+
+def test_every_length_and_batch_is_the_cpus(gpu: Gpu, voice: Bundle) -> None:
+    mels = [probe_mel(voice.manifest.spec, frames, frames) for frames in (4, 30, 47, 48, 100, 211, 100, 211)]
+    with Vocoder.load(voice, device="cpu") as cpu:
+        expected = [cpu(mel) for mel in mels]
+    with load(voice) as vocoder:
+        assert (vocoder.backend.name, vocoder.backend.device, vocoder.backend.machine) == ("tensorrt", "cuda:0", "Fake GPU")
+        assert (vocoder.policy.frames, vocoder.policy.static, vocoder.policy.batch) == (WINDOW, True, BATCH)
+        for audio, reference in zip([*vocoder.batch(mels), *map(vocoder, mels)], expected * 2, strict=True):
+            assert np.abs(audio - reference).max() < FP32_MAX_ABS
+        assert np.abs(vocoder(np.stack(mels[4:8:2])) - np.stack(expected[4:8:2])).max() < FP32_MAX_ABS
+        assert np.abs(np.concatenate(list(vocoder.stream([mels[5][:, :70], mels[5][:, 70:]]))) - expected[5]).max() < FP32_MAX_ABS
+    assert not gpu.memory, "everything was given back"
+
+
+def test_windows_run_as_cuda_graphs_from_the_start_and_other_shapes_once_they_recur(gpu: Gpu, voice: Bundle) -> None:
+    with load(voice) as vocoder:
+        lanes, warm = vocoder.backend.policy.workers, gpu.captures
+        assert warm == 3 * lanes, "batches of 1, 2 and 4 in each lane"
+        mel = probe_mel(vocoder.spec, WINDOW + 40)
+        vocoder(mel)
+        launches = gpu.graph_launches
+        allocated = dict(gpu.memory)
+        for _ in range(30):
+            vocoder(mel)
+        assert gpu.captures <= warm + 3 * lanes, "the two ends, once for each lane and batch"
+        assert gpu.graph_launches >= launches + 60 - 2 * lanes, "two runs a call; the first two of a shape in a lane are none"
+        assert gpu.memory.keys() == allocated.keys(), "nothing is allocated in the steady state"
+        before = gpu.syncs
+        vocoder.backend.run("interior", np.zeros((3, 80, WINDOW), np.float32))
+        assert gpu.syncs == before + 1
+
+
+def test_int16_is_made_on_the_device(gpu: Gpu, voice: Bundle) -> None:
+    mel = probe_mel(voice.manifest.spec, 150)
+    with load(voice, sample_format="int16") as vocoder, load(voice) as floating:
+        assert vocoder.backend.run("interior", mel[None, :, :WINDOW]).dtype == np.int16
+        audio = vocoder(mel)
+        assert audio.dtype == np.int16
+        assert (audio == to_int16(floating(mel))).all()
+    with Vocoder.load(voice, device="cpu", options=Options(sample_format="int16")) as cpu:
+        assert np.abs(cpu(mel).astype(int) - audio).max() <= 1
+
+
+def test_what_is_no_number_is_an_error_in_16_bits_too(gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    with load(voice, sample_format="int16") as vocoder:
+        engine = vocoder.backend.engines["edge"]._engine
+        monkeypatch.setattr(engine.model, "run", lambda mel: np.full((len(mel), mel.shape[2] * 256), np.nan, np.float32))
+        with pytest.raises(BackendError, match="not finite"):
+            vocoder(probe_mel(vocoder.spec, 20))
+
+
+@pytest.mark.parametrize("edges", [Edges(), Edges(2, 2), Edges(0, 10, -5.0)])
+@pytest.mark.parametrize("sample_format", ["float32", "int16"])
+def test_arrays_on_the_gpu_stay_there(gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch, edges: Edges, sample_format: str) -> None:
+    on_gpu = install_cupy(monkeypatch, gpu)
+    options = Options(edges=edges, sample_format=sample_format)
+    with (
+        Vocoder.load(voice, backend="tensorrt", precision="fp32", options=options) as vocoder,
+        Vocoder.load(voice, device="cpu", options=options) as cpu,
+    ):
+        for frames in (20, WINDOW + 100):
+            mel = np.stack([probe_mel(voice.manifest.spec, frames, seed) for seed in range(3)])
+            for given, expected in ((mel[0], cpu(mel[0])), (mel, cpu(mel)), (mel[::2, :, ::-1], cpu(mel[::2, :, ::-1].copy()))):
+                array = on_gpu(given)
+                before = gpu.syncs
+                audio = vocoder(array)
+                assert gpu.syncs == before, "the caller does not wait"
+                assert type(audio) is type(array)
+                assert audio.shape == expected.shape
+                assert np.abs(audio.get().astype(float) - expected).max() <= (1 if sample_format == "int16" else FP32_MAX_ABS)
+
+
+def test_arrays_on_the_gpu_that_cannot_be_taken(gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = install_cupy(monkeypatch, gpu)
+    mel = probe_mel(voice.manifest.spec, 60)
+    with load(voice) as vocoder:
+        elsewhere = on_gpu(mel)
+        gpu.foreign_contexts.add(elsewhere.pointer)
+        for array, message in (
+            (on_gpu(mel[:40]), "40 bands"), (on_gpu(mel[:, :3].copy()), "3 frames; this network needs at least 4"),
+            (on_gpu(mel.astype(np.float16)), "dtype float16 on the GPU"), (on_gpu(mel[0].copy()), "expected"),
+            (on_gpu(mel, device_index=1), "mel is on cuda:1, this voice on cuda:0"), (elsewhere, "autoprimaryctx"),
+        ):  # fmt: skip
+            with pytest.raises(MelError, match=message):
+                vocoder(array)
+        for call in (vocoder.submit, vocoder.open_stream().push, lambda array: next(vocoder.batch([array]))):
+            with pytest.raises(MelError, match="on a GPU"):
+                call(on_gpu(mel))
+        array = on_gpu(mel)
+        monkeypatch.setattr(type(array), "__module__", "unheard.of")
+        with pytest.raises(MelError, match=r"cannot make GPU arrays of unheard"):
+            vocoder(array)
+    with Vocoder.load(voice, device="cpu") as cpu, pytest.raises(MelError, match="taken from the host here"):
+        cpu(on_gpu(mel))
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"version": "1.0"}, f"built by tensorrt_rtx 1.0, here is {VERSION}. Build it anew: melrt build .* --precision fp32"),
+        ({"compute_capability": "8.6"}, "for compute capability 8.6, and Fake GPU has 9.0.*--this-gpu"),
+        ({"flavour": "tensorrt_8"}, "engines are for one of tensorrt, tensorrt_rtx"),
+        ({"names": ["mel", "sound"]}, r"takes and gives \['mel', 'sound'\]"),
+    ],
+)
+def test_engines_that_do_not_fit(gpu: Gpu, tiny_bundle: Bundle, facts: dict, message: str, caplog: pytest.LogCaptureFixture) -> None:
+    voice = add_engines(tiny_bundle, **facts)
+    with pytest.raises(BackendError, match=message):
+        load(voice)
+    with caplog.at_level(logging.WARNING), Vocoder.load(voice, precision="fp32", device="auto") as vocoder:
+        assert vocoder.backend.name == "onnxruntime"
+
+
+def test_a_runtime_that_refuses(gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu.validity = "INVALID"
+    with pytest.raises(BackendError, match="does not fit this runtime or GPU .the fake's diagnostics.*melrt build"):
+        load(voice)
+    gpu.validity = "VALID"
+    with pytest.raises(BackendError, match="no CUDA device 3 can be used here"):
+        Vocoder.load(voice, backend="tensorrt", precision="fp32", device="cuda:3")
+    (entry,) = voice.find("engine", graph="interior")
+    broken = b"no plan" + voice.read(entry)
+    changed = replace(Artifact.of(entry.name, broken, "engine", graph="interior", precision="fp32"), target=entry.target)
+    entry = voice.add(changed, broken)
+    with pytest.raises(BackendError, match="cannot be opened by tensorrt_rtx"):
+        load(Bundle.open(voice.path))
+    (voice.path / entry.file).write_bytes(b"altered")
+    with pytest.raises(BundleError, match="has 7 bytes"):
+        load(Bundle.open(voice.path))
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt_rtx", None)
+    with pytest.raises(MissingExtraError, match=r'tensorrt-rtx.*"melrt\[rtx\]"'):
+        load(voice)
+
+
+def test_a_bundle_without_engines_says_how_to_make_them(gpu: Gpu, tiny_bundle: Bundle) -> None:
+    with pytest.raises(BackendError, match="no fp32 engines of both graphs.*melrt build"):
+        load(tiny_bundle)
+
+
+def test_compiled_kernels_are_kept_between_processes(gpu: Gpu, voice: Bundle, tmp_path: Path) -> None:
+    load(voice).close()
+    files = sorted((tmp_path / "cache" / "melrt").iterdir())
+    assert [file.read_bytes() for file in files] == [b"kernels", b"kernels"]
+    assert gpu.cache_blob == b""
+    load(voice).close()
+    assert gpu.cache_blob == b"kernels"
+
+
+def test_a_failed_run_touches_no_other(gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    with load(voice) as vocoder:
+        mel = probe_mel(vocoder.spec, 30)
+        good = vocoder(mel)
+        with pytest.raises(MelrtError, match=r"outside this engine's profile, \(1, 80, 4\) to \(4, 80, 48\)"):
+            vocoder.backend.run("edge", np.zeros((1, 80, 3), np.float32))
+        assert (vocoder(mel) == good).all()
+
+
+def test_an_engine_speaks_before_it_is_kept(gpu: Gpu, tiny_bundle: Bundle) -> None:
+    """The builder's last check, with real speech; here against the fake."""
+
+    def speak(graph: str, built_from: str, smallest: int) -> dict[str, float]:
+        model = tiny_bundle.read(tiny_bundle.find("onnx", graph=built_from, precision="fp32")[0])
+        plan = engine_bytes(model, (1, 80, smallest), (BATCH, 80, WINDOW))
+        entry = Artifact.of("x.engine", plan, "engine", graph=graph, precision="fp16", target=TARGET)
+        return speak_on_gpu(tiny_bundle, entry, plan, graph)
+
+    assert speak("edge", "edge", 4)["max_abs"] < FP32_MAX_ABS
+    assert speak("interior", "interior", WINDOW)["max_abs"] < FP32_MAX_ABS
+    with pytest.raises(EngineBuildError, match=r"x.engine on Fake GPU: .* SNR .* the limit is SNR >= 45 dB. No engine was kept"):
+        speak("edge", "interior", 4)
+    assert not gpu.memory
