@@ -23,6 +23,13 @@ SHARED = ROOT.parent / "shared"
 NGF = 4
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of each test's own: none reads what another, or the user, left there."""
+    monkeypatch.setenv("MELRT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     if not SHARED.is_dir():

@@ -88,6 +88,12 @@ def build(
     timing_cache: Annotated[
         Path | None, typer.Option(help="File that keeps kernel timings between builds; default: in the user's cache.")
     ] = None,
+    workspace: Annotated[int | None, typer.Option(help="Most scratch memory of a kernel, MiB.")] = None,
+    compatible: Annotated[
+        str, typer.Option(help="tensorrt: exact, hardware (also other GPUs from Ampere on), version (also later TensorRT).")
+    ] = "exact",
+    refittable: Annotated[bool, typer.Option("--refittable", help="The weights can be exchanged later, by `melrt refit`.")] = False,
+    cached: Annotated[bool, typer.Option("--cached/--anew", help="Take such an engine from the user's cache, if it is there.")] = True,
 ) -> None:
     """Build TensorRT engines from the bundle's ONNX, audit their precision, and add them to the bundle.
 
@@ -99,6 +105,7 @@ def build(
     options = EngineOptions(
         precision=precision, flavour=flavour, portable=portable, batch=_span("batch", batch),
         frames=None if frames is None else _span("frames", frames), optimization_level=optimization_level, timing_cache=timing_cache,
+        workspace=workspace, compatible=compatible, refittable=refittable, cached=cached,  # type: ignore[arg-type]  # checked there
     )  # fmt: skip
     wanted = [replace(options, graph=name) for name in (("edge", "interior") if graph == "both" else (graph,))]
     with _steps() as bar:
@@ -109,6 +116,20 @@ def build(
             )
             audited = "by the engine inspector" if entry.target["audited"] == "engine" else "in the network; the engine itself on its GPU"
             console.print(f"{voice / entry.file}  {entry.size / 1e6:.2f} MB  precision audited {audited}", markup=False)
+
+
+def refit(
+    voice: Voice,
+    donor: Annotated[Path, typer.Option("--engines-of", metavar="VOICE.melrt", help="The voice that this one was fine-tuned from.")],
+) -> None:
+    """Give a fine-tuned voice the engines of the one it began as, with its own weights: milliseconds instead of a build.
+
+    The engines must have been built with `melrt build --refittable`, and the GPU that they are for is needed.
+    """
+    from melrt_export.refit import refit_engines
+
+    for entry in refit_engines(Bundle.open(voice), Bundle.open(donor)):
+        console.print(f"{voice / entry.file}  SNR {entry.quality['snr_db']} dB against FP32", markup=False)
 
 
 def mel(

@@ -46,8 +46,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def user_cache() -> Path:
-    """The folder for what can be made again: `$XDG_CACHE_HOME/melrt`, or `~/.cache/melrt`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "melrt"
+    """The folder for what can be made again: `$MELRT_CACHE`, or `melrt` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    own = os.environ.get("MELRT_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "melrt"
 
 
 def _make_parents(path: Path) -> list[Path]:

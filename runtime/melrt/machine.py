@@ -46,3 +46,14 @@ def find_gpu() -> Gpu | None:
     if any(call(*arguments) != 0 for call, *arguments in calls):
         return None
     return Gpu(name.value.decode(), f"{major.value}.{minor.value}", count.value)
+
+
+def driver_version() -> str:
+    """The highest CUDA version that the driver knows, as `13.0`; empty without a driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return ""
+    version = ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"

@@ -69,12 +69,17 @@ def test_ctrl_c_stops_the_builder_and_leaves_the_bundle(tiny_bundle: Bundle) -> 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"precision": "int4"}, "precision is 'int4'; engines are built in fp32, tf32, fp16"),
+        ({"precision": "int4"}, "precision is 'int4'; it is one of fp32, tf32, fp16"),
         ({"flavour": "tvm"}, "flavour is 'tvm'"),
         ({"graph": "middle"}, "graph is 'middle'"),
         ({"batch": (4, 1, 2)}, "rising order"),
         ({"frames": (1, 8, 16)}, "at least 4"),
         ({"optimization_level": 9}, "between 0 and 5"),
+        ({"workspace": -1}, "workspace is -1; it lies between 0"),
+        ({"compatible": "all"}, "compatible is 'all'"),
+        ({"compatible": "hardware"}, "a portable one runs on every GPU"),
+        ({"compatible": "version"}, "wheels lack the library"),
+        ({"refittable": True}, "only for a GPU that is at hand: add --this-gpu"),
     ],
 )
 def test_impossible_wishes(tiny_bundle: Bundle, wrong: dict, message: str) -> None:
@@ -95,6 +100,30 @@ def test_an_engine_for_this_gpu_needs_one(tiny_bundle: Bundle) -> None:
         pytest.skip("this machine has a GPU")
     with pytest.raises(EngineBuildError, match="none works here.*portable"):
         build_engine(tiny_bundle, EngineOptions(portable=False, flavour="tensorrt_rtx"))
+
+
+def test_the_same_engine_is_built_once(tiny_bundle: Bundle, cache: Path) -> None:
+    def build(**options: object) -> tuple[str, int]:
+        steps: list[object] = []
+        entry = build_engine(tiny_bundle, EngineOptions(**options), lambda *progress: steps.append(progress))
+        return entry.sha256, len(steps)
+
+    first, steps = build()
+    assert steps
+    assert build() == (first, 0)
+    assert build(cached=False)[1]
+    assert build(optimization_level=1)[1], "other settings, another engine"
+    files = sorted((cache / "engines").iterdir())
+    assert len(files) == 2
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-1])
+    assert build()[1], "a damaged one is built anew"
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("MELRT_CACHE", str(tmp_path / "file"))
+    assert build_engine(tiny_bundle, EngineOptions()).size > 10_000
 
 
 def test_a_missing_flavour_names_its_extra(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,9 +209,13 @@ class EngineFake:
         size = int.from_bytes(data[len(MAGIC) : len(MAGIC) + 4], "little")
         start = len(MAGIC) + 4
         self.header = json.loads(data[start : start + size])
-        self.model = OnnxModel(data[start + size :])
+        self.onnx = data[start + size :]
+        self.model = OnnxModel(self.onnx)
         self.device_memory_size_v2 = self.header["scratch"]
         self.contexts: weakref.WeakSet[Context] = weakref.WeakSet()
+
+    def serialize(self) -> bytes:
+        return engine_bytes(self.onnx, *self.header["profile"][::2])
 
     def get_tensor_name(self, index: int) -> str:
         return self.header.get("names", ["mel", "audio"])[index]
@@ -376,6 +380,24 @@ def _bindings(gpu: Gpu) -> types.SimpleNamespace:
     return types.SimpleNamespace(driver=driver)
 
 
+class OnnxParserRefitter:
+    """Takes whatever looks like a model."""
+
+    def __init__(self, engine: EngineFake, log: object) -> None:
+        self.engine = engine
+
+    def refit_from_bytes(self, onnx: bytes) -> bool:
+        if not onnx.startswith(b"\x08"):
+            return False
+        self.engine.onnx, self.engine.model = onnx, OnnxModel(onnx)
+        return True
+
+
+def _refitter(engine: EngineFake, log: object) -> EngineFake:
+    engine.refit_cuda_engine = lambda: True
+    return engine
+
+
 def _tensorrt(gpu: Gpu) -> types.SimpleNamespace:
     class ILogger:
         Severity = types.SimpleNamespace(INTERNAL_ERROR=0, ERROR=1, WARNING=2)
@@ -394,6 +416,7 @@ def _tensorrt(gpu: Gpu) -> types.SimpleNamespace:
             return EngineFake(gpu, data) if data.startswith(MAGIC) else None
 
     return types.SimpleNamespace(
+        Refitter=_refitter, OnnxParserRefitter=OnnxParserRefitter,
         __version__=VERSION, ILogger=ILogger, Runtime=Runtime, IRuntimeCache=RuntimeCache,
         DataType=types.SimpleNamespace(FLOAT="float"),
         EngineValidity=types.SimpleNamespace(INVALID="INVALID", VALID="VALID"),

@@ -16,16 +16,25 @@ from melrt.bundle import Artifact, Bundle
 from melrt.edges import Edges
 from melrt.errors import BackendError, BundleError, EngineBuildError, MelError, MelrtError, MissingExtraError
 from melrt.vocoder import Options
+from melrt_export.checkpoints import load_checkpoint, native
+from melrt_export.config import GeneratorConfig
+from melrt_export.export import export_voice
 from melrt_export.gate import speak_on_gpu
 from melrt_export.parity import FP32_MAX_ABS, probe_mel
+from melrt_export.refit import refit_engines
 
 WINDOW, BATCH = 48, 4
-TARGET = {"flavour": "tensorrt_rtx", "version": VERSION, "compute_capability": "9.0", "gpu": "Fake GPU"}
+TARGET: dict[str, object] = {
+    "refittable": False,
+    "flavour": "tensorrt_rtx",
+    "version": VERSION,
+    "compute_capability": "9.0",
+    "gpu": "Fake GPU",
+}
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Gpu:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     return install(monkeypatch)
 
 
@@ -187,9 +196,9 @@ def test_a_bundle_without_engines_says_how_to_make_them(gpu: Gpu, tiny_bundle: B
         load(tiny_bundle)
 
 
-def test_compiled_kernels_are_kept_between_processes(gpu: Gpu, voice: Bundle, tmp_path: Path) -> None:
+def test_compiled_kernels_are_kept_between_processes(gpu: Gpu, voice: Bundle, cache: Path) -> None:
     load(voice).close()
-    files = sorted((tmp_path / "cache" / "melrt").iterdir())
+    files = sorted(cache.iterdir())
     assert [file.read_bytes() for file in files] == [b"kernels", b"kernels"]
     assert gpu.cache_blob == b""
     load(voice).close()
@@ -219,3 +228,25 @@ def test_an_engine_speaks_before_it_is_kept(gpu: Gpu, tiny_bundle: Bundle) -> No
     with pytest.raises(EngineBuildError, match=r"x.engine on Fake GPU: .* SNR .* the limit is SNR >= 45 dB. No engine was kept"):
         speak("edge", "interior", 4)
     assert not gpu.memory
+
+
+def test_a_fine_tuned_voice_takes_over_the_engines(
+    gpu: Gpu, tiny_bundle: Bundle, tiny_checkpoint: Path, make_voice, tmp_path: Path
+) -> None:
+    """The weights change, the engine stays; what the refitted engine says is the new voice's."""
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    weights = {name: 1.02 * value for name, value in checkpoint.weights.items()}
+    native.save(tmp_path / "tuned", replace(checkpoint, weights=weights))
+    tuned = export_voice(tmp_path / "tuned", tmp_path / "tuned.melrt")
+    with pytest.raises(EngineBuildError, match="no refittable engine: melrt build .*--refittable"):
+        list(refit_engines(tuned, tiny_bundle))
+    donor = add_engines(tiny_bundle, refittable=True)
+    entries = list(refit_engines(tuned, donor))
+    assert {entry.graph for entry in entries} == {"edge", "interior"}
+    mel = probe_mel(tuned.manifest.spec, 150)
+    with load(Bundle.open(tuned.path)) as vocoder, Vocoder.load(tuned, device="cpu") as cpu, load(donor) as old:
+        assert np.abs(vocoder(mel) - cpu(mel)).max() < FP32_MAX_ABS
+        assert np.abs(vocoder(mel) - old(mel)).max() > 0.001
+    other, _ = make_voice(GeneratorConfig(in_channels=8, channels=32, upsample_scales=(4, 4)), tmp_path)
+    with pytest.raises(BundleError, match="differ in .*channels.*only the same network"):
+        list(refit_engines(Bundle.open(other), donor))

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 # Distribution and extra of each flavour.
 FLAVOURS = {"tensorrt": ("tensorrt", "tensorrt"), "tensorrt_rtx": ("tensorrt-rtx", "rtx")}
 PORTABLE = "portable"
+# Compute capability that hardware-compatible engines begin with.
+AMPERE = 8.0
 # A voice's runtime cache is well under a megabyte per graph; what is far beyond is not one.
 MAX_CACHE_BYTES = 256 << 20
 
@@ -63,7 +65,7 @@ class Engine:
         self._trt = trt = flavour(artifact)
         rebuild = _rebuild_command(artifact)
         check_target(artifact, trt.__version__, gpu, rebuild)
-        self._runtime = trt.Runtime(_logger(trt))
+        self._runtime = trt.Runtime(runtime_logger(trt))
         if hasattr(self._runtime, "get_engine_validity"):
             validity, diagnostics = self._runtime.get_engine_validity(data)
             if validity == trt.EngineValidity.INVALID:
@@ -145,13 +147,25 @@ def flavour(artifact: Artifact) -> ModuleType:
 def check_target(artifact: Artifact, version: str, gpu: Gpu, rebuild: str) -> None:
     """Raise BackendError if an engine was built for another TensorRT or GPU."""
     target: Mapping[str, Any] = artifact.target
-    if target.get("version") != version:
+    if not _runs_on_version(target, version):
         raise BackendError(f"{artifact.file} was built by {target['flavour']} {target.get('version')}, here is {version}. {rebuild}")
     capability = target.get("compute_capability")
-    if capability not in (PORTABLE, gpu.compute_capability):
+    from_ampere_on = target.get("compatible") == "hardware" and float(gpu.compute_capability) >= AMPERE
+    if capability not in (PORTABLE, gpu.compute_capability) and not from_ampere_on:
         raise BackendError(
             f"{artifact.file} is for compute capability {capability}, and {gpu.name} has {gpu.compute_capability}. {rebuild}"
         )
+
+
+def _runs_on_version(target: Mapping[str, Any], version: str) -> bool:
+    built = str(target.get("version"))
+    if target.get("compatible") != "version":
+        return built == version
+    return built.partition(".")[0] == version.partition(".")[0] and _numbers(built) <= _numbers(version)
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)]
 
 
 def _rebuild_command(artifact: Artifact) -> str:
@@ -160,7 +174,9 @@ def _rebuild_command(artifact: Artifact) -> str:
     return f"Build it anew: melrt build VOICE.melrt {kind}{'' if portable else ' --this-gpu'}"
 
 
-def _logger(trt: ModuleType) -> Any:
+def runtime_logger(trt: ModuleType) -> Any:
+    """A logger for TensorRT that hands its messages to Python's."""
+
     class Log(trt.ILogger):  # type: ignore[misc, name-defined]
         """Hands TensorRT's messages to Python's logging."""
 
