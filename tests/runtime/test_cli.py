@@ -130,7 +130,7 @@ def test_wrong_turns(melrt, tiny_checkpoint: Path, tiny_bundle: Bundle, tmp_path
         (("synth", voice, mel, RECORDING, "-o", tmp_path / "x.wav"), "cannot go to one file"),
         (("synth", voice, mel, "-o", tmp_path / "mel.npy" / "x.wav"), "mel.npy"),
         (("mel", voice, mel, "-o", out), "cannot be read as audio"),
-        (("build", voice, "--precision", "int4"), "engines are built in"),
+        (("build", voice, "--precision", "int4"), "it is one of fp32, tf32, fp16"),
         (("build", voice, "--batch", "one"), "smallest,best,largest"),
         (("bench", voice, "--checkpoint", tiny_checkpoint, "--seconds", "x"), "1,4,10"),
         (("sing",), "No such command"),
