@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from melrt.errors import CheckpointError
 
 PaddingMode = Literal["reflect", "replicate", "zeros"]
+Crop = Literal["late", "early"]
 
 # A hostile or damaged config must not be able to ask for a network that fills the memory.
 MAX_CHANNELS = 8192
@@ -50,11 +51,24 @@ class GeneratorConfig:
     """Length less one, even, of the filters that join sub-bands to one signal (pseudo-quadrature mirror filter bank); 0: no sub-bands."""
     causal: bool = False
     """All padding on the left: no look-ahead (ParallelWaveGAN's `use_causal_conv`)."""
+    crop: Crop = "late"
+    """Where an odd stride's output begins: `late` one sample after `early`. PyTorch's padding is late, TensorFlow's "SAME" early."""
+    input_clip: tuple[float, float] | None = None
+    """Limits that the mel is clipped to first, where the project clips normalised mels; in the units of plain log-mels."""
+    input_affine: bool = False
+    """Whether `(mel - input.mean) / input.scale` per band comes next, as nodes of its own: where it cannot be folded."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.upsample_scales, list | tuple):
+            raise CheckpointError(f"upsample_scales is {self.upsample_scales!r}; it is a list of whole numbers.")
         object.__setattr__(self, "upsample_scales", tuple(self.upsample_scales))
         self._check_whole_numbers()
-        if self.channels % 2 ** len(self.upsample_scales):
+        self._check_input()
+        self._check_shape()
+        self._check_kinds()
+
+    def _check_shape(self) -> None:
+        if self.channels < 2 ** len(self.upsample_scales):
             raise CheckpointError(
                 f"{self.channels} channels cannot be halved {len(self.upsample_scales)} times, once per upsampling stage."
             )
@@ -63,12 +77,27 @@ class GeneratorConfig:
                 raise CheckpointError(f"{name} is {getattr(self, name)}; the family has odd kernels only.")
         if self.hop > MAX_HOP:
             raise CheckpointError(f"upsample_scales {self.upsample_scales} makes a hop of {self.hop}; at most {MAX_HOP}.")
-        if self.padding_mode not in get_args(PaddingMode):
-            raise CheckpointError(f"padding_mode is {self.padding_mode!r}; it is one of {', '.join(get_args(PaddingMode))}.")
+
+    def _check_kinds(self) -> None:
+        for name, kinds in (("padding_mode", get_args(PaddingMode)), ("crop", get_args(Crop))):
+            if getattr(self, name) not in kinds:
+                raise CheckpointError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(kinds)}.")
         if type(self.pqmf_taps) is not int or not 0 <= self.pqmf_taps <= MAX_TAPS or self.pqmf_taps % 2:
             raise CheckpointError(f"pqmf_taps is {self.pqmf_taps!r}; it is an even number up to {MAX_TAPS}, or 0 for no sub-bands.")
-        if not 0 <= self.negative_slope < 1:
-            raise CheckpointError(f"negative_slope is {self.negative_slope}; it lies in [0, 1).")
+        if type(self.negative_slope) not in (int, float) or not 0 <= self.negative_slope < 1:
+            raise CheckpointError(f"negative_slope is {self.negative_slope!r}; it is a number in [0, 1).")
+        for name in ("bias", "final_tanh", "causal", "input_affine"):
+            if type(getattr(self, name)) is not bool:
+                raise CheckpointError(f"{name} is {getattr(self, name)!r}; it is true or false.")
+
+    def _check_input(self) -> None:
+        if self.input_clip is None:
+            return
+        limits = tuple(self.input_clip) if isinstance(self.input_clip, list | tuple) else ()
+        numbers = all(type(limit) in (int, float) and abs(limit) < 1e9 for limit in limits)
+        if len(limits) != 2 or not numbers or not limits[0] < limits[1]:
+            raise CheckpointError(f"input_clip is {self.input_clip!r}; it is two numbers, the lower first, or null.")
+        object.__setattr__(self, "input_clip", tuple(float(limit) for limit in limits))
 
     def _check_whole_numbers(self) -> None:
         limits = {
@@ -97,6 +126,10 @@ class GeneratorConfig:
     def stage_channels(self) -> tuple[int, ...]:
         """Channels before the first stage and after each one."""
         return tuple(self.channels // 2**i for i in range(len(self.upsample_scales) + 1))
+
+    def crop_before(self, scale: int) -> int:
+        """Samples that a transposed convolution of this stride drops at its start."""
+        return 0 if self.causal else scale // 2 + (scale % 2 if self.crop == "late" else 0)
 
     @property
     def dilations(self) -> tuple[int, ...]:
@@ -131,6 +164,9 @@ class GeneratorConfig:
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Name and shape of each tensor of a folded state dict, in melrt's own naming."""
+        if self.input_affine:
+            yield "input.mean", (self.in_channels,)
+            yield "input.scale", (self.in_channels,)
         for name, shape in self.convolutions():
             yield f"{name}.weight", shape
             if self.bias:
@@ -138,9 +174,26 @@ class GeneratorConfig:
         if self.pqmf_taps:
             yield "pqmf.weight", (self.out_channels, self.pqmf_taps + 1)
 
+    @property
+    def parameters(self) -> int:
+        """Trained numbers, folded."""
+        return sum(math.prod(shape) for name, shape in self.tensors() if not name.startswith(("input.", "pqmf.")))
+
+    @property
+    def flop_per_frame(self) -> int:
+        """Floating-point operations per mel frame in convolutions and filter bank, a multiply-add counted as two."""
+        rate, total = 1, 0
+        scales = iter(self.upsample_scales)
+        for name, shape in self.convolutions():
+            total += 2 * math.prod(shape) * rate  # a transposed convolution works at the rate of its input
+            if name.endswith("upsample"):
+                rate *= next(scales)
+        return total + (2 * self.hop * (self.pqmf_taps + 1) if self.pqmf_taps else 0)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self) | {"upsample_scales": list(self.upsample_scales)}
+        clip = None if self.input_clip is None else list(self.input_clip)
+        return asdict(self) | {"upsample_scales": list(self.upsample_scales), "input_clip": clip}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GeneratorConfig:
@@ -152,6 +205,4 @@ class GeneratorConfig:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise CheckpointError(f"generator config has unknown fields {unknown}; known are {sorted(known)}.")
-        if not isinstance(values.get("upsample_scales", ()), list | tuple):
-            raise CheckpointError(f"upsample_scales is {values['upsample_scales']!r}; it is a list of whole numbers.")
         return cls(**values)

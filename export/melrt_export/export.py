@@ -13,7 +13,6 @@ import numpy as np
 from melrt import __version__
 from melrt.backends.onnxruntime import OnnxModel
 from melrt.bundle import Artifact, Bundle, Manifest
-from melrt.edges import Edges
 from melrt.errors import CheckpointError, ParityError
 from melrt.windows import GraphKind
 from melrt_export.checkpoints import Checkpoint, load_checkpoint
@@ -61,6 +60,7 @@ def export_voice(
         BundleError: `out` exists.
     """
     options = options or ExportOptions()
+    Bundle.check_place(out, overwrite=options.overwrite)
     on_step("reading the checkpoint")
     checkpoint = load_checkpoint(source)
     if checkpoint.config.out_channels != checkpoint.config.subbands or checkpoint.config.hop != checkpoint.spec.hop:
@@ -85,7 +85,9 @@ def export_voice(
     on_step("writing the bundle")
     manifest = Manifest(
         name=name, spec=checkpoint.spec, architecture=checkpoint.config.to_dict(), receptive_field=field,
-        smallest_input=checkpoint.config.smallest_input, end_reach=end_reach(checkpoint.config), edges=Edges(), provenance=provenance,
+        smallest_input=checkpoint.config.smallest_input, end_reach=end_reach(checkpoint.config), edges=checkpoint.edges,
+        normalisation=checkpoint.normalisation, parameters=checkpoint.config.parameters,
+        flop_per_second=checkpoint.config.flop_per_frame * checkpoint.spec.sample_rate / checkpoint.spec.hop, provenance=provenance,
     )  # fmt: skip
     return Bundle.create(out, manifest, [*files, *reference_files(mel, reference)], overwrite=options.overwrite)
 

@@ -35,15 +35,15 @@ class Upsample(nn.ConvTranspose1d):
     """A transposed convolution that multiplies the length by its stride: (B, C_in, T) to (B, C_out, T·scale)."""
 
     def __init__(self, config: GeneratorConfig, c_in: int, c_out: int, scale: int) -> None:
-        # kernel 2·scale; both models of the family crop to exactly T·scale (melgan-neurips mel2wav/modules.py)
-        crop, extra = (0, 0) if config.causal else (scale // 2 + scale % 2, scale % 2)
-        super().__init__(c_in, c_out, 2 * scale, stride=scale, padding=crop, output_padding=extra, bias=config.bias)
+        # kernel 2·scale, cropped to exactly T·scale (melgan-neurips mel2wav/modules.py; TensorFlow's "SAME" begins earlier if scale is odd)
+        crop = config.crop_before(scale)
+        super().__init__(c_in, c_out, 2 * scale, stride=scale, padding=crop, output_padding=max(2 * crop - scale, 0), bias=config.bias)
         self.causal = config.causal
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        if not self.causal:
-            return super().forward(x, output_size)
         scale = self.stride[0]
+        if not self.causal:
+            return super().forward(x, output_size)[..., : x.shape[-1] * scale]
         return super().forward(F.pad(x, (1, 0), "replicate"))[..., scale:-scale]
 
 
@@ -95,12 +95,31 @@ class FilterBank(nn.Module):
         return F.conv1d(spread, weight[None], padding=weight.shape[1] // 2)
 
 
+class Normalise(nn.Module):
+    """What the project does to a plain mel (B, M, T) before the network, where that is not in the first convolution."""
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.clip = config.input_clip
+        if config.input_affine:
+            self.register_buffer("mean", torch.zeros(config.in_channels))
+            self.register_buffer("scale", torch.ones(config.in_channels))
+
+    def forward(self, mel: Tensor) -> Tensor:
+        if self.clip:
+            mel = mel.clamp(*self.clip)
+        if hasattr(self, "mean"):
+            mel = (mel - cast(Tensor, self.mean)[:, None]) / cast(Tensor, self.scale)[:, None]
+        return mel
+
+
 class Generator(nn.Module):
     """Mel frames (B, M, T) to waveform (B, 1, T·hop), or (B, out_channels, T·hop) where no filter bank joins them."""
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
         self.config = config
+        self.input = Normalise(config)
         self.first = Conv(config, config.in_channels, config.channels, config.kernel_size)
         self.stages = nn.Sequential(*(Stage(config, i) for i in range(len(config.upsample_scales))))
         self.last = Conv(config, config.stage_channels[-1], config.out_channels, config.kernel_size)
@@ -114,6 +133,6 @@ class Generator(nn.Module):
         return generator.eval()
 
     def forward(self, mel: Tensor) -> Tensor:
-        x = self.stages(self.first(mel))
+        x = self.stages(self.first(self.input(mel)))
         x = self.last(F.leaky_relu(x, self.config.negative_slope))
         return cast(Tensor, self.pqmf(torch.tanh(x) if self.config.final_tanh else x))

@@ -53,7 +53,7 @@ def deploy_graph(
     if graph == "interior":
         config = replace(config, padding_mode="zeros")
     net = _Net(config, weights, graph, np.dtype(np.float16 if precision == "fp16" else np.float32))
-    x = net.op("Unsqueeze", "mel", net.shape("height_axis", [2]), name="mel_2d")
+    x = net.op("Unsqueeze", net.normalised("mel"), net.shape("height_axis", [2]), name="mel_2d")
     if precision == "fp16":
         x = net.cast(x, TensorProto.FLOAT16, "mel_half")
     x = net.conv("first", x, padding=config.kernel_size - 1)
@@ -102,6 +102,16 @@ class _Net:
     def leaky(self, x: str, name: str) -> str:
         return self.op("LeakyRelu", x, name=name, alpha=self.config.negative_slope)
 
+    def normalised(self, x: str) -> str:
+        """What of the mel's normalisation is not in the first convolution; in float32 always."""
+        if self.config.input_clip:
+            low, high = (np.array(limit, np.float32) for limit in self.config.input_clip)
+            x = self.op("Clip", x, self.constant("input.low", low), self.constant("input.high", high), name="input.clip")
+        if self.config.input_affine:
+            mean, scale = (self.constant(f"input.{name}", self.weights[f"input.{name}"][:, None]) for name in ("mean", "scale"))
+            x = self.op("Div", self.op("Sub", x, mean, name="input.centred"), scale, name="input.scaled")
+        return x
+
     def conv(self, name: str, x: str, padding: int, dilation: int = 1) -> str:
         """A convolution over time; `padding` is what it adds in all, split as trained (all left if causal)."""
         left = padding if self.config.causal else padding // 2
@@ -134,7 +144,7 @@ class _Net:
                 x, sides = self._pad(x, sides, "edge", f"{name}.pad"), (0, 0)
             return self._interleave(name, self._conv2d(name, taps, bias, x, sides=sides), c_out, scale)
         x = self._interleave(name, self._conv2d(name, taps, bias, x, sides=(1, 1)), c_out, scale)
-        left = scale // 2 + scale % 2
+        left = self.config.crop_before(scale)
         start, end = self.shape(f"crop{left}.start", [left]), self.shape(f"crop{left}.{scale}.end", [left - scale])
         return self.op("Slice", x, start, end, self.shape("time_axis", [3]), name=f"{name}.crop")
 

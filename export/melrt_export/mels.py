@@ -32,12 +32,16 @@ def mel_from_audio(audio: NDArray[np.float32], spec: MelSpec) -> NDArray[np.floa
     pad = (spec.n_fft - spec.hop) // 2 if spec.framing == "same" else spec.n_fft // 2
     if len(audio) <= pad or len(audio) < spec.hop:
         raise AudioError(f"audio has {len(audio)} samples; a first frame needs {max(pad + 1, spec.hop)} ({pad} are reflected).")
-    padded = np.pad(audio.astype(np.float32), pad, mode="reflect")
+    signal = audio.astype(np.float32)
+    if spec.preemphasis:
+        signal = np.append(signal[:1], signal[1:] - np.float32(spec.preemphasis) * signal[:-1])
+    padded = np.pad(signal, pad, mode=spec.padding)
     spectrum = librosa.stft(padded, n_fft=spec.n_fft, hop_length=spec.hop, win_length=spec.win_length, window=spec.window, center=False)
     filters = librosa.filters.mel(
         sr=spec.sample_rate, n_fft=spec.n_fft, n_mels=spec.n_mels, fmin=spec.f_min, fmax=spec.f_max, htk=spec.scale == "htk", norm=spec.norm
     )
-    return np.asarray(spec.logarithm(filters @ np.abs(spectrum) ** spec.power), np.float32)
+    mel = spec.logarithm(filters @ np.abs(spectrum) ** spec.power)
+    return np.asarray(spec.normalisation.apply(mel.astype(np.float64)) if spec.normalisation else mel, np.float32)
 
 
 def read_audio(path: Path, sample_rate: int) -> NDArray[np.float32]:

@@ -30,7 +30,7 @@ def receptive_field(config: GeneratorConfig) -> tuple[int, int]:
         for dilation in reversed(config.dilations):
             convolution(config.stack_kernel_size, dilation)
         # output sample n is uncropped sample n + left = t·scale + phase, made of inputs t - 1 and t
-        left = 0 if config.causal else scale // 2 + scale % 2
+        left = config.crop_before(scale)
         first, last = (first + left) // scale - 1, (last + left) // scale
     convolution(config.kernel_size, 1)
     return -first, last

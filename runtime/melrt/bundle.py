@@ -21,6 +21,7 @@ from melrt.edges import Edges
 from melrt.errors import BundleError
 from melrt.files import whole_file, whole_folder
 from melrt.mel import MelSpec
+from melrt.normalisation import Normalisation
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -95,12 +96,21 @@ class Manifest:
     """How the voice's own project treats the ends of an utterance."""
     provenance: Mapping[str, str]
     """Where the weights come from: source, sha256, format, tool, command."""
+    normalisation: Normalisation | None = None
+    """What the training took off its mels; it is part of the graphs, and tells a mel that was normalised by mistake."""
+    parameters: int = 0
+    """Trained numbers; 0: not known."""
+    flop_per_second: float = 0.0
+    """Floating-point operations per second of audio, a multiply-add counted as two; 0: not known."""
     artifacts: tuple[Artifact, ...] = ()
     """Every file beside the manifest."""
 
     def __post_init__(self) -> None:
         _check_kind(self, str, "name")
         _check_kind(self, dict, "architecture", "provenance")
+        for name in ("parameters", "flop_per_second"):
+            if type(value := getattr(self, name)) not in (int, float) or not 0 <= value < 1e18:
+                raise BundleError(f"{name} is {value!r}; it is a number, 0 if it is not known.")
         counts = {"smallest_input": (self.smallest_input,), "end_reach": (self.end_reach,), "receptive_field": self.receptive_field}
         for name, values in counts.items():
             if wrong := [value for value in values if type(value) is not int or not 0 <= value <= MAX_FRAMES]:
@@ -111,7 +121,8 @@ class Manifest:
 
     def dumps(self) -> bytes:
         """The file's content; the same manifest gives the same bytes."""
-        values = {"schema": SCHEMA} | asdict(self)
+        values = {"schema": SCHEMA} | asdict(self) | {"spec": self.spec.to_dict()}
+        values["normalisation"] = self.normalisation.to_dict() if self.normalisation else None
         return (json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
     @classmethod
@@ -137,6 +148,8 @@ class Manifest:
             artifacts = tuple(Artifact(**entry) for entry in values.pop("artifacts"))
             left, right = values.pop("receptive_field")
             edges = Edges(**values.pop("edges"))
+            given = values.pop("normalisation", None)
+            values["normalisation"] = None if given is None else Normalisation.from_dict(given)
             return cls(spec=spec, artifacts=artifacts, receptive_field=(left, right), edges=edges, **values)
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
             raise BundleError(f"{MANIFEST} is damaged: {error}") from error
@@ -177,10 +190,7 @@ class Bundle:
             BundleError: `path` exists and `overwrite` is false, or is something else than a bundle.
         """
         path = Path(path)
-        is_bundle = (path / MANIFEST).is_file()
-        if path.exists() and not (overwrite and is_bundle):
-            remedy = "Give another name, or --force to replace it." if is_bundle else "It is no bundle: give another name."
-            raise BundleError(f"{path} exists. {remedy}")
+        cls.check_place(path, overwrite=overwrite)
         contents = list(files)
         manifest = replace(manifest, artifacts=tuple(entry for entry, _ in contents))
         with whole_folder(path) as folder:
@@ -188,6 +198,15 @@ class Bundle:
                 (folder / entry.file).write_bytes(data)
             (folder / MANIFEST).write_bytes(manifest.dumps())
         return cls(path, manifest)
+
+    @staticmethod
+    def check_place(path: str | os.PathLike[str], *, overwrite: bool) -> None:
+        """Raise BundleError if `path` exists, unless it is a bundle that may be replaced."""
+        path = Path(path)
+        is_bundle = (path / MANIFEST).is_file()
+        if os.path.lexists(path) and not (overwrite and is_bundle):
+            remedy = "Give another name, or --force to replace it." if is_bundle else "It is no bundle: give another name."
+            raise BundleError(f"{path} exists. {remedy}")
 
     def add(self, entry: Artifact, data: bytes, *, made_from: Artifact | None = None) -> Artifact:
         """Add a file, or replace the one of that name: until the manifest changes, in one step, the old one stands.

@@ -28,7 +28,11 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Give a new folder beside `path` to fill; on success it takes the place of `path`, on failure it is removed and `path` stays."""
+    """Give a new folder beside `path` to fill; on success it takes the place of `path`, on failure it is removed and `path` stays.
+
+    A link stays a link: the folder that it leads to is replaced.
+    """
+    path = path.resolve() if path.is_symlink() else path
     made = _make_parents(path)
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     try:

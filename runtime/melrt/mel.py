@@ -13,8 +13,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from melrt.arrays import on_gpu
 from melrt.errors import BundleError, MelError
+from melrt.normalisation import Normalisation
 
-Log = Literal["log10", "ln", "dB"]
+Log = Literal["log10", "ln", "log2", "dB", "linear"]
+# Each logarithm's value for a magnitude of e.
+_UNITS = {"ln": 1.0, "log10": 1 / np.log(10), "log2": 1 / np.log(2), "dB": 20 / np.log(10)}
 Framing = Literal["same", "center"]
 
 
@@ -45,23 +48,38 @@ class MelSpec:
     power: float = 1.0
     """Power of the magnitude spectrum before the filters: 1 magnitude, 2 energy."""
     log: Log = "log10"
-    """Logarithm; dB is 20·log10."""
+    """Logarithm; dB is 20·log10, linear is none."""
+    gain: float = 1.0
+    """Multiplies the logarithm."""
     floor: float = 1e-5
     """Smallest value before the logarithm: silence is its logarithm."""
     framing: Framing = "same"
-    """`same`: reflection padding of (n_fft - hop)/2, so T = N/hop; `center`: n_fft/2, so T = N/hop + 1."""
+    """`same`: padding of (n_fft - hop)/2, so T = N/hop; `center`: n_fft/2, so T = N/hop + 1."""
+    padding: Literal["reflect", "constant"] = "reflect"
+    """How the signal is extended at both ends: mirrored, or with zeros."""
+    preemphasis: float = 0.0
+    """Coefficient c of y[n] = x[n] - c·x[n - 1] before the transform; 0: none."""
+    normalisation: Normalisation | None = None
+    """Applied to the log-mel last; None for a plain log-mel, which is what every exported voice takes."""
 
     def __post_init__(self) -> None:
         types_of = typing.get_type_hints(type(self))
         for field in fields(self):
             value = getattr(self, field.name)
             if not _fits(value, types_of[field.name]):
-                raise BundleError(f"mel convention: {field.name} is {value!r}; it is {_words(types_of[field.name])}.")
-        for name in ("sample_rate", "n_fft", "hop", "win_length", "n_mels", "power", "floor"):
+                raise BundleError(f"mel convention: {field.name} is {value!r:.60}; it is {_words(types_of[field.name])}.")
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        for name in ("sample_rate", "n_fft", "hop", "win_length", "n_mels", "power", "floor", "gain"):
             if not 0 < getattr(self, name) < 1e7:
                 raise BundleError(f"mel convention: {name} is {getattr(self, name)}; it lies above 0 and below 10 million.")
         if self.win_length > self.n_fft:
             raise BundleError(f"mel convention: win_length {self.win_length} is longer than n_fft {self.n_fft}.")
+        if not 0 <= self.preemphasis < 1:
+            raise BundleError(f"mel convention: preemphasis is {self.preemphasis}; it lies in [0, 1).")
+        if self.normalisation is not None and len(self.normalisation.mean) != self.n_mels:
+            raise BundleError(f"mel convention: normalisation of {len(self.normalisation.mean)} bands for a mel of {self.n_mels}.")
         if not 0 <= self.f_min < self.f_max <= self.sample_rate / 2:
             raise BundleError(
                 f"mel convention: bands from {self.f_min} to {self.f_max} Hz do not lie within 0 to {self.sample_rate / 2} Hz."
@@ -69,19 +87,45 @@ class MelSpec:
 
     @property
     def silence(self) -> float:
-        """The value of a silent frame."""
+        """The value of a silent frame, before a normalisation."""
         return float(self.logarithm(np.array(self.floor)))
+
+    @property
+    def unit(self) -> float:
+        """What one step of the natural logarithm is in this convention; 0 if it has no logarithm."""
+        return float(self.gain * _UNITS.get(self.log, 0.0))
 
     def logarithm(self, bands: NDArray[np.floating]) -> NDArray[np.floating]:
         """The convention's logarithm of these magnitudes, none below the floor."""
         bands = np.maximum(bands, self.floor)
-        if self.log == "ln":
-            return np.asarray(np.log(bands))
-        return np.asarray(np.log10(bands) * (20 if self.log == "dB" else 1))
+        if self.log != "linear":
+            bands = {"ln": np.log, "log2": np.log2}.get(self.log, np.log10)(bands) * (20 if self.log == "dB" else 1)
+        return np.asarray(bands * self.gain)
+
+    def convert(self, mel: ArrayLike, source: MelSpec) -> NDArray[np.float32]:
+        """Frames of another convention in this one: another logarithm, floor, gain or normalisation, exactly.
+
+        `vocoder.spec.convert(mel, replace(vocoder.spec, log="ln"))` mends natural logarithms given to a log10 voice.
+
+        Args:
+            mel: Frames in the convention `source`, shape (M, T) or (B, M, T).
+            source: What they are.
+
+        Returns:
+            The same frames in this convention, float32.
+
+        Raises:
+            MelError: The two differ in more than a map of single values can mend, or values were cut off that this convention tells apart.
+        """
+        from melrt.convert import convert
+
+        return convert(self, source.check_frames(mel, axes=(2, 3)), source)
 
     def describe(self) -> str:
         """One line for people and error messages."""
-        return f"{self.n_mels} bands, {self.f_min:g}-{self.f_max:g} Hz, {self.log}, {self.sample_rate} Hz, hop {self.hop}"
+        gain = "" if self.gain == 1 else f"{self.gain:g} x "
+        normalised = ", normalised" if self.normalisation else ""
+        return f"{self.n_mels} bands, {self.f_min:g}-{self.f_max:g} Hz, {gain}{self.log}, {self.sample_rate} Hz, hop {self.hop}{normalised}"
 
     def check(self, mel: ArrayLike, smallest: int = 1) -> NDArray[np.float32]:
         """Validate frames once, at the door.
@@ -146,7 +190,7 @@ class MelSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self)
+        return asdict(self) | {"normalisation": self.normalisation.to_dict() if self.normalisation else None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MelSpec:
@@ -156,15 +200,23 @@ class MelSpec:
             BundleError: A missing or unknown field, or a value out of its range.
         """
         known = {field.name for field in fields(cls)}
-        if set(values) != known:
-            raise BundleError(
-                f"mel convention: missing fields {sorted(known - set(values))}, unknown fields {sorted(set(values) - known)}."
-            )
-        numbers: dict[str, Any] = {key: float(v) if type(v) is int and key in _REAL else v for key, v in values.items()}
+        if not known - _LATER <= set(values) <= known:
+            missing = sorted(known - _LATER - set(values))
+            raise BundleError(f"mel convention: missing fields {missing}, unknown fields {sorted(set(values) - known)}.")
+        numbers: dict[str, Any] = {key: _real(v) if key in _REAL else v for key, v in values.items()}
+        if numbers.get("normalisation") is not None:
+            numbers["normalisation"] = Normalisation.from_dict(numbers["normalisation"])
         return cls(**numbers)
 
 
-_REAL = {"f_min", "f_max", "power", "floor"}
+def _real(value: Any) -> Any:
+    """A whole number as a float; one of hundreds of digits, which no float holds, stays and is refused by its type."""
+    return float(value) if type(value) is int and abs(value) < 1e15 else value
+
+
+_REAL = {"f_min", "f_max", "power", "floor", "gain", "preemphasis"}
+# Fields that bundles of the first versions do not have.
+_LATER = {"gain", "padding", "preemphasis", "normalisation"}
 
 
 def _fits(value: object, kind: Any) -> bool:

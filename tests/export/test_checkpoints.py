@@ -161,6 +161,7 @@ def resave(folder: Path, change) -> Path:
         (lambda s: s.pop("model.24.parametrizations.weight.original1"), "no direction beside it"),
         (lambda s: s.pop("model.24.parametrizations.weight.original0"), "no magnitude beside it"),
         (lambda s: s["model.24.parametrizations.weight.original1"].zero_(), "length zero"),
+        (lambda s: s.update({"model.24.parametrizations.weight.original1": torch.tensor(1.0)}), "is a single number"),
         (lambda s: s.update({"epoch": 3}), r"not a bare state dict.*'epoch' \(a int\)"),
         (lambda s: [s.pop(k) for k in list(s) if "block" in k], "is not a generator"),
     ],
@@ -187,11 +188,12 @@ def test_args_of_another_training_are_noticed(folder: Path) -> None:
         (lambda c: c["mel"].update(n_mels=40), "takes 80 bands"),
         (lambda c: c.update(generator=[]), "generator|section"),
         (lambda c: c.update(normalisation={"mean": [0.0] * 80}), "each of 80 bands"),
-        (lambda c: c.update(normalisation={"mean": [0.0] * 80, "scale": [0.0] * 80}), "not above 0"),
-        (
-            lambda c: (c["generator"].update(padding_mode="zeros"), c.update(normalisation={"mean": [0] * 80, "scale": [1] * 80})),
-            "folds only",
-        ),
+        (lambda c: c.update(normalisation={"mean": [0.0] * 80, "scale": [0.0] * 80}), "each is above 0"),
+        (lambda c: c["mel"].update(f_max=10**400), "f_max"),
+        (lambda c: c["mel"].update(hop=10**400), "hop"),
+        (lambda c: c["generator"].update(negative_slope=10**400), "negative_slope"),
+        (lambda c: c.update(normalisation={"mean": [10**400] * 80, "scale": [1.0] * 80}), "each of 80 bands"),
+        (lambda c: c.update(edges={"left": -1}), "left is -1"),
     ],
 )
 def test_a_wrong_config_of_the_own_format(folder: Path, tmp_path: Path, change, message: str) -> None:

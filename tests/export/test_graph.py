@@ -24,6 +24,12 @@ FAMILY = {
     "multi-band": GeneratorConfig(**SMALL, upsample_scales=(8, 4, 2), stacks=4, out_channels=4, pqmf_taps=62),
     "multi-band, odd scales, three bands": GeneratorConfig(**SMALL, upsample_scales=(5, 3), stacks=2, out_channels=3, pqmf_taps=20),
     "wide kernels": GeneratorConfig(**SMALL, upsample_scales=(4, 2), kernel_size=9, stack_kernel_size=5, stacks=2),
+    "channels that do not halve evenly": GeneratorConfig(in_channels=8, channels=30, upsample_scales=(4, 2), stacks=2),
+    "TensorFlow's crop": GeneratorConfig(**SMALL, upsample_scales=(5, 4, 3), stacks=2, crop="early"),
+    "clipped": GeneratorConfig(**SMALL, upsample_scales=(4, 2), stacks=1, input_clip=(-0.5, 1.0)),
+    "clipped and normalised, zero padding": GeneratorConfig(
+        **SMALL, upsample_scales=(4, 2), stacks=1, input_clip=(-0.5, 1.0), input_affine=True, padding_mode="zeros"
+    ),
     "zero padding, no bias, no tanh": GeneratorConfig(**SMALL, padding_mode="zeros", bias=False, final_tanh=False, negative_slope=0.1),
     "replication": GeneratorConfig(**SMALL, upsample_scales=(4, 2), padding_mode="replicate"),
     "causal": GeneratorConfig(**SMALL, upsample_scales=(4, 3), causal=True),
@@ -161,7 +167,8 @@ def test_half_graph_is_half_between_float_ends() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"channels": 30}, {"kernel_size": 6}, {"upsample_scales": ()}, {"upsample_scales": (999, 999)}, {"channels": 1 << 40},
+        {"channels": 15}, {"causal": "no"}, {"bias": 1}, {"final_tanh": None}, {"input_clip": (1, 0)},
+        {"crop": "middle"}, {"kernel_size": 6}, {"upsample_scales": ()}, {"upsample_scales": (999, 999)}, {"channels": 1 << 40},
         {"stacks": 0}, {"padding_mode": "circular"}, {"pqmf_taps": 61}, {"negative_slope": 2.0}, {"channels": 512.0}, {"in_channels": True},
     ],
 )  # fmt: skip

@@ -67,7 +67,7 @@ def edit(bundle: Bundle, change) -> Path:
         (lambda m: m["artifacts"].append(m["artifacts"][0]), "twice"),
         (lambda m: m["spec"].update(hop="256"), "hop is '256'; it is a whole number"),
         (lambda m: m["spec"].update(f_max=99999), "do not lie within"),
-        (lambda m: m["spec"].update(log="log2"), "log is 'log2'"),
+        (lambda m: m["spec"].update(log="log3"), "log is 'log3'"),
         (lambda m: m.update(smallest_input=-1), "smallest_input is -1"),
         (lambda m: m.update(receptive_field=[6]), "damaged"),
         (lambda m: m.update(receptive_field=[6, 10**400]), "receptive_field is 1000"),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from melrt.errors import CheckpointError
+from melrt.edges import Edges
+from melrt.errors import BundleError, CheckpointError
 from melrt.mel import MelSpec
+from melrt.normalisation import Normalisation
 from melrt_export.config import GeneratorConfig
 
 State = Mapping[str, np.ndarray]
@@ -36,7 +39,11 @@ class Checkpoint:
     weights: dict[str, np.ndarray]
     """Folded float32 tensors, named as `config.tensors()` names them."""
     spec: MelSpec
-    """The mel convention of the network's input."""
+    """The mel convention of the input: plain log-mels, a normalisation of the project is part of config and weights."""
+    edges: Edges = field(default_factory=Edges)
+    """What the project does at the ends of an utterance."""
+    normalisation: Normalisation | None = None
+    """What the training took off its mels."""
 
 
 def fold_weight_norm(state: State) -> dict[str, np.ndarray]:
@@ -78,6 +85,8 @@ def _folded(state: State, stem: str, direction_name: str) -> np.ndarray:
     g = next((state[stem + magnitude] for magnitude, _ in _WEIGHT_NORM if stem + magnitude in state), None)
     if g is None:
         raise CheckpointError(f"{direction_name} has no magnitude beside it; a weight-norm pair needs both.")
+    if not v.ndim:
+        raise CheckpointError(f"{direction_name} is a single number; a direction has the weight's shape.")
     if g.size != len(v):
         raise CheckpointError(f"{stem}: magnitude of shape {g.shape} for a direction of shape {v.shape}; expected {len(v)} values.")
     norm = np.sqrt((v**2).sum(axis=tuple(range(1, v.ndim))))
@@ -115,26 +124,64 @@ def named_tensors(state: State, names: Mapping[str, str], config: GeneratorConfi
     return {ours: state[name] for name, (ours, _) in expected.items()}
 
 
-def fold_normalisation(weights: State, config: GeneratorConfig, mean: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray]:
-    """Fold `(mel - mean) / scale`, per band, into the first convolution.
+def with_normalisation(
+    config: GeneratorConfig, weights: State, normalisation: Normalisation | None
+) -> tuple[GeneratorConfig, dict[str, np.ndarray]]:
+    """The generator that takes plain log-mels: clipping becomes a node, and the affine map part of the first convolution.
 
-    Exact because a per-band affine map commutes with reflection and replication; with zeros it does not.
+    Folding is exact because a per-band affine map commutes with reflection and replication. With zeros it does not, and without a bias
+    there is nothing to fold the mean into: then the map is a node too.
 
     Args:
-        weights: Folded weights under melrt's names; not changed.
         config: The generator's shape.
-        mean: Subtracted from each band, shape (M,).
-        scale: Divides each band, shape (M,).
+        weights: Folded weights under melrt's names; not changed.
+        normalisation: What the project does to its log-mels.
 
     Raises:
-        CheckpointError: The generator pads with zeros, or has no bias to fold into.
+        CheckpointError: It is of another number of bands.
     """
+    if normalisation is None:
+        return config, dict(weights)
+    mean, scale = np.array(normalisation.mean), np.array(normalisation.scale)
+    if len(mean) != config.in_channels:
+        raise CheckpointError(f"the normalisation is of {len(mean)} bands, the generator takes {config.in_channels}.")
     if config.padding_mode == "zeros" or not config.bias:
-        raise CheckpointError("a normalisation folds only into a first convolution that has a bias and pads by reflection or replication.")
-    first = weights["first.weight"].astype(np.float64) / np.asarray(scale, np.float64)[:, None]
-    shift = (first * np.asarray(mean, np.float64)[:, None]).sum(axis=(1, 2))
-    bias = weights["first.bias"].astype(np.float64) - shift
-    return {**weights, "first.weight": first.astype(np.float32), "first.bias": bias.astype(np.float32)}
+        affine = {"input.mean": mean.astype(np.float32), "input.scale": scale.astype(np.float32)}
+        return replace(config, input_clip=normalisation.clip, input_affine=True), {**weights, **affine}
+    first = weights["first.weight"].astype(np.float64) / scale[:, None]
+    bias = weights["first.bias"].astype(np.float64) - (first * mean[:, None]).sum(axis=(1, 2))
+    folded = {"first.weight": first.astype(np.float32), "first.bias": bias.astype(np.float32)}
+    return replace(config, input_clip=normalisation.clip), {**weights, **folded}
+
+
+def read_normalisation(mean: Any, scale: Any, path: Path, bands: int) -> Normalisation:
+    """A mean and a scale per band, from arrays of any shape with that many numbers.
+
+    Raises:
+        CheckpointError: Other numbers of values, values that are not finite, or a scale that is not above 0.
+    """
+    try:
+        means, scales = (np.asarray(values, np.float64).reshape(bands).tolist() for values in (mean, scale))
+        return Normalisation(tuple(means), tuple(scales))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{path}: normalisation is not a mean and a scale for each of {bands} bands ({error}).") from error
+
+
+def mel_spec(values: Mapping[str, Any], path: Path) -> MelSpec:
+    """A mel convention from what a project's config says; the rest as in melgan-neurips.
+
+    Raises:
+        CheckpointError: A value that cannot be.
+    """
+    try:
+        return MelSpec.from_dict({**MelSpec().to_dict(), **values})
+    except (BundleError, TypeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def sub_state(state: State, prefix: str) -> dict[str, np.ndarray]:
+    """The tensors below this prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def sha256_of(path: Path) -> str:

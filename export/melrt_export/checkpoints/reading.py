@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import re
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,36 @@ from melrt.errors import CheckpointError
 # The largest published generator has 13 M weights, 53 MB; with optimiser states and discriminators under 1 GB.
 MAX_WEIGHTS_BYTES = 4 << 30
 MAX_CONFIG_BYTES = 1 << 20
+MAX_STATISTICS_BYTES = 16 << 20
+# Dictionaries with attributes, in which old Coqui TTS checkpoints keep their config; they are read as plain dictionaries.
+_ATTRIBUTE_DICTIONARIES = tuple(
+    f"{module}.AttrDict"
+    for module in ("TTS.utils.io", "TTS.utils.generic_utils", "mozilla_voice_tts.utils.io", "mozilla_voice_tts.utils.generic_utils")
+)
+PICKLES = (".pt", ".pth", ".pkl", ".tar", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A file whose project is being told; what is in it is read once, when first looked at."""
+
+    file: Path
+
+    @cached_property
+    def content(self) -> Any:
+        """Of a pickle: its plain containers and tensors; of anything else an empty dict."""
+        return read_pickle(self.file) if self.file.suffix in PICKLES else {}
+
+    def has(self, prefix: str, *keys: str) -> bool:
+        """Whether there is a dict below these keys, with a name that begins so."""
+        inner = self.content
+        for key in keys:
+            inner = inner.get(key) if isinstance(inner, dict) else None
+        return isinstance(inner, dict) and any(isinstance(name, str) and name.startswith(prefix) for name in inner)
+
+
+class _Attributes(dict[str, Any]):
+    """Stands for those."""
 
 
 def read_pickle(path: Path) -> Any:
@@ -25,9 +58,11 @@ def read_pickle(path: Path) -> Any:
     """
     import torch
 
-    _check_size(path, MAX_WEIGHTS_BYTES)
+    check_size(path, MAX_WEIGHTS_BYTES)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # weights_only builds a listed class without calling it, and this one is a dict
+        with torch.serialization.safe_globals([(_Attributes, name) for name in _ATTRIBUTE_DICTIONARIES]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_pickle_reason(path, str(error))) from error
     except Exception as error:  # a damaged file fails anywhere in the reader
@@ -43,15 +78,6 @@ def _pickle_reason(path: Path, text: str) -> str:
             "Where it was trained, save the weights alone: torch.save(generator.state_dict(), 'netG.pt')"
         )
     return f"{path} cannot be read as a PyTorch checkpoint; it is truncated or something else."
-
-
-def read_state(path: Path) -> dict[str, np.ndarray]:
-    """A bare state dict as float arrays.
-
-    Raises:
-        CheckpointError: As `read_pickle`, or the file holds something else than named tensors.
-    """
-    return arrays(path, read_pickle(path))
 
 
 def arrays(path: Path, state: Any) -> dict[str, np.ndarray]:
@@ -86,6 +112,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: Not YAML, not a mapping, too large or too deep.
     """
+    documents = list(parse_yaml(_read_text(path), path))
+    values = documents[0] if len(documents) == 1 else documents
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds {_kind(values)}; expected a mapping of settings.")
+    return values
+
+
+def parse_yaml(text: str, path: Path) -> list[Any]:
+    """The YAML documents of a text; tags as in `read_yaml`.
+
+    Raises:
+        CheckpointError: Not YAML, or too deep.
+    """
     import yaml
 
     class PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
@@ -100,24 +139,25 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     PlainLoader.add_multi_constructor("tag:yaml.org,2002:python/", plain)
     try:
-        values = yaml.load(_read_text(path), PlainLoader)  # a SafeLoader with more harmless tags
+        return list(yaml.load_all(text, PlainLoader))  # a SafeLoader with more harmless tags
     except Exception as error:  # a damaged file fails anywhere in the reader
         raise CheckpointError(
             f"{path} is not the YAML of a training config: {str(error).splitlines()[0] if str(error) else error!r}"
         ) from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds {_kind(values)}; expected a mapping of settings.")
-    return values
+
+
+# A string, which may hold two slashes and is kept, or a comment.
+_COMMENT = re.compile(r'("(?:\\.|[^"\\])*")|//[^\n]*')
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """A JSON object; `//` comments are skipped, as Coqui TTS writes them.
 
     Raises:
         CheckpointError: Not JSON, not an object, too large or too deep.
     """
     try:
-        values = json.loads(_read_text(path))
+        values = json.loads(_COMMENT.sub(lambda found: found[1] or "", _read_text(path)))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
@@ -133,14 +173,66 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """
     from safetensors.numpy import load_file
 
-    _check_size(path, MAX_WEIGHTS_BYTES)
+    check_size(path, MAX_WEIGHTS_BYTES)
     try:
         return dict(load_file(path))
     except Exception as error:  # a damaged file fails anywhere in the reader
         raise CheckpointError(f"{path} cannot be read as safetensors; it is truncated or something else ({error}).") from error
 
 
-def _check_size(path: Path, limit: int) -> None:
+def read_npy(path: Path) -> np.ndarray:
+    """An array of numbers from a .npy file.
+
+    Raises:
+        CheckpointError: Not such a file, or it holds objects.
+    """
+    check_size(path, MAX_STATISTICS_BYTES)
+    try:
+        return np.asarray(np.load(path, allow_pickle=False))
+    except Exception as error:  # a damaged file fails anywhere in the reader
+        raise CheckpointError(f"{path} cannot be read as a numpy file of numbers: {error}") from error
+
+
+def read_npy_dict(path: Path) -> dict[str, Any]:
+    """The dict in a .npy file that numpy pickled (Coqui TTS's `scale_stats.npy`); nothing but arrays and plain values is built.
+
+    Raises:
+        CheckpointError: Not such a file, or it holds anything that would have to run.
+    """
+    check_size(path, MAX_STATISTICS_BYTES)
+    try:
+        stream = io.BytesIO(path.read_bytes())
+        version = np.lib.format.read_magic(stream)
+        shape, _, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(stream)
+        values = _ArraysOnly(stream).load().item() if dtype.hasobject and shape == () else None
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} {error}") from error
+    except Exception as error:  # a damaged file fails anywhere in the reader
+        raise CheckpointError(f"{path} cannot be read as pickled statistics: {str(error)[:200]}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds no dict of statistics.")
+    return values
+
+
+_ARRAY_MAKERS = (
+    "numpy.core.multiarray._reconstruct", "numpy.core.multiarray.scalar", "numpy.ndarray", "numpy.dtype", "_codecs.encode",
+)  # fmt: skip
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Builds numpy arrays, dtypes and numbers; every other name is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = f"{module.replace('numpy._core', 'numpy.core')}.{name}"
+        if full in _ATTRIBUTE_DICTIONARIES or full == "collections.OrderedDict":
+            return _Attributes
+        if full not in _ARRAY_MAKERS:
+            raise CheckpointError(f"holds more than arrays ({full}), and reading that would run its code; nothing of it was run.")
+        return super().find_class(module, name)
+
+
+def check_size(path: Path, limit: int) -> None:
+    """Raise CheckpointError if the file is missing, or larger than this many bytes."""
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist, or is no file.")
     if path.stat().st_size > limit:
@@ -148,7 +240,7 @@ def _check_size(path: Path, limit: int) -> None:
 
 
 def _read_text(path: Path) -> str:
-    _check_size(path, MAX_CONFIG_BYTES)
+    check_size(path, MAX_CONFIG_BYTES)
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

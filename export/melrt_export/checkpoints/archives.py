@@ -1,0 +1,79 @@
+"""Archives that checkpoints are published in: tar (compressed or not) and zip, unpacked file by file into a folder of our own."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from melrt.errors import CheckpointError
+from melrt_export.checkpoints.reading import MAX_WEIGHTS_BYTES
+
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
+MAX_MEMBERS = 1000
+
+
+def is_archive(path: Path) -> bool:
+    """Whether this is an archive by its name; `.pth.tar` is what projects call a pickle."""
+    name = path.name.lower()
+    return path.is_file() and name.endswith(SUFFIXES) and ".pth" not in name and ".pt." not in name
+
+
+@contextlib.contextmanager
+def unpacked(path: Path) -> Iterator[Path]:
+    """A temporary folder with the archive's files, by their base names; it is removed at the end.
+
+    Links, devices and folders are passed over, and nothing is written outside the folder.
+
+    Raises:
+        CheckpointError: No such archive, damaged, more than it may unpack to, or two files of one name.
+    """
+    with tempfile.TemporaryDirectory(prefix="melrt-") as name:
+        folder = Path(name) / path.name.split(".")[0]
+        folder.mkdir()
+        left = MAX_WEIGHTS_BYTES
+        try:
+            for count, (member, stream) in enumerate(_members(path)):
+                if count >= MAX_MEMBERS:
+                    raise CheckpointError(f"{path} holds more than {MAX_MEMBERS} files.")
+                target = folder / PurePosixPath(member.replace("\\", "/")).name
+                if target.exists():
+                    raise CheckpointError(f"{path} holds two files named {target.name}; unpack it, and name the checkpoint.")
+                left -= _copy(stream, target, left, path)
+        except CheckpointError:
+            raise
+        except Exception as error:  # a damaged archive fails anywhere in the reader
+            raise CheckpointError(f"{path} cannot be read as an archive: {str(error)[:200]}") from error
+        yield folder
+
+
+def _members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    if path.name.lower().endswith(".zip"):
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                regular = (entry.external_attr >> 28) in (0, 8)  # the upper half is the Unix mode; 8 is a regular file
+                if regular and not entry.is_dir():
+                    with archive.open(entry) as stream:
+                        yield entry.filename, stream
+        return
+    with tarfile.open(path) as archive:
+        for member in archive:
+            if member.isreg() and (content := archive.extractfile(member)) is not None:
+                yield member.name, content
+
+
+def _copy(stream: IO[bytes], target: Path, limit: int, path: Path) -> int:
+    """What is really unpacked is counted: an archive may say less of itself."""
+    written = 0
+    with target.open("xb") as file:
+        while piece := stream.read(1 << 20):
+            written += len(piece)
+            if written > limit or shutil.disk_usage(target.parent).free < len(piece):
+                raise CheckpointError(f"{path} unpacks to more than {limit} bytes, or than the disk has room for.")
+            file.write(piece)
+    return written

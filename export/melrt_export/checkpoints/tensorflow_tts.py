@@ -1,0 +1,164 @@
+"""TensorFlowTTS: Keras weights (.h5) of `TFMelGANGenerator` and `TFMBMelGANGenerator`, with `config.yml` and `stats.npy` beside them.
+
+Source: `tensorflow_tts/models/melgan.py`, `mb_melgan.py`, `utils/weight_norm.py` and `configs/melgan.py`, `mb_melgan.py` of that
+project. Keras names its layers by itself, so the order of the weights tells them apart: the order in which the layers stand in the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from melrt.errors import CheckpointError
+from melrt_export.checkpoints.checkpoint import (
+    Checkpoint,
+    fold_weight_norm,
+    mel_spec,
+    named_tensors,
+    read_normalisation,
+    sha256_of,
+    with_normalisation,
+)
+from melrt_export.checkpoints.hdf5 import read_hdf5
+from melrt_export.checkpoints.pqmf import FilterDesign
+from melrt_export.checkpoints.reading import Opened, read_npy, read_yaml
+from melrt_export.config import GeneratorConfig, PaddingMode
+
+NAME = "TensorFlowTTS"
+FILES = "generator-<n>.h5 or model.h5 with config.yml, and stats.npy"
+PATTERNS: tuple[str, ...] = ("model*.h5", "generator*.h5")
+
+_SECTIONS = ("generator_params", "melgan_generator_params", "multiband_melgan_generator_params")
+_PADDING: dict[str, PaddingMode] = {"REFLECT": "reflect", "CONSTANT": "zeros"}
+# The first versions of the project took the analysis filters for the synthesis too, with another cutoff and phase; what they trained
+# names its section `generator_params`.
+_FIRST_FILTERS = {"cutoff_ratio": 0.15, "centred": False, "analysis": True}
+
+
+def recognises(opened: Opened) -> bool:
+    """Whether this file is one of this project's."""
+    return opened.file.suffix in (".h5", ".hdf5") and not opened.file.name.startswith("stats")
+
+
+def load(opened: Opened) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        CheckpointError: Damaged, options that this family does not have, or tensors of another network.
+    """
+    file = opened.file
+    path = file.parent / "config.yml"
+    values = read_yaml(path)
+    section = next((name for name in _SECTIONS if isinstance(values.get(name), dict)), None)
+    if section is None:
+        raise CheckpointError(f"{path} has none of {', '.join(_SECTIONS)}; it is the config.yml of another program.")
+    params = values[section]
+    design = _design(params, section, path)
+    config = _config(params, path, design.taps)
+    state = _named(config, read_hdf5(file), file)
+    if config.pqmf_taps:
+        state["pqmf.weight"] = design.filters(config.out_channels)
+    weights = named_tensors(state, {}, config)
+    normalisation = None
+    statistics = file.parent / "stats.npy"
+    if statistics.is_file():
+        rows = read_npy(statistics)
+        if rows.shape != (2, config.in_channels):
+            raise CheckpointError(f"{statistics} has shape {rows.shape}; expected (2, {config.in_channels}), means and scales.")
+        normalisation = read_normalisation(rows[0], rows[1], statistics, config.in_channels)
+    # the preprocessing's settings (preprocess/*.yaml) are not in config.yml: its defaults for LJSpeech, if they are not named there
+    rate = values.get("sampling_rate", 22050)
+    spec = mel_spec(
+        {
+            "sample_rate": rate, "n_fft": values.get("fft_size", 1024), "hop": values.get("hop_size", config.hop),
+            "win_length": values.get("win_length") or values.get("fft_size", 1024), "n_mels": config.in_channels,
+            "f_min": values.get("fmin", 80), "f_max": values.get("fmax", 7600), "floor": 1e-10, "framing": "center",
+        },
+        path,
+    )  # fmt: skip
+    config, weights = with_normalisation(config, weights, normalisation)
+    return Checkpoint(
+        name=file.resolve().parent.name, format=NAME, source=file, sha256=sha256_of(file), config=config, weights=weights,
+        spec=spec, normalisation=normalisation,
+    )  # fmt: skip
+
+
+def _design(params: Mapping[str, Any], section: str, path: Path) -> FilterDesign:
+    given = {name: params[name] for name in ("taps", "cutoff_ratio", "beta") if name in params}
+    first = _FIRST_FILTERS if section == "generator_params" else {}
+    design = FilterDesign(**{**first, **given})
+    design.check(path)
+    return design
+
+
+def _config(params: Mapping[str, Any], path: Path, taps: int) -> GeneratorConfig:
+    """The shape from the generator's section; what is left out is the default of `MelGANGeneratorConfig`."""
+    padding = str(params.get("padding_type", "REFLECT"))
+    options = params.get("nonlinear_activation_params", {"alpha": 0.2})
+    if padding not in _PADDING or params.get("nonlinear_activation", "LeakyReLU") != "LeakyReLU" or not isinstance(options, dict):
+        raise CheckpointError(f"{path}: padding {padding[:40]}, activation {str(params.get('nonlinear_activation', 'LeakyReLU'))[:40]}; "
+                              "melrt knows REFLECT and CONSTANT, and LeakyReLU.")  # fmt: skip
+    outputs = params.get("out_channels", 1)
+    return GeneratorConfig(
+        out_channels=outputs,
+        channels=params.get("filters", 512),
+        kernel_size=params.get("kernel_size", 7),
+        upsample_scales=params.get("upsample_scales", (8, 8, 2, 2)),
+        stacks=params.get("stacks", 3),
+        stack_kernel_size=params.get("stack_kernel_size", 3),
+        negative_slope=options.get("alpha", 0.3),  # Keras's own default
+        padding_mode=_PADDING[padding],
+        final_tanh=params.get("use_final_nolinear_activation", True),
+        pqmf_taps=0 if outputs == 1 else taps,
+        crop="early",
+    )
+
+
+def _named(config: GeneratorConfig, data: Mapping[str, np.ndarray], file: Path) -> dict[str, np.ndarray]:
+    """Weights under melrt's names in PyTorch's axes, weight norm folded; a missing bias (`use_bias: false`) is zeros."""
+    layers = list(_layers(data, file))
+    expected = list(config.convolutions())
+    if len(layers) != len(expected):
+        raise CheckpointError(f"{file} has {len(layers)} convolutions, the generator of its config.yml {len(expected)}.")
+    state = {}
+    for (name, _), layer in zip(expected, layers, strict=True):
+        kernel = layer["kernel"]
+        # (K, C_in, C_out) to (C_out, C_in, K); transposed (K, 1, C_out, C_in) to (C_in, C_out, K)
+        weight = np.ascontiguousarray((kernel[:, 0] if kernel.ndim == 4 else kernel).transpose(2, 1, 0))
+        outputs = 1 if kernel.ndim == 4 else 0
+        if "g" in layer:
+            # its norm runs over all axes but the output channels, for transposed convolutions too (filter_axis)
+            turned = {"weight_v": weight.swapaxes(0, outputs), "weight_g": layer["g"]}
+            weight = fold_weight_norm(turned)["weight"].swapaxes(0, outputs)
+        state[f"{name}.weight"] = weight.astype(np.float32)
+        state[f"{name}.bias"] = layer.get("bias", np.zeros(weight.shape[outputs])).astype(np.float32)
+    return state
+
+
+def _layers(data: Mapping[str, np.ndarray], file: Path) -> Iterator[dict[str, np.ndarray]]:
+    """Kernel, bias and weight norm's g of each convolution, in order.
+
+    The weights of a layer follow one another in any order, the same for all layers, and a layer ends where one of them comes again.
+    """
+    layer: dict[str, np.ndarray] = {}
+    for path, value in data.items():
+        kind = path.rsplit("/", 1)[-1].partition(":")[0]
+        if kind in ("initialized", "_initialized"):
+            continue
+        if kind not in ("kernel", "bias", "g") or (kind == "kernel" and value.ndim not in (3, 4)):
+            raise CheckpointError(f"{file} holds {path} of shape {value.shape}, which is no weight of this family's generators.")
+        if kind in layer:
+            yield _complete(layer, file)
+            layer = {}
+        layer[kind] = value
+    if layer:
+        yield _complete(layer, file)
+
+
+def _complete(layer: dict[str, np.ndarray], file: Path) -> dict[str, np.ndarray]:
+    if "kernel" not in layer:
+        raise CheckpointError(f"{file} holds a {' and a '.join(layer)} without a kernel.")
+    return layer
