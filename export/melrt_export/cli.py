@@ -9,6 +9,7 @@ from typing import Annotated
 import numpy as np
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -64,12 +65,17 @@ def verify(
         for row in rows_of(bundle, load_checkpoint(checkpoint) if checkpoint else None):
             failed |= not row.passed
             if row.difference is None:
-                table.add_row(row.file, row.precision, "-", "-", "-", "intact; runs on a GPU only")
+                table.add_row(escape(row.file), escape(row.precision), "-", "-", "-", "intact; runs on a GPU only")
                 continue
             verdict = "[green]pass[/]" if row.passed else "[bold red]FAIL[/]"
             difference = row.difference
             table.add_row(
-                row.file, row.precision, f"{difference.max_abs:.1e}", f"{difference.snr_db:.1f}", difference.limit(row.precision), verdict
+                escape(row.file),
+                escape(row.precision),
+                f"{difference.max_abs:.1e}",
+                f"{difference.snr_db:.1f}",
+                difference.limit(row.precision),
+                verdict,
             )
     console.print(table)
     if failed:

@@ -14,6 +14,7 @@ from melrt import __version__
 from melrt.backends.onnxruntime import OnnxModel
 from melrt.bundle import Artifact, Bundle, Manifest
 from melrt.errors import CheckpointError, ParityError
+from melrt.mel_check import Levels
 from melrt.windows import GraphKind
 from melrt_export.checkpoints import Checkpoint, load_checkpoint
 from melrt_export.graph import OPSET, GraphPrecision, deploy_graph
@@ -86,10 +87,16 @@ def export_voice(
     manifest = Manifest(
         name=name, spec=checkpoint.spec, architecture=checkpoint.config.to_dict(), receptive_field=field,
         smallest_input=checkpoint.config.smallest_input, end_reach=end_reach(checkpoint.config), edges=checkpoint.edges,
-        normalisation=checkpoint.normalisation, parameters=checkpoint.config.parameters,
+        normalisation=checkpoint.normalisation, levels=_levels(checkpoint), parameters=checkpoint.config.parameters,
         flop_per_second=checkpoint.config.flop_per_frame * checkpoint.spec.sample_rate / checkpoint.spec.hop, provenance=provenance,
     )  # fmt: skip
     return Bundle.create(out, manifest, [*files, *reference_files(mel, reference)], overwrite=options.overwrite)
+
+
+def _levels(checkpoint: Checkpoint) -> Levels:
+    if checkpoint.lacks_statistics:
+        return Levels(0.0, 1.0, normalised=True)
+    return Levels.of(checkpoint.spec, checkpoint.normalisation)
 
 
 def _graph_file(checkpoint: Checkpoint, graph: GraphKind, precision: GraphPrecision, provenance: dict[str, str]) -> tuple[Artifact, bytes]:

@@ -21,6 +21,7 @@ from melrt.edges import Edges
 from melrt.errors import BundleError
 from melrt.files import whole_file, whole_folder
 from melrt.mel import MelSpec
+from melrt.mel_check import Levels
 from melrt.normalisation import Normalisation
 
 SCHEMA = 1
@@ -98,6 +99,8 @@ class Manifest:
     """Where the weights come from: source, sha256, format, tool, command."""
     normalisation: Normalisation | None = None
     """What the training took off its mels; it is part of the graphs, and tells a mel that was normalised by mistake."""
+    levels: Levels | None = None
+    """What a mel of speech amounts to; one far from it gets a warning."""
     parameters: int = 0
     """Trained numbers; 0: not known."""
     flop_per_second: float = 0.0
@@ -150,6 +153,8 @@ class Manifest:
             edges = Edges(**values.pop("edges"))
             given = values.pop("normalisation", None)
             values["normalisation"] = None if given is None else Normalisation.from_dict(given)
+            levels = values.pop("levels", None)
+            values["levels"] = None if levels is None else Levels(**levels)
             return cls(spec=spec, artifacts=artifacts, receptive_field=(left, right), edges=edges, **values)
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
             raise BundleError(f"{MANIFEST} is damaged: {error}") from error

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from melrt.audio import write_wav
 from melrt.backends import Choice, open_backend
-from melrt.bundle import Bundle
+from melrt.bundle import Bundle, Manifest
 from melrt.doctor import examine
 from melrt.errors import MelError
 from melrt.mel_files import mel_pieces
@@ -43,20 +43,40 @@ def info(voice: Voice) -> None:
     """
     bundle = Bundle.open(voice)
     manifest = bundle.manifest
-    left, right = manifest.receptive_field
-    ms = 1000 * manifest.spec.hop / manifest.spec.sample_rate
-    console.print(f"[bold]{manifest.name}[/]  ({voice})", markup=True)
-    console.print(f"mel            {manifest.spec.describe()}, {manifest.spec.framing} framing, floor {manifest.spec.floor:g}")
-    console.print(f"frame          {ms:.2f} ms; at least {manifest.smallest_input} frames")
-    console.print(f"receptive      {left} frames before, {right} after ({right * ms:.0f} ms look-ahead)")
-    console.print(f"architecture   {', '.join(f'{k} {v}' for k, v in manifest.architecture.items())}")
-    for key, value in manifest.provenance.items():
-        console.print(f"{key:<14} {value}", markup=False)
+    for line in _facts(voice, manifest):
+        console.print(line, markup=False)
     table = Table("file", "kind", "graph", "precision", "MB", "against PyTorch")
     for entry in manifest.artifacts:
         quality = ", ".join(f"{k} {v:g}" for k, v in entry.quality.items())
-        table.add_row(entry.file, entry.kind, entry.graph, entry.precision, f"{entry.size / 1e6:.2f}", quality)
+        table.add_row(*map(escape, (entry.file, entry.kind, entry.graph, entry.precision, f"{entry.size / 1e6:.2f}", quality)))
     console.print(table)
+
+
+def _facts(voice: Path, manifest: Manifest) -> Iterator[str]:
+    """What the manifest says, one line each; its texts come from whoever made the bundle, and are shown as they are."""
+    spec = manifest.spec
+    left, right = manifest.receptive_field
+    ms = 1000 * spec.hop / spec.sample_rate
+    yield f"{manifest.name}  ({voice})"
+    yield f"mel            {spec.describe()}, {spec.framing} framing, floor {spec.floor:g}, n_fft {spec.n_fft}, window {spec.win_length}"
+    if manifest.normalisation is not None:
+        clip = manifest.normalisation.clip
+        limits = f", clipped to {clip[0]:g}..{clip[1]:g}" if clip else ""
+        yield f"normalisation  part of the graphs{limits}: give plain log-mels"
+    if manifest.levels is not None:
+        kind = "normalised as in training" if manifest.levels.normalised else "of speech"
+        yield f"levels         {manifest.levels.mean:.3g} ± {manifest.levels.deviation:.2g}, {kind}"
+    yield f"frame          {ms:.2f} ms; at least {manifest.smallest_input} frames"
+    yield f"receptive      {left} frames before, {right} after ({right * ms:.0f} ms look-ahead)"
+    edges = manifest.edges
+    if edges.left or edges.right:
+        value = "the end's own frame" if edges.value is None else f"{edges.value:g}"
+        yield f"edges          {edges.left} frames before and {edges.right} after of {value} in its project; --edges voice does the same"
+    yield f"architecture   {', '.join(f'{k} {v}' for k, v in manifest.architecture.items())}"
+    if manifest.parameters:
+        yield f"size           {manifest.parameters / 1e6:.2f} M parameters, {manifest.flop_per_second / 1e9:.2f} GFLOP per second of audio"
+    for key, value in manifest.provenance.items():
+        yield f"{key:<14} {value}"
 
 
 def synth(
@@ -135,7 +155,7 @@ def tune(
 
 def _teller(bar: Progress, task: TaskID, name: str, sample_rate: int) -> Callable[[int], None]:
     def tell(samples: int) -> None:
-        bar.update(task, description=f"{name}: {samples / sample_rate:.0f} s")
+        bar.update(task, description=f"{escape(name)}: {samples / sample_rate:.0f} s")
 
     return tell
 

@@ -16,6 +16,7 @@ from melrt.edges import Edges
 from melrt.errors import ClosedError, MelError
 from melrt.inflight import InFlight, Request, Sound
 from melrt.mel import MelSpec
+from melrt.mel_check import MelCheck
 from melrt.windows import Field, Span, look_back, plan, ready
 
 Audio = NDArray[Any]
@@ -49,6 +50,8 @@ class Synthesis:
     """How the ends of an utterance are treated."""
     inflight: InFlight
     """The queue."""
+    mel_check: MelCheck
+    """Warns of mels of another convention."""
 
 
 class Stream:
@@ -120,6 +123,7 @@ class Stream:
         if self._stop is not None:
             raise ClosedError("the stream is being flushed; flush again for the rest of its audio.")
         mel = self._synthesis.spec.check_frames(frames)
+        self._synthesis.mel_check.look(mel)
         if mel.shape[1] and not self._received:
             mel = np.concatenate([self._edges.before(mel), mel], axis=1)
         self._hold(mel)

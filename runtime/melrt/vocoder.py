@@ -24,6 +24,7 @@ from melrt.edges import Edges
 from melrt.errors import AudioError, MelError
 from melrt.inflight import InFlight, Limits, Request, Sound
 from melrt.mel import MelSpec
+from melrt.mel_check import MelCheck
 from melrt.stream import Stream, StreamPace, Synthesis, stream, stream_async
 from melrt.tuning import recorded
 from melrt.windows import Field, Policy, Span, plan
@@ -64,7 +65,8 @@ class Vocoder:
         self.policy.check(self.field)
         self.inflight = InFlight(backend, self.policy, self.options.limits)
         self._sound = Sound(manifest.spec.hop, self.options.sample_format)
-        self._synthesis = Synthesis(manifest.spec, self._sound, self.field, self.options.edges, self.inflight)
+        mel_check = MelCheck(manifest.spec, manifest.levels, manifest.normalisation)
+        self._synthesis = Synthesis(manifest.spec, self._sound, self.field, self.options.edges, self.inflight, mel_check)
         # The vocoder and its streams hold on to this, the workers do not: once all of them are dropped, and what was asked of them
         # is done, the workers go.
         weakref.finalize(self._synthesis, self.inflight.stop, drain=True)
@@ -196,6 +198,7 @@ class Vocoder:
         return frames.copy() if np.may_share_memory(frames, np.asarray(mel)) else frames
 
     def _request(self, frames: NDArray[np.float32]) -> Request:
+        self._synthesis.mel_check.look(frames)
         edges = self.edges
         extended = edges.extend(frames)
         total = extended.shape[1]

@@ -44,6 +44,8 @@ class Checkpoint:
     """What the project does at the ends of an utterance."""
     normalisation: Normalisation | None = None
     """What the training took off its mels."""
+    lacks_statistics: bool = False
+    """The training took something off its mels, and the checkpoint does not say what: the voice takes normalised mels."""
 
 
 def fold_weight_norm(state: State) -> dict[str, np.ndarray]:

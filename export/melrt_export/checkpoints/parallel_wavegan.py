@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -76,11 +77,11 @@ def load(opened: Opened) -> Checkpoint:
         state["pqmf.weight"] = design.filters(config.out_channels) if filters is None else filters.reshape(config.out_channels, -1)
     naming = Naming(NAME, prefix="melgan", block="stack", shortcut="skip_layer", causal=config.causal)
     weights = named_tensors(state, naming.names(config), config)
-    normalisation = _statistics(file.parent, config.in_channels, stored)
+    normalisation = statistics(file.parent, config.in_channels, stored)
     config, weights = with_normalisation(config, weights, normalisation)
     return Checkpoint(
         name=file.resolve().parent.name, format=NAME, source=file, sha256=sha256_of(file), config=config, weights=weights,
-        spec=_spec(values, path), normalisation=normalisation,
+        spec=_spec(values, path), normalisation=normalisation, lacks_statistics=normalisation is None,
     )  # fmt: skip
 
 
@@ -131,7 +132,8 @@ def _version(text: object) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d{1,6}", str(text)[:40])[:3])
 
 
-def _statistics(folder: Path, bands: int, stored: Mapping[str, np.ndarray]) -> Normalisation | None:
+def statistics(folder: Path, bands: int, stored: Mapping[str, np.ndarray] = MappingProxyType({})) -> Normalisation | None:
+    """Mean and scale from `stats.h5`, `stats.npy` or the state dict (register_stats); None, and a warning, if they are nowhere."""
     hdf5, npy = folder / "stats.h5", folder / "stats.npy"
     if hdf5.is_file():
         data = read_hdf5(hdf5)
@@ -143,7 +145,7 @@ def _statistics(folder: Path, bands: int, stored: Mapping[str, np.ndarray]) -> N
         return read_normalisation(rows[0], rows[1], npy, bands)
     if stored.keys() >= {"mean", "scale"}:
         return read_normalisation(stored["mean"], stored["scale"], folder, bands)
-    logger.warning("%s has no stats.h5 or stats.npy: the voice takes mels as the network does, normalised if the training's were", folder)
+    logger.warning("%s has no stats.h5 or stats.npy: this voice takes mels that are normalised as its training's were", folder.name)
     return None
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import re
+from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,10 +47,6 @@ class Opened:
         return isinstance(inner, dict) and any(isinstance(name, str) and name.startswith(prefix) for name in inner)
 
 
-class _Attributes(dict[str, Any]):
-    """Stands for those."""
-
-
 def read_pickle(path: Path) -> Any:
     """The tensors and plain containers of a `torch.save` file, on the CPU.
 
@@ -60,8 +57,7 @@ def read_pickle(path: Path) -> Any:
 
     check_size(path, MAX_WEIGHTS_BYTES)
     try:
-        # weights_only builds a listed class without calling it, and this one is a dict
-        with torch.serialization.safe_globals([(_Attributes, name) for name in _ATTRIBUTE_DICTIONARIES]):
+        with torch.serialization.safe_globals([(OrderedDict, name) for name in _ATTRIBUTE_DICTIONARIES]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_pickle_reason(path, str(error))) from error
@@ -225,7 +221,7 @@ class _ArraysOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module.replace('numpy._core', 'numpy.core')}.{name}"
         if full in _ATTRIBUTE_DICTIONARIES or full == "collections.OrderedDict":
-            return _Attributes
+            return OrderedDict
         if full not in _ARRAY_MAKERS:
             raise CheckpointError(f"holds more than arrays ({full}), and reading that would run its code; nothing of it was run.")
         return super().find_class(module, name)

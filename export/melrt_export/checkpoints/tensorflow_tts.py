@@ -18,13 +18,13 @@ from melrt_export.checkpoints.checkpoint import (
     fold_weight_norm,
     mel_spec,
     named_tensors,
-    read_normalisation,
     sha256_of,
     with_normalisation,
 )
 from melrt_export.checkpoints.hdf5 import read_hdf5
+from melrt_export.checkpoints.parallel_wavegan import statistics
 from melrt_export.checkpoints.pqmf import FilterDesign
-from melrt_export.checkpoints.reading import Opened, read_npy, read_yaml
+from melrt_export.checkpoints.reading import Opened, read_yaml
 from melrt_export.config import GeneratorConfig, PaddingMode
 
 NAME = "TensorFlowTTS"
@@ -62,13 +62,7 @@ def load(opened: Opened) -> Checkpoint:
     if config.pqmf_taps:
         state["pqmf.weight"] = design.filters(config.out_channels)
     weights = named_tensors(state, {}, config)
-    normalisation = None
-    statistics = file.parent / "stats.npy"
-    if statistics.is_file():
-        rows = read_npy(statistics)
-        if rows.shape != (2, config.in_channels):
-            raise CheckpointError(f"{statistics} has shape {rows.shape}; expected (2, {config.in_channels}), means and scales.")
-        normalisation = read_normalisation(rows[0], rows[1], statistics, config.in_channels)
+    normalisation = statistics(file.parent, config.in_channels)
     # the preprocessing's settings (preprocess/*.yaml) are not in config.yml: its defaults for LJSpeech, if they are not named there
     rate = values.get("sampling_rate", 22050)
     spec = mel_spec(
@@ -82,7 +76,7 @@ def load(opened: Opened) -> Checkpoint:
     config, weights = with_normalisation(config, weights, normalisation)
     return Checkpoint(
         name=file.resolve().parent.name, format=NAME, source=file, sha256=sha256_of(file), config=config, weights=weights,
-        spec=spec, normalisation=normalisation,
+        spec=spec, normalisation=normalisation, lacks_statistics=normalisation is None,
     )  # fmt: skip
 
 

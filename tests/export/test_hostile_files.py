@@ -1,0 +1,215 @@
+"""Files of every kind that a checkpoint consists of, made to run code, reach out or fill the memory: refused by name, and nothing runs."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import shutil
+import sys
+import tarfile
+import types
+import zipfile
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from melrt.errors import CheckpointError
+from melrt_export.checkpoints import archives, hdf5, load_checkpoint
+from melrt_export.checkpoints.reading import parse_yaml, read_json, read_npy_dict, read_pickle
+
+
+class Hostile:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+@pytest.fixture
+def trap(tmp_path: Path):
+    """A file that appears if anything of a hostile one runs."""
+    target = tmp_path / "it-ran"
+    yield Hostile(target)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda h: {"model": {"generator": {"melgan.1.weight": h}}},
+    lambda h: {"model": {"layers.1.weight": torch.zeros(1)}, "config": h},
+    lambda h: {"model_g": {"generator.1.weight": torch.zeros(1)}, "hp_str": h},
+])  # fmt: skip
+def test_pickles_of_the_projects(tmp_path: Path, trap: Hostile, wrap) -> None:
+    for name in ("checkpoint-1steps.pkl", "best_model.pth", "lj_aca5990_6400.pt"):
+        torch.save(wrap(trap), tmp_path / name)
+        with pytest.raises(CheckpointError, match=r"system.*nothing of it was run"):
+            load_checkpoint(tmp_path / name)
+
+
+def test_statistics_that_numpy_would_unpickle(tmp_path: Path, trap: Hostile) -> None:
+    np.save(tmp_path / "bad.npy", np.array({"mel_mean": trap}, dtype=object), allow_pickle=True)
+    with pytest.raises(CheckpointError, match=r"bad.npy holds more than arrays.*system"):
+        read_npy_dict(tmp_path / "bad.npy")
+    for name, data in (("short.npy", b"\x93NUMPY\x01"), ("plain.npy", None)):
+        if data is None:
+            np.save(tmp_path / name, np.zeros(3))
+        else:
+            (tmp_path / name).write_bytes(data)
+        with pytest.raises(CheckpointError, match=name):
+            read_npy_dict(tmp_path / name)
+
+
+def test_a_config_in_an_attribute_dictionary_is_a_plain_one(tmp_path: Path, trap: Hostile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Old Coqui checkpoints pickle their own class, which is a dict; no other class of that package is built."""
+
+    class AttrDict(dict):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.__dict__ = self
+
+    module = types.ModuleType("mozilla_voice_tts.utils.io")
+    AttrDict.__module__, AttrDict.__qualname__, module.AttrDict = module.__name__, "AttrDict", AttrDict
+    for name in ("mozilla_voice_tts", "mozilla_voice_tts.utils"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    torch.save({"config": AttrDict(audio=AttrDict(hop_length=256))}, tmp_path / "x.pth")
+    torch.save({"config": AttrDict(audio=trap)}, tmp_path / "bad.pth")
+    assert read_pickle(tmp_path / "x.pth")["config"]["audio"]["hop_length"] == 256
+    with pytest.raises(CheckpointError, match="nothing of it was run"):
+        read_pickle(tmp_path / "bad.pth")
+
+
+def test_yaml_and_json(tmp_path: Path, trap: Hostile) -> None:
+    text = f"a: !!python/object/apply:os.system ['touch {trap.target}']\n---\nb: 1\n"
+    assert parse_yaml(text, tmp_path)[0]["a"] == [f"touch {trap.target}"]
+    deep = tmp_path / "deep.json"
+    deep.write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"deep.json is not JSON"):
+        read_json(deep)
+    deep.write_text('{"a": "http://x", // a "comment"\n "b\\"//": [1] //\n}')
+    assert read_json(deep) == {"a": "http://x", 'b"//': [1]}
+
+
+def test_hdf5_reads_nothing_outside_the_file(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "secret.h5", "w") as file:
+        file["x"] = np.arange(3.0)
+    (tmp_path / "secret.bin").write_bytes(bytes(24))
+    makers = {
+        "external.h5": lambda f: f.__setitem__("kernel:0", h5py.ExternalLink(str(tmp_path / "secret.h5"), "x")),
+        "soft.h5": lambda f: f.__setitem__("kernel:0", h5py.SoftLink("/other")),
+        "storage.h5": lambda f: f.create_dataset("k", (3,), "f8", external=[(str(tmp_path / "secret.bin"), 0, 24)]),
+        "virtual.h5": lambda f: f.create_virtual_dataset("k", _virtual(tmp_path / "secret.h5")),
+        "huge.h5": lambda f: f.create_dataset("k", (1 << 40,), "f4", chunks=(1024,), compression="gzip"),
+        "text.h5": lambda f: f.create_dataset("k", data=b"abc"),
+        "deep.h5": lambda f: f.create_dataset("/".join("a" * 40), data=1.0),
+    }
+    for name, make in makers.items():
+        with h5py.File(tmp_path / name, "w") as file:
+            make(file)
+        with pytest.raises(CheckpointError, match=rf"{name}.*(link|other files|dtype|deeper)"):
+            hdf5.read_hdf5(tmp_path / name)
+    with h5py.File(tmp_path / "loop.h5", "w") as file:
+        file["a/b"] = file["/"]
+    with pytest.raises(CheckpointError, match="deeper"):
+        hdf5.read_hdf5(tmp_path / "loop.h5")
+    (tmp_path / "no.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(50))
+    with pytest.raises(CheckpointError, match="cannot be read as HDF5"):
+        hdf5.read_hdf5(tmp_path / "no.h5")
+
+
+def _virtual(source: Path) -> h5py.VirtualLayout:
+    layout = h5py.VirtualLayout((3,), "f8")
+    layout[:] = h5py.VirtualSource(str(source), "x", (3,))
+    return layout
+
+
+def test_archives_write_nothing_outside(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tarfile.open(tmp_path / "bad.tar.gz", "w:gz") as tar:
+        for name, kind in (("../../escaped", tarfile.REGTYPE), ("/etc/link", tarfile.SYMTYPE), ("dev", tarfile.CHRTYPE)):
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname, entry.size = kind, "/etc/passwd", 3 if kind == tarfile.REGTYPE else 0
+            tar.addfile(entry, io.BytesIO(b"abc"))
+    with archives.unpacked(tmp_path / "bad.tar.gz") as folder:
+        assert [file.name for file in folder.iterdir()] == ["escaped"]
+        assert not (folder.parent.parent / "escaped").exists()
+    assert not folder.exists()
+
+    good = tmp_path / "tiny.zip"
+    with zipfile.ZipFile(good, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(tiny_checkpoint / "best_netG.pt", "a/b/../best_netG.pt")
+        archive.writestr("a/args.yml", "ngf: 4\n")
+    assert load_checkpoint(good).config == load_checkpoint(tiny_checkpoint).config
+    monkeypatch.setattr(archives, "MAX_WEIGHTS_BYTES", 1000)
+    with pytest.raises(CheckpointError, match=r"tiny.zip unpacks to more than"):
+        load_checkpoint(good)
+    (tmp_path / "no.tar").write_bytes(b"no archive")
+    with pytest.raises(CheckpointError, match=r"no.tar cannot be read as an archive"):
+        load_checkpoint(tmp_path / "no.tar")
+
+
+def wavegan(folder: Path, **config) -> Path:
+    folder.mkdir(exist_ok=True)
+    torch.save({"model": {"generator": {"melgan.1.weight": torch.zeros(1)}}}, folder / "checkpoint-9steps.pkl")
+    params = {"in_channels": 80, **config.pop("params", {})}
+    (folder / "config.yml").write_text(yaml.dump({"generator_type": "MelGANGenerator", "generator_params": params, **config}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"generator_type": "StyleMelGANGenerator"}, "names a StyleMelGANGenerator"),
+        ({"generator_params": [1]}, "no generator_params"),
+        ({"params": {"channels": 10**9}}, "channels is 1000000000"),
+        ({"params": {"bias": "yes"}}, "bias is 'yes'"),
+        ({"params": {"pad": "CircularPad1d"}}, "padding by CircularPad1d"),
+        ({"params": {"pad": ["a"]}}, "padding by"),
+        ({"params": {"nonlinear_activation": "ELU"}}, "activation is ELU"),
+        ({"params": {"upsample_scales": 8}}, "upsample_scales is 8"),
+        ({"params": {"out_channels": 4}, "pqmf_params": {"taps": 10**9}}, "1000000000 taps"),
+        ({"pqmf_params": {"cutoff_ratio": [1]}}, "cutoff_ratio"),
+        ({}, "missing melgan.1.bias"),
+    ],
+)
+def test_configs_of_parallel_wavegan(tmp_path: Path, config: dict, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(wavegan(tmp_path, **config))
+
+
+def test_what_fits_two_projects_or_none(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    folder = wavegan(tmp_path / "two")
+    shutil.copy(tiny_checkpoint / "best_netG.pt", folder)
+    with pytest.raises(CheckpointError, match=r"more than one.*melgan-neurips.*ParallelWaveGAN.*Name the file"):
+        load_checkpoint(folder)
+    torch.save({"model": {"resnet.1.weight": torch.zeros(1)}}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=r"no checkpoint that melrt knows.*seungwonpark.*Coqui TTS.*TensorFlowTTS"):
+        load_checkpoint(tmp_path / "other.pt")
+    (tmp_path / "hifi").mkdir()
+    torch.save({"model": {"model_g.conv_pre.weight": torch.zeros(1)}}, tmp_path / "hifi" / "best_model.pth")
+    (tmp_path / "hifi" / "config.json").write_text(json.dumps({"generator_model": "hifigan_generator"}))
+    with pytest.raises(CheckpointError, match=r"hifigan_generator.*melrt reads melgan_generator"):
+        load_checkpoint(tmp_path / "hifi")
+
+
+def test_keras_weights_of_another_network(tmp_path: Path) -> None:
+    (tmp_path / "config.yml").write_text(yaml.dump({"generator_params": {"filters": 32, "upsample_scales": [4, 2]}}))
+    with h5py.File(tmp_path / "model.h5", "w") as file:
+        file["conv1d/kernel:0"] = np.zeros((7, 80, 32), "f4")
+    with pytest.raises(CheckpointError, match="has 1 convolutions"):
+        load_checkpoint(tmp_path)
+    with h5py.File(tmp_path / "model.h5", "w") as file:
+        file["lstm/recurrent:0"] = np.zeros((7, 80), "f4")
+    with pytest.raises(CheckpointError, match="no weight of this family"):
+        load_checkpoint(tmp_path)
+
+
+def test_raw_pickles_are_no_checkpoints(tmp_path: Path, trap: Hostile) -> None:
+    (tmp_path / "checkpoint-1steps.pkl").write_bytes(pickle.dumps(trap))
+    with pytest.raises(CheckpointError, match="checkpoint-1steps.pkl"):
+        load_checkpoint(tmp_path)
