@@ -34,6 +34,36 @@ def test_the_formula_of_melgan_neurips() -> None:
     assert mel.max() > -0.5, "a recording has sound in it"
 
 
+def librosa_mel(audio: np.ndarray, f_min: float, f_max: float) -> np.ndarray:
+    """Centred, mirrored, magnitude: what ParallelWaveGAN, TensorFlowTTS and Coqui TTS begin with."""
+    spectrum = np.abs(librosa.stft(audio, n_fft=1024, hop_length=256, win_length=1024, window="hann", pad_mode="reflect"))
+    return librosa.filters.mel(sr=22050, n_fft=1024, n_mels=80, fmin=f_min, fmax=f_max) @ spectrum
+
+
+def test_the_formulas_of_the_other_projects() -> None:
+    audio = read_audio(RECORDING, 22050)
+    # ParallelWaveGAN, TensorFlowTTS: logmelfilterbank (bin/preprocess.py)
+    wavegan = MelSpec(f_min=80.0, f_max=7600.0, floor=1e-10, framing="center")
+    assert np.abs(mel_from_audio(audio, wavegan) - np.log10(np.maximum(1e-10, librosa_mel(audio, 80, 7600)))).max() < 1e-4
+    # Coqui TTS: AudioProcessor.melspectrogram, preemphasis by lfilter([1, -c], [1], x) and gain times the logarithm
+    coqui = MelSpec(f_max=8000.0, log="dB", floor=1e-8, framing="center", preemphasis=0.98)
+    filtered = np.append(audio[:1], audio[1:] - 0.98 * audio[:-1])
+    decibels = 20 * np.log10(np.maximum(1e-8, librosa_mel(filtered, 0, 8000)))
+    assert np.abs(mel_from_audio(audio, coqui) - decibels).max() < 1e-4 * 20
+    silent = librosa.stft(audio, n_fft=1024, hop_length=256, pad_mode="constant")
+    zeros = MelSpec(f_max=8000.0, log="ln", gain=2.0, floor=1e-8, framing="center", padding="constant")
+    basis = librosa.filters.mel(sr=22050, n_fft=1024, n_mels=80, fmin=0, fmax=8000)
+    assert np.abs(mel_from_audio(audio, zeros) - 2 * np.log(np.maximum(1e-8, basis @ np.abs(silent)))).max() < 1e-4
+    # seungwonpark (utils/stft.py, Tacotron 2's): mirrored by half a transform, natural logarithm of at least 1e-5. In double precision:
+    # PyTorch's float32 transform is itself up to 8e-4 off in the quietest bands.
+    padded = torch.nn.functional.pad(torch.from_numpy(audio).double()[None], (512, 512), "reflect")
+    spectrum = torch.stft(padded, 1024, 256, 1024, torch.hann_window(1024, dtype=torch.float64), center=False, return_complex=True).abs()
+    expected = torch.log(torch.clamp(torch.from_numpy(basis).double() @ spectrum, min=1e-5))[0].numpy()
+    mel = mel_from_audio(audio, MelSpec(f_max=8000.0, log="ln", framing="center"))
+    assert mel.shape == (80, 1 + len(audio) // 256)
+    assert np.abs(mel - expected).max() < 1e-4
+
+
 def test_conventions_differ_as_they_say() -> None:
     audio = read_audio(RECORDING, SPEC.sample_rate)
     plain = mel_from_audio(audio, SPEC)

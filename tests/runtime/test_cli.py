@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -175,3 +176,48 @@ def test_an_altered_byte_and_a_newer_schema(melrt, tiny_bundle: Bundle) -> None:
     code, _, err = melrt("verify", tiny_bundle.path)
     assert code == 2
     assert "edge.fp32.onnx was altered" in err
+
+
+def test_texts_of_others_are_shown_as_they_are(melrt, tiny_bundle: Bundle) -> None:
+    """A manifest comes from anybody; what looks like the terminal's markup in it is text."""
+    values = json.loads((tiny_bundle.path / "manifest.json").read_text())
+    values["name"] = "[bold red]x[/]"
+    values["provenance"]["format"] = "[link=http://x]y[/link]"
+    values["architecture"]["[blink]"] = "[/nonsense]"
+    values["artifacts"][0]["kind"] = "[/green]"
+    (tiny_bundle.path / "manifest.json").write_text(json.dumps(values))
+    code, out, err = melrt("info", tiny_bundle.path)
+    assert (code, err) == (0, "")
+    for text in ("[bold red]x[/]", "[link=http://x]y[/link]", "[blink] [/nonsense]", "[/green]"):
+        assert text in out
+
+
+def test_info_tells_size_and_ends(melrt, tiny_bundle: Bundle) -> None:
+    values = json.loads((tiny_bundle.path / "manifest.json").read_text())
+    values["edges"] = {"left": 0, "right": 10, "value": -11.5129}
+    (tiny_bundle.path / "manifest.json").write_text(json.dumps(values))
+    out = melrt("info", tiny_bundle.path)[1]
+    assert "0.10 M parameters" in out
+    assert "GFLOP per second of audio" in out
+    assert "0 frames before and 10 after of -11.5129" in out
+
+
+def test_a_place_that_is_taken_is_noticed_first(melrt, tiny_checkpoint: Path, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(_: object) -> None:
+        raise AssertionError("the checkpoint was read")
+
+    monkeypatch.setattr("melrt_export.export.load_checkpoint", never)
+    code, _, err = melrt("export", tiny_checkpoint, "-o", tiny_bundle.path)
+    assert code == 2
+    assert "--force" in err
+
+
+def test_force_through_a_link_replaces_what_it_leads_to(melrt, tiny_checkpoint: Path, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "elsewhere" / "current.melrt"
+    link.symlink_to(tiny_bundle.path)
+    code, _, _ = melrt("export", tiny_checkpoint, "-o", link, "--force", "--name", "anew")
+    assert code == 0
+    assert link.is_symlink()
+    assert Bundle.open(tiny_bundle.path).manifest.name == "anew"
+    assert [file.name for file in link.parent.iterdir()] == ["current.melrt"]
