@@ -15,6 +15,7 @@ from melrt.bundle import Artifact, Bundle
 from melrt.errors import BundleError
 from melrt.mel import MelSpec
 from melrt_export.checkpoints import Checkpoint
+from melrt_export.config import GeneratorConfig
 
 Audio = NDArray[np.float32]
 
@@ -161,7 +162,7 @@ def verify(bundle: Bundle, checkpoint: Checkpoint | None = None) -> Iterator[Row
             f"this voice's are (B, {bands}, T) and (B, T * {manifest.spec.hop}). Export it anew."
         )
     if checkpoint is not None:
-        if checkpoint.config.to_dict() != dict(bundle.manifest.architecture):
+        if checkpoint.config != GeneratorConfig.from_dict(manifest.architecture):
             raise BundleError(f"{checkpoint.source} is another generator than the one in {bundle.path}: {checkpoint.config}.")
         reference = pytorch_audio(checkpoint, mel)
     for artifact in manifest.artifacts:

@@ -213,3 +213,25 @@ def test_raw_pickles_are_no_checkpoints(tmp_path: Path, trap: Hostile) -> None:
     (tmp_path / "checkpoint-1steps.pkl").write_bytes(pickle.dumps(trap))
     with pytest.raises(CheckpointError, match="checkpoint-1steps.pkl"):
         load_checkpoint(tmp_path)
+
+
+def test_a_short_file_that_stands_for_a_long_one(tmp_path: Path) -> None:
+    """Lists of lists by alias, a list within itself, a tensor of many zeros, a deflated archive: none fills the memory, nor a message."""
+    bomb = "a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n" + "".join(
+        f"{n}: &{n} [{', '.join([f'*{p}'] * 9)}]\n" for p, n in zip("abcdefgh", "bcdefghi", strict=True)
+    )
+    with pytest.raises(CheckpointError, match="more than 100000 settings"):
+        parse_yaml(bomb + "generator_type: *i\n", tmp_path)
+    with pytest.raises(CheckpointError, match="deeper than 50"):
+        parse_yaml("a: &a [*a]\n", tmp_path)
+    with pytest.raises(CheckpointError, match="characters; at most"):
+        parse_yaml("# " + "x" * (2 << 20), tmp_path)
+    file = tmp_path / "netG.pt"
+    torch.save({"model.1.weight": torch.zeros(1).expand(1 << 20, 1 << 20, 7)}, file)
+    with pytest.raises(CheckpointError, match=r"netG.pt holds tensors of \d+ bytes"):
+        load_checkpoint(file)
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", b"")
+        archive.infolist()[0].file_size = 1 << 40
+    with pytest.raises(CheckpointError, match=r"netG.pt unpacks to"):
+        load_checkpoint(file)

@@ -27,7 +27,7 @@ from melrt_export.checkpoints.checkpoint import (
     with_normalisation,
 )
 from melrt_export.checkpoints.naming import Naming
-from melrt_export.checkpoints.reading import Opened, arrays, read_json, read_npy_dict
+from melrt_export.checkpoints.reading import Opened, arrays, check_settings, read_json, read_npy_dict
 
 NAME = "Coqui TTS"
 FILES = "best_model.pth or model_file.pth with config.json, and scale_stats.npy if it names one"
@@ -83,6 +83,7 @@ def _settings(opened: Opened) -> tuple[Path, Mapping[str, Any]]:
     path = opened.file.parent / "config.json"
     inside = opened.content.get("config")
     if not path.is_file() and isinstance(inside, dict):
+        check_settings(inside, opened.file)
         return opened.file, inside
     return path, read_json(path)
 

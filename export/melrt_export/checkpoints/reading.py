@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import re
+import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,8 @@ from melrt.errors import CheckpointError
 MAX_WEIGHTS_BYTES = 4 << 30
 MAX_CONFIG_BYTES = 1 << 20
 MAX_STATISTICS_BYTES = 16 << 20
+MAX_SETTINGS = 100_000
+MAX_SETTINGS_DEPTH = 50
 # Dictionaries with attributes, in which old Coqui TTS checkpoints keep their config; they are read as plain dictionaries.
 _ATTRIBUTE_DICTIONARIES = tuple(
     f"{module}.AttrDict"
@@ -56,6 +59,10 @@ def read_pickle(path: Path) -> Any:
     import torch
 
     check_size(path, MAX_WEIGHTS_BYTES)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if (unpacked := sum(member.file_size for member in archive.infolist())) > MAX_WEIGHTS_BYTES:
+                raise CheckpointError(f"{path} unpacks to {unpacked} bytes; at most {MAX_WEIGHTS_BYTES} are read.")
     try:
         with torch.serialization.safe_globals([(OrderedDict, name) for name in _ATTRIBUTE_DICTIONARIES]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -93,6 +100,9 @@ def arrays(path: Path, state: Any) -> dict[str, np.ndarray]:
     odd = [f"{name!r} ({_kind(value)})" for name, value in state.items() if not (isinstance(name, str) and is_real(value))]
     if odd:
         raise CheckpointError(f"{path} is not a bare state dict of real tensors; it also holds {', '.join(odd[:6])}.")
+    # a tensor may be a few bytes shown many times over
+    if (size := sum(value.numel() for value in state.values()) * 4) > MAX_WEIGHTS_BYTES:
+        raise CheckpointError(f"{path} holds tensors of {size} bytes; at most {MAX_WEIGHTS_BYTES} are read.")
     return {name: value.to(torch.float64 if value.dtype == torch.float64 else torch.float32).numpy() for name, value in state.items()}
 
 
@@ -134,12 +144,34 @@ def parse_yaml(text: str, path: Path) -> list[Any]:
         return loader.construct_scalar(node)
 
     PlainLoader.add_multi_constructor("tag:yaml.org,2002:python/", plain)
+    if len(text) > MAX_CONFIG_BYTES:
+        raise CheckpointError(f"{path} has a config of {len(text)} characters; at most {MAX_CONFIG_BYTES} are read.")
     try:
-        return list(yaml.load_all(text, PlainLoader))  # a SafeLoader with more harmless tags
+        documents = list(yaml.load_all(text, PlainLoader))  # a SafeLoader with more harmless tags
     except Exception as error:  # a damaged file fails anywhere in the reader
         raise CheckpointError(
             f"{path} is not the YAML of a training config: {str(error).splitlines()[0] if str(error) else error!r}"
         ) from error
+    check_settings(documents, path)
+    return documents
+
+
+def check_settings(values: Any, path: Path) -> None:
+    """Raise CheckpointError if written out these would be endless, or deep: a short text can name a list of lists of lists many times."""
+    sizes: dict[int, int] = {}
+
+    def size(value: Any, depth: int) -> int:
+        if not isinstance(value, dict | list | tuple):
+            return 1
+        if id(value) not in sizes:
+            if depth > MAX_SETTINGS_DEPTH:
+                raise CheckpointError(f"{path} nests its settings deeper than {MAX_SETTINGS_DEPTH}.")
+            inner = value.values() if isinstance(value, dict) else value
+            sizes[id(value)] = 1 + sum(size(one, depth + 1) for one in inner)
+        return sizes[id(value)]
+
+    if size(values, 0) > MAX_SETTINGS:
+        raise CheckpointError(f"{path} holds more than {MAX_SETTINGS} settings, most of them by repeating others.")
 
 
 # A string, which may hold two slashes and is kept, or a comment.

@@ -6,6 +6,7 @@ project. Keras names its layers by itself, so the order of the weights tells the
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from melrt_export.config import GeneratorConfig, PaddingMode
 NAME = "TensorFlowTTS"
 FILES = "generator-<n>.h5 or model.h5 with config.yml, and stats.npy"
 PATTERNS: tuple[str, ...] = ("model*.h5", "generator*.h5")
+
+logger = logging.getLogger(__name__)
 
 _SECTIONS = ("generator_params", "melgan_generator_params", "multiband_melgan_generator_params")
 _PADDING: dict[str, PaddingMode] = {"REFLECT": "reflect", "CONSTANT": "zeros"}
@@ -63,8 +66,9 @@ def load(opened: Opened) -> Checkpoint:
         state["pqmf.weight"] = design.filters(config.out_channels)
     weights = named_tensors(state, {}, config)
     normalisation = statistics(file.parent, config.in_channels)
-    # the preprocessing's settings (preprocess/*.yaml) are not in config.yml: its defaults for LJSpeech, if they are not named there
     rate = values.get("sampling_rate", 22050)
+    if "fft_size" not in values:  # the preprocessing's settings are in another file, preprocess/*.yaml
+        logger.warning("%s lacks fft_size, win_length, fmin and fmax: 1024, 1024, 80 and 7600 are taken, as for LJSpeech", path.name)
     spec = mel_spec(
         {
             "sample_rate": rate, "n_fft": values.get("fft_size", 1024), "hop": values.get("hop_size", config.hop),
