@@ -93,9 +93,11 @@ def export_voice(
     return Bundle.create(out, manifest, [*files, *reference_files(mel, reference)], overwrite=options.overwrite)
 
 
-def _levels(checkpoint: Checkpoint) -> Levels:
+def _levels(checkpoint: Checkpoint) -> Levels | None:
     if checkpoint.lacks_statistics:
         return Levels(0.0, 1.0, normalised=True)
+    if not checkpoint.spec.unit:
+        return None  # magnitudes without a logarithm have no level to go by
     return Levels.of(checkpoint.spec, checkpoint.normalisation)
 
 

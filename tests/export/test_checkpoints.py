@@ -189,6 +189,7 @@ def test_args_of_another_training_are_noticed(folder: Path) -> None:
         (lambda c: c.update(generator=[]), "generator|section"),
         (lambda c: c.update(normalisation={"mean": [0.0] * 80}), "each of 80 bands"),
         (lambda c: c.update(normalisation={"mean": [0.0] * 80, "scale": [0.0] * 80}), "each is above 0"),
+        (lambda c: c["mel"].update(normalisation={"mean": [0.0] * 80, "scale": [1.0] * 80}), "beside generator and mel"),
         (lambda c: c["mel"].update(f_max=10**400), "f_max"),
         (lambda c: c["mel"].update(hop=10**400), "hop"),
         (lambda c: c["generator"].update(negative_slope=10**400), "negative_slope"),

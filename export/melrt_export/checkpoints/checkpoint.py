@@ -140,20 +140,23 @@ def with_normalisation(
         normalisation: What the project does to its log-mels.
 
     Raises:
-        CheckpointError: It is of another number of bands.
+        CheckpointError: It is of another number of bands, or the second one.
     """
     if normalisation is None:
         return config, dict(weights)
     mean, scale = np.array(normalisation.mean), np.array(normalisation.scale)
     if len(mean) != config.in_channels:
         raise CheckpointError(f"the normalisation is of {len(mean)} bands, the generator takes {config.in_channels}.")
+    if config.input_affine:
+        raise CheckpointError("the generator normalises its input already (input_affine), and a second normalisation is given.")
+    config = replace(config, input_clip=normalisation.clip or config.input_clip)
     if config.padding_mode == "zeros" or not config.bias:
         affine = {"input.mean": mean.astype(np.float32), "input.scale": scale.astype(np.float32)}
-        return replace(config, input_clip=normalisation.clip, input_affine=True), {**weights, **affine}
+        return replace(config, input_affine=True), {**weights, **affine}
     first = weights["first.weight"].astype(np.float64) / scale[:, None]
     bias = weights["first.bias"].astype(np.float64) - (first * mean[:, None]).sum(axis=(1, 2))
     folded = {"first.weight": first.astype(np.float32), "first.bias": bias.astype(np.float32)}
-    return replace(config, input_clip=normalisation.clip), {**weights, **folded}
+    return config, {**weights, **folded}
 
 
 def read_normalisation(mean: Any, scale: Any, path: Path, bands: int) -> Normalisation:

@@ -50,6 +50,8 @@ def load(opened: Opened) -> Checkpoint:
         edges = Edges(**values.get("edges", {}))
     except (KeyError, TypeError, AttributeError, BundleError) as error:
         raise CheckpointError(f"{path} lacks a section or has a wrong one: {error}") from error
+    if spec.normalisation is not None:
+        raise CheckpointError(f"{path}: mel has a normalisation; a voice takes plain log-mels. Give it beside generator and mel.")
     if spec.n_mels != config.in_channels:
         raise CheckpointError(f"{path}: the generator takes {config.in_channels} bands, the mel convention has {spec.n_mels}.")
     state = {name: value.astype(np.float32) for name, value in read_safetensors(file).items()}
