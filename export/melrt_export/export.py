@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,8 @@ class ExportOptions:
     """The voice's name; the checkpoint's own if None."""
     overwrite: bool = False
     """Replace an existing bundle."""
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    """More about where the weights come from, for the manifest; a training puts its validation figures here."""
 
     def __post_init__(self) -> None:
         if unknown := [p for p in self.precisions if p not in PRECISIONS]:
@@ -72,7 +74,7 @@ def export_voice(
     name = options.name or checkpoint.name
     provenance = {
         "source": checkpoint.source.name, "sha256": checkpoint.sha256, "format": checkpoint.format, "tool": f"melrt {__version__}",
-        "command": f"melrt export {Path(source).name} --name {name}",
+        "command": f"melrt export {Path(source).name} --name {name}", **options.provenance,
     }  # fmt: skip
     on_step("running PyTorch")
     field = receptive_field(checkpoint.config)

@@ -37,11 +37,18 @@ def mel_from_audio(audio: NDArray[np.float32], spec: MelSpec) -> NDArray[np.floa
         signal = np.append(signal[:1], signal[1:] - np.float32(spec.preemphasis) * signal[:-1])
     padded = np.pad(signal, pad, mode=spec.padding)
     spectrum = librosa.stft(padded, n_fft=spec.n_fft, hop_length=spec.hop, win_length=spec.win_length, window=spec.window, center=False)
+    mel = spec.logarithm(mel_filters(spec) @ np.abs(spectrum) ** spec.power)
+    return np.asarray(spec.normalisation.apply(mel.astype(np.float64)) if spec.normalisation else mel, np.float32)
+
+
+def mel_filters(spec: MelSpec) -> NDArray[np.float32]:
+    """The convention's filter bank, shape (M, n_fft // 2 + 1)."""
+    import librosa
+
     filters = librosa.filters.mel(
         sr=spec.sample_rate, n_fft=spec.n_fft, n_mels=spec.n_mels, fmin=spec.f_min, fmax=spec.f_max, htk=spec.scale == "htk", norm=spec.norm
     )
-    mel = spec.logarithm(filters @ np.abs(spectrum) ** spec.power)
-    return np.asarray(spec.normalisation.apply(mel.astype(np.float64)) if spec.normalisation else mel, np.float32)
+    return np.asarray(filters, np.float32)
 
 
 def read_audio(path: Path, sample_rate: int) -> NDArray[np.float32]:

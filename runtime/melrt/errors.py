@@ -31,6 +31,10 @@ class EngineBuildError(MelrtError, RuntimeError):
     """A TensorRT engine that could not be built as asked."""
 
 
+class TrainingError(MelrtError, ValueError):
+    """A training that was asked for wrongly, or cannot go on."""
+
+
 class AudioError(MelrtError, ValueError):
     """An audio file that cannot be read or written, or audio of the wrong rate."""
 

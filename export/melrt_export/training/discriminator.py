@@ -1,0 +1,58 @@
+"""The multi-scale, window-based discriminator (Kumar et al., NeurIPS 2019, section 2.2 and appendix A)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from melrt_export.training.config import DiscriminatorConfig
+from melrt_export.training.weight_norm import add_weight_norm
+
+SLOPE = 0.2
+MAX_CHANNELS = 1024
+
+Features = list[list[Tensor]]
+"""For each scale the output of each layer, (B, C, T); the last is the score, (B, 1, T)."""
+
+
+class ScaleDiscriminator(nn.Module):
+    """One scale: waveform (B, 1, N) to the output of each layer, the last one the score of each window, (B, 1, N / 256)."""
+
+    def __init__(self, config: DiscriminatorConfig) -> None:
+        super().__init__()
+        stride = config.downsampling
+        width = config.channels
+        # reflection in the first layer, zeros in the others, as in melgan-neurips (mel2wav/modules.py, NLayerDiscriminator)
+        layers = [nn.Conv1d(1, width, 15, padding=7, padding_mode="reflect")]
+        for _ in range(config.layers):
+            before, width = width, min(width * stride, MAX_CHANNELS)
+            layers.append(nn.Conv1d(before, width, 10 * stride + 1, stride, padding=5 * stride, groups=before // 4))
+        before, width = width, min(2 * width, MAX_CHANNELS)
+        layers.append(nn.Conv1d(before, width, 5, padding=2))
+        layers.append(nn.Conv1d(width, 1, 3, padding=1))
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        features = []
+        for layer in self.layers[:-1]:
+            x = F.leaky_relu(layer(x), SLOPE)
+            features.append(x)
+        return [*features, self.layers[-1](x)]
+
+
+class Discriminator(nn.Module):
+    """Waveform (B, 1, N) to the features of each scale: the same network, with weights of its own, at N, N/2, N/4, ... samples."""
+
+    def __init__(self, config: DiscriminatorConfig) -> None:
+        super().__init__()
+        self.scales = nn.ModuleList(ScaleDiscriminator(config) for _ in range(config.scales))
+        # Samples beyond the ends are not counted in a mean: a zero would darken the edge of every segment.
+        self.halve = nn.AvgPool1d(4, stride=2, padding=1, count_include_pad=False)
+        add_weight_norm(self)
+
+    def forward(self, audio: Tensor) -> Features:
+        features = []
+        for i, scale in enumerate(self.scales):
+            audio = self.halve(audio) if i else audio
+            features.append(scale(audio))
+        return features

@@ -1,0 +1,42 @@
+"""Log-mels in PyTorch: a voice's mel convention on the training device, with gradients."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from melrt.mel import MelSpec
+from melrt_export.mels import mel_filters
+
+
+class LogMel(nn.Module):
+    """Audio (B, N) to log-mel frames (B, M, T): what `melrt_export.mels.mel_from_audio` computes, to 1e-4."""
+
+    filters: Tensor
+    window: Tensor
+
+    def __init__(self, spec: MelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.register_buffer("filters", torch.from_numpy(mel_filters(spec)), persistent=False)
+        self.register_buffer("window", torch.hann_window(spec.win_length), persistent=False)
+
+    def forward(self, audio: Tensor) -> Tensor:
+        spec = self.spec
+        pad = (spec.n_fft - spec.hop) // 2 if spec.framing == "same" else spec.n_fft // 2
+        padded = F.pad(audio[:, None], (pad, pad), "reflect")[:, 0]
+        spectrum = torch.stft(padded, spec.n_fft, spec.hop, spec.win_length, self.window, center=False, return_complex=True)
+        return self._logarithm(self.filters @ spectrum.abs() ** spec.power)
+
+    def frames(self, audio: Tensor) -> Tensor:
+        """One frame for each hop of audio, (B, M, N // hop): the generator's input. Centred framing has one more, at the end."""
+        return cast(Tensor, self(audio))[..., : audio.shape[-1] // self.spec.hop]
+
+    def _logarithm(self, bands: Tensor) -> Tensor:
+        bands = bands.clamp(min=self.spec.floor)
+        if self.spec.log == "ln":
+            return bands.log()
+        return bands.log10() * (20 if self.spec.log == "dB" else 1)

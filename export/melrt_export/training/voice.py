@@ -1,0 +1,78 @@
+"""The voice under training: its generator, and how that becomes a checkpoint again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from melrt.errors import TrainingError
+from melrt.mel import MelSpec
+from melrt_export.checkpoints import Checkpoint, load_checkpoint
+from melrt_export.config import GeneratorConfig
+from melrt_export.generator import Generator
+from melrt_export.training.config import TrainingConfig
+from melrt_export.training.weight_norm import add_weight_norm, folded_weights
+
+
+@dataclass(frozen=True, slots=True)
+class TrainableVoice:
+    """Any module that turns mel frames (B, M, T) into a waveform (B, 1, T·hop), with what a checkpoint of it needs."""
+
+    config: GeneratorConfig
+    """The shape of the generator that `folded` gives the weights of."""
+    spec: MelSpec
+    """The mel convention of its input."""
+    generator: nn.Module
+    """What is trained: every parameter that asks for a gradient."""
+    folded: Callable[[nn.Module], dict[str, np.ndarray]] = folded_weights
+    """From the trained module to the tensors that `config` names; a module that is more than weight norm brings its own."""
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        """The voice as it is now."""
+        return Checkpoint(name, "melrt", Path(), "", self.config, self.folded(self.generator), self.spec)
+
+
+def first_voice(config: TrainingConfig) -> TrainableVoice:
+    """The voice that a training begins with: drawn from the config's seed, or that of the checkpoint it starts from.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read.
+        TrainingError: Shape, mel convention and segment do not go together.
+    """
+    if config.start_from:
+        checkpoint = load_checkpoint(config.start_from)
+        generator = Generator.from_weights(checkpoint.config, {n: torch.from_numpy(w) for n, w in checkpoint.weights.items()})
+        shape, spec = checkpoint.config, checkpoint.spec
+    else:
+        shape, spec = config.generator, config.mel
+        if shape.pqmf_taps:
+            raise TrainingError("pqmf_taps asks for a filter bank, whose filters only a checkpoint holds; name one as start_from.")
+        generator = _drawn(shape, config.seed)
+    _check(shape, spec, config)
+    return TrainableVoice(shape, spec, add_weight_norm(generator.train()))
+
+
+def _drawn(shape: GeneratorConfig, seed: int) -> Generator:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Generator(shape)
+
+
+def _check(shape: GeneratorConfig, spec: MelSpec, config: TrainingConfig) -> None:
+    if shape.in_channels != spec.n_mels:
+        raise TrainingError(f"[generator] in_channels is {shape.in_channels}, [mel] n_mels {spec.n_mels}; make them the same.")
+    if shape.hop != spec.hop or shape.out_channels != shape.subbands:
+        raise TrainingError(
+            f"the generator gives {shape.out_channels} channels with a hop of {shape.hop} (the product of upsample_scales); "
+            f"it must give 1 channel with the mel's hop, {spec.hop}."
+        )
+    segment = config.data.segment
+    smallest = max(shape.smallest_input * spec.hop, spec.n_fft + 1, 1025 if config.losses.stft else 0)
+    if segment % spec.hop or segment < smallest:
+        best = -(-max(segment, smallest) // spec.hop) * spec.hop
+        raise TrainingError(f"[data] segment is {segment}; it is a multiple of the hop {spec.hop} and at least {smallest}. Take {best}.")
