@@ -104,6 +104,30 @@ def bench_memory(
     console.print(table)
 
 
+def bench_training(
+    channels: Annotated[int, typer.Option(help="Width of the generator: 512 is the published one.")] = 512,
+    batch: Annotated[int, typer.Option(help="Segments of 8192 samples in a step.")] = 16,
+    rounds: Annotated[int, typer.Option(help="Counted steps of each contender.")] = 9,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of both; default: all cores.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+) -> None:
+    """Time training steps on the CPU against a plain loop of the same networks: one interleaved run, medians, first losses compared."""
+    from melrt_benchmarks.training import TrainingBench, run_training_bench
+
+    if rounds < 3 or batch < 1:
+        raise MelrtError(f"--rounds is {rounds} and --batch {batch}; they are at least 3 and 1.")
+    options = TrainingBench(channels, batch, rounds=rounds, threads=threads or len(os.sched_getaffinity(0)))
+    with _steps() as bar:
+        task = bar.add_task("making the networks", total=None)
+        report = run_training_bench(options, lambda step: bar.update(task, description=step))
+    _write(json_file, report)
+    table = Table("contender", "steps/s", "median s", "p90 s", "against the plain loop", "same losses")
+    for row in report["results"]:
+        figures = [f"{row[name]:.3f}" for name in ("steps_per_second", "median_s", "p90_s", "speedup")]
+        table.add_row(row["contender"], *figures, "yes" if row["correct"] else "NO")
+    console.print(table)
+
+
 def _lengths(option: str, text: str) -> list[float]:
     try:
         lengths = [float(part) for part in text.split(",")]

@@ -49,7 +49,7 @@ def save_state(run: Path, step: AdversarialStep, history: History, voice: Mappin
         history: How far it is.
         voice: Shape and mel convention, plain values: a run is resumed only with the same.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save as encode
 
     header = {
         "format": "melrt training", "version": VERSION, "step": history.step, "errors": history.errors, "voice": voice,
@@ -57,7 +57,7 @@ def save_state(run: Path, step: AdversarialStep, history: History, voice: Mappin
     }  # fmt: skip
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(step)}
     with whole_file(run / FILE) as temporary:
-        save_file(tensors, temporary, {"melrt": json.dumps(header)})
+        temporary.write_bytes(encode(tensors, {"melrt": json.dumps(header)}))
 
 
 def load_state(run: Path, step: AdversarialStep, voice: Mapping[str, Any]) -> History:

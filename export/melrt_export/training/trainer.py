@@ -185,7 +185,7 @@ class Trainer:
 
     def _keep_best(self) -> None:
         """Replace the best checkpoint file by file: its config never changes within a run, so that it is whole at every moment."""
-        best, new = self.run_folder / BEST, self.run_folder / f".{BEST}-new"
+        best, new = self.run_folder / BEST, self.run_folder / f"{BEST}-new"
         native.save(new, self.voice.checkpoint(self.config.name))
         if best.exists():
             for file in new.iterdir():
@@ -196,7 +196,7 @@ class Trainer:
 
     def _remove_leftovers(self) -> None:
         """Remove what killed processes had not finished writing."""
-        for path in (*self.run_folder.glob(f".{Path(FILE).stem}-*"), *self.run_folder.glob(f".{BEST}-*")):
+        for path in (*self.run_folder.glob(f".{Path(FILE).stem}-*"), *self.run_folder.glob(f"*{BEST}-new*")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _save(self) -> None:

@@ -76,6 +76,6 @@ def _sample(generator: nn.Module, log_mel: LogMel, recording: Recording, peak: f
     samples = len(audio) // spec.hop * spec.hop
     target = torch.from_numpy(audio[:samples] * (peak / recording.peak))[None].to(processes.device)
     mel = log_mel.frames(target)
-    synthesis = generator(mel).squeeze(1).float()
+    synthesis = generator.forward(mel).squeeze(1).float()  # not compiled: that would be done anew for every length
     pictures = mel, log_mel.frames(synthesis)
     return Sample(recording.path.stem, *(value[0].cpu() for value in (target, synthesis, *pictures)))

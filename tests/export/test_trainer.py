@@ -1,0 +1,361 @@
+"""The trainer: it learns, it resumes exactly, it survives being killed, and several processes do what one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file
+from torch import nn
+
+from melrt.bundle import Bundle
+from melrt.errors import TrainingError
+from melrt_export.checkpoints import load_checkpoint
+from melrt_export.demo import RECORDING
+from melrt_export.mels import read_audio
+from melrt_export.training.config import TrainingConfig, read_config
+from melrt_export.training.state import FILE
+from melrt_export.training.trainer import Trainer
+from melrt_export.training.voice import first_voice
+
+CONFIG = """
+run = "run"
+[generator]
+channels = 32
+stacks = 1
+[data]
+train = "wavs"
+held_out = 1
+batch = 2
+segment = 4096
+workers = 0
+[losses]
+stft = 1.0
+mel = 5.0
+[discriminator]
+channels = 4
+layers = 2
+[schedule]
+steps = {steps}
+log_every = 5
+validate_every = 10
+save_every = 10
+"""
+# What the issue asks of one second of speech
+OVERFIT_STEPS = 300
+OVERFIT_SHARE = 0.4
+RESUME_TOLERANCE = 1e-6
+# Two processes sum a gradient in another order than one: float32 rounding, relative to the largest gradient of a tensor.
+GRADIENT_TOLERANCE = 1e-4
+KILLS = 10
+WATCHDOG = 120
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Networks this small are ten times slower on two threads, where another process has one of the cores."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A config, and three seconds of speech in three files."""
+    audio = read_audio(RECORDING, 22050)
+    (tmp_path / "wavs").mkdir()
+    for i in range(3):
+        soundfile.write(tmp_path / "wavs" / f"{i}.wav", audio[22050 * (i + 1) : 22050 * (i + 2)], 22050)
+    write_config(tmp_path, steps=20)
+    return tmp_path
+
+
+def write_config(folder: Path, steps: int, *changes: tuple[str, str], name: str = "x.toml") -> TrainingConfig:
+    text = CONFIG.format(steps=steps)
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (folder / name).write_text(text)
+    return read_config(folder / name)
+
+
+def header(run: Path) -> dict:
+    with safe_open(run / FILE, "np") as file:
+        return json.loads(file.metadata()["melrt"])
+
+
+def test_a_generator_learns_one_second_by_heart(folder: Path) -> None:
+    """The same second is trained on and validated; spectral losses, as a training's fast start has them."""
+    (folder / "one.txt").write_text("wavs/1.wav\n")
+    one = ('train = "wavs"', 'train = "one.txt"\nvalidation = "one.txt"')
+    config = write_config(
+        folder,
+        OVERFIT_STEPS,
+        one,
+        ("[losses]", "[losses]\nadversarial = 0\nfeature_matching = 0"),
+        ("[schedule]", "[optimizer]\nlearning_rate = 2e-3\n[schedule]"),
+        ("validate_every = 10", "validate_every = 300"),
+        ("channels = 32", "channels = 64"),
+    )
+    outcome = Trainer(config).run()
+    (_, before), (_, after) = outcome.history.errors
+    assert before > 1, "an untrained generator is far from speech"
+    assert after < OVERFIT_SHARE * before
+    assert load_checkpoint(outcome.best).config == config.generator
+
+
+def test_twenty_and_twenty_steps_are_forty(folder: Path) -> None:
+    config = write_config(folder, 40, ("workers = 0", "workers = 1"))
+    curves: dict[str, list[tuple[int, float]]] = {}
+
+    class Curve:
+        def __init__(self, name: str) -> None:
+            self.values = curves.setdefault(name, [])
+
+        def on_step(self, step: int) -> None: ...
+
+        def on_validation(self, validation, best: bool) -> None: ...
+
+        def on_losses(self, step: int, values) -> None:
+            self.values.extend((step, values[name]) for name in ("generator", "discriminator", "feature_matching"))
+
+    def trained(name: str, resume: bool, until: int | None) -> Trainer:
+        trainer = Trainer(replace(config, run=str(folder / name)), resume=resume)
+        trainer.watchers = [Curve(name)]
+        assert trainer.run(until).finished == (until is None)
+        return trainer
+
+    whole = trained("whole", False, None)
+    trained("parts", False, 20)
+    parts = trained("parts", True, None)
+    assert [step for step, _ in curves["whole"]] == [step for step, _ in curves["parts"]]
+    assert len(curves["whole"]) == 3 * 8
+    assert np.allclose([v for _, v in curves["whole"]], [v for _, v in curves["parts"]], rtol=0, atol=RESUME_TOLERANCE)
+    assert np.allclose(np.array(whole.history.errors), np.array(parts.history.errors), rtol=0, atol=RESUME_TOLERANCE)
+    one, other = (load_file(folder / name / FILE) for name in ("whole", "parts"))
+    assert one.keys() == other.keys()
+    assert all(np.abs(one[name] - other[name]).max() <= RESUME_TOLERANCE for name in one)
+
+
+def command(*arguments: object, launcher: tuple[str, ...] = ()) -> list[str]:
+    return [sys.executable, *launcher, "-m", "melrt", "train", *map(str, arguments)]
+
+
+def test_two_processes_have_the_gradients_of_one_with_the_doubled_batch(folder: Path) -> None:
+    """Adam's first moment after one step is half the gradient, so that the saved states tell the gradients of whole trainings."""
+    alone = write_config(folder, 1, ("batch = 2", "batch = 4"), ('run = "run"', 'run = "alone"'))
+    Trainer(alone).run()
+    write_config(folder, 1, ("batch = 2", "batch = 4"), ('run = "run"', 'run = "both"\n[machine]\ndevice = "cpu"'), name="both.toml")
+    text = (folder / "both.toml").read_text()
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = subprocess.run(
+        command(folder / "both.toml", launcher=launcher), env=ENVIRONMENT, capture_output=True, text=True, timeout=WATCHDOG, check=False
+    )
+    assert done.returncode == 0, done.stderr + text
+    one, two = (load_file(folder / name / FILE) for name in ("alone", "both"))
+    moments = [name for name in one if name.endswith(".exp_avg")]
+    assert {name.partition(".")[0] for name in moments} == {"generator_optimizer", "discriminator_optimizer"}
+    for name in moments:
+        largest = np.abs(one[name]).max()
+        assert np.abs(one[name] - two[name]).max() <= GRADIENT_TOLERANCE * largest + 1e-7, name
+    assert sum(np.abs(one[name]).max() > 0 for name in moments) > 0.9 * len(moments)
+
+
+RESUME = """
+import torch
+from pathlib import Path
+from melrt_export.training.config import read_config
+from melrt_export.training.trainer import Trainer
+torch.set_num_threads(1)
+Trainer(read_config(Path({path!r})), resume=True).run()
+"""
+
+
+def test_killed_while_it_writes_it_can_always_be_resumed(folder: Path) -> None:
+    """Every step writes a state, so that most of the time of a process goes into writing; it is killed at a random moment of it."""
+    config = write_config(folder, 100_000, ("save_every = 10", "save_every = 1"), ("validate_every = 10", "validate_every = 3"))
+    run = Path(config.run)
+    Trainer(config).run(until=1)
+    noise = np.random.default_rng()
+    context = get_context("forkserver")  # imports once; what it forks has torch, and no threads yet
+    context.set_forkserver_preload(["melrt_export.training.trainer", "librosa.filters", "torch._dynamo"])
+    step = 1
+    for _ in range(KILLS):
+        process = context.Process(target=exec, args=(RESUME.format(path=str(folder / "x.toml")),))
+        process.start()
+        deadline = time.monotonic() + WATCHDOG
+        while header(run)["step"] == step:
+            assert process.is_alive(), "it resumes"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(noise.uniform(0, 0.3))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        step = header(run)["step"]
+        load_checkpoint(run / "best")
+    resumed = Trainer(config, resume=True)
+    assert resumed.history.step == step
+    resumed.run(until=step + 1)
+    assert {path.name for path in run.iterdir()} == {FILE, "best"}, "leftovers are removed"
+
+
+def test_ctrl_c_saves_resume_finishes_and_exports(folder: Path, melrt) -> None:
+    """The command as a user has it: interrupted, resumed, exported with its figures, and its log read back."""
+    write_config(folder, 100_000)
+    process = subprocess.Popen(command(folder / "x.toml"), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + WATCHDOG
+    while not (folder / "run" / FILE).exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=WATCHDOG)
+    assert process.returncode == 130, err
+    stopped = header(folder / "run")["step"]
+    assert f"stopped after {stopped} steps and saved" in out
+    steps = stopped + 5
+    write_config(folder, steps)
+    code, out, err = melrt("train", folder / "x.toml", "--resume", "--export", folder / "x.melrt")
+    assert code == 0, err
+    assert header(folder / "run")["step"] == steps
+    provenance = Bundle.open(folder / "x.melrt").manifest.provenance
+    best, error = min(header(folder / "run")["errors"], key=lambda entry: entry[1])
+    assert (provenance["training_steps"], provenance["validation_log_mel_error"]) == (str(best), f"{error:.4f}")
+    assert (provenance["training_recordings"], provenance["validation_recordings"]) == ("2", "1")
+    events = read_events(folder / "run")
+    assert {"training/generator", "training/discriminator", "training/steps_per_second", "validation/log_mel_error"} <= set(events)
+    assert events["validation/log_mel_error"] > 0
+    assert len(events["2/synthesis"]) > 2 * 22016, "a second of 16 bit sound"
+    assert events["2/recording_above_synthesis"].startswith(b"\x89PNG")
+
+
+def read_events(run: Path) -> dict[str, object]:
+    """The last value of each tag in the event files: records of length, checksum, data, checksum (TensorFlow's TFRecord)."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    values: dict[str, object] = {}
+    for file in sorted(run.glob("events*")):
+        data = file.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            for value in Event.FromString(data[12 : 12 + size]).summary.value:
+                kind = value.WhichOneof("value")
+                content = getattr(value, kind)
+                values[value.tag] = content if kind == "simple_value" else getattr(content, f"encoded_{kind}_string")
+            data = data[16 + size :]
+    return values
+
+
+def test_fine_tuning_starts_at_the_checkpoint_and_never_ends_worse(folder: Path) -> None:
+    trained = Trainer(write_config(folder, 20)).run()
+    start = ('run = "run"\n[generator]\nchannels = 32\nstacks = 1', 'run = "fine"\nstart_from = "run/best"')
+    rate = ("[schedule]", "[optimizer]\nlearning_rate = 0.5\n[schedule]")  # destroys the voice
+    tuned = Trainer(write_config(folder, 10, start, rate)).run()
+    first, last = tuned.history.errors[0], tuned.history.errors[-1]
+    assert first[1] == pytest.approx(trained.history.best[1], rel=1e-4)
+    assert last[1] > first[1]
+    before, after = load_checkpoint(trained.best), load_checkpoint(tuned.best)
+    assert all(np.allclose(before.weights[name], weight, atol=1e-6) for name, weight in after.weights.items())
+
+
+def test_another_generator_and_another_loss(folder: Path) -> None:
+    """What quantisation-aware training needs: a module around the generator, weights out of it, and a term of one's own."""
+    config = write_config(folder, 3)
+    voice = first_voice(config)
+
+    class Rounded(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, mel: torch.Tensor) -> torch.Tensor:
+            audio = self.inner(mel)
+            return audio + (torch.round(audio * 127) / 127 - audio).detach()
+
+    seen = []
+
+    def distillation(synthesis) -> torch.Tensor:
+        seen.append(tuple(synthesis.mel.shape))
+        return (synthesis.output - synthesis.recording).square().mean()
+
+    wrapped = replace(voice, generator=Rounded(voice.generator), folded=lambda module: voice.folded(module.inner))
+    trainer = Trainer(config, voice=wrapped, extra={"distillation": distillation})
+    outcome = trainer.run()
+    assert seen == [(2, 80, 16)] * 3
+    assert set(load_checkpoint(outcome.best).weights) == {name for name, _ in config.generator.tensors()}
+    assert Trainer(config, resume=True, voice=wrapped, extra={}).history.step == 3
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_lower_precision_learns_too(folder: Path, precision: str) -> None:
+    config = write_config(folder, 20, ("[schedule]", f'[machine]\nprecision = "{precision}"\n[schedule]'))
+    errors = Trainer(config).run().history.errors
+    assert errors[-1][1] < errors[0][1]
+    assert Trainer(config, resume=True).history.step == 20
+
+
+def test_a_loss_that_is_not_finite_is_named_and_not_saved(folder: Path) -> None:
+    config = write_config(folder, 20)
+    trainer = Trainer(config, extra={"broken": lambda s: s.output.mean() * (float("nan") if trainer.history.step > 12 else 1.0)})
+    with pytest.raises(TrainingError, match=r"after 15 steps the \w+ loss is nan.*Lower the learning rates"):
+        trainer.run()
+    assert header(folder / "run")["step"] == 10
+
+
+def test_a_state_that_cannot_be_resumed_is_named(folder: Path) -> None:
+    config = write_config(folder, 20)
+    with pytest.raises(TrainingError, match="nothing to resume"):
+        Trainer(config, resume=True)
+    Trainer(config).run(until=2)
+    with pytest.raises(TrainingError, match="holds a training already"):
+        Trainer(config)
+    cases = (("channels = 32", "channels = 64"), "another generator"), (("channels = 4", "channels = 8"), "expected shape"), (
+        ("layers = 2", "layers = 1"), "expected shape|another network|is missing",
+    )  # fmt: skip
+    for change, message in cases:
+        with pytest.raises(TrainingError, match=message):
+            Trainer(write_config(folder, 20, change, name="other.toml"), resume=True)
+    file = folder / "run" / FILE
+    good = file.read_bytes()
+    for bad in (good[: len(good) // 2], b"", b"\xff" * 100, good.replace(b'\\"step\\": 2', b'\\"stop\\": 2')):
+        assert bad != good
+        file.write_bytes(bad)
+        with pytest.raises(TrainingError, match="Start a new run"):
+            Trainer(config, resume=True)
+
+
+def test_a_config_that_does_not_go_together(folder: Path, melrt) -> None:
+    cases = {
+        "hop": (("stacks = 1", "stacks = 1\nupsample_scales = [8, 8]"), "it must give 1 channel with the mel's hop, 256"),
+        "segment": (("segment = 4096", "segment = 5000"), r"segment is 5000; it is a multiple of the hop 256 and at least \d+. Take 5120"),
+        "bands": (("stacks = 1", "stacks = 1\nin_channels = 40"), "in_channels is 40"),
+        "bank": (("stacks = 1", "stacks = 1\npqmf_taps = 62\nout_channels = 4"), "name one as start_from"),
+    }
+    for change, message in cases.values():
+        with pytest.raises(TrainingError, match=message):
+            Trainer(write_config(folder, 20, change))
+    write_config(folder, 20)
+    (folder / "there.melrt").mkdir()
+    code, _, err = melrt("train", folder / "x.toml", "--export", folder / "there.melrt")
+    assert (code, "give --export another name" in err) == (2, True)
+    code, _, err = melrt("train", folder / "x.toml", "--resume")
+    assert (code, "nothing to resume" in err) == (2, True)
+    if not torch.cuda.is_available():
+        write_config(folder, 20, ("[schedule]", '[machine]\ndevice = "cuda"\n[schedule]'))
+        code, _, err = melrt("train", folder / "x.toml")
+        assert (code, "finds 0 GPUs" in err) == (2, True)

@@ -1,0 +1,188 @@
+"""The training's networks and losses are the published ones: counted, compared value by value, and able to learn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import librosa
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from melrt.mel import MelSpec
+from melrt_export.config import GeneratorConfig
+from melrt_export.demo import RECORDING
+from melrt_export.generator import Generator
+from melrt_export.mels import mel_from_audio, read_audio
+from melrt_export.training.config import DataConfig, DiscriminatorConfig, LossConfig, TrainingConfig
+from melrt_export.training.discriminator import Discriminator
+from melrt_export.training.losses import StftLoss, adversarial_loss, discriminator_loss, feature_matching_loss
+from melrt_export.training.mel import LogMel
+from melrt_export.training.processes import Processes
+from melrt_export.training.step import AdversarialStep
+from melrt_export.training.voice import first_voice
+from melrt_export.training.weight_norm import add_weight_norm, folded_weights
+
+SMALL = DiscriminatorConfig(channels=4, layers=2)
+# "4.26 M" is the paper's count of the generator (table 1); it rounds to that with and without weight norm's magnitudes.
+GENERATOR_WEIGHTS = 4.26e6
+# float32 sums of a few thousand products, in another order
+ROUNDING = 1e-5
+MEL_TOLERANCE = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small are ten times slower on two threads, where another process has one of the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def speech() -> np.ndarray:
+    audio = read_audio(RECORDING, 22050)[22050:44100]
+    assert np.abs(audio).max() > 0.1
+    return audio
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        MelSpec(),
+        MelSpec(framing="center", log="ln", scale="htk", norm=None, f_max=8000.0),
+        MelSpec(n_fft=2048, win_length=1200, hop=300, n_mels=40, log="dB", power=2.0, floor=1e-10, f_min=80.0),
+    ],
+)
+def test_the_mel_on_the_fly_is_the_voice_s(spec: MelSpec, speech: np.ndarray) -> None:
+    batch = torch.from_numpy(np.stack([speech, 0.3 * speech[::-1]]))
+    ours = LogMel(spec)(batch)
+    for mel, audio in zip(ours, batch, strict=True):
+        expected = mel_from_audio(audio.numpy(), spec)
+        assert expected.std() > 0.3
+        assert np.abs(mel.numpy() - expected).max() < MEL_TOLERANCE * (20 if spec.log == "dB" else 1)
+    assert LogMel(spec).frames(batch).shape[-1] == batch.shape[-1] // spec.hop
+
+
+def published_scale() -> nn.Sequential:
+    """One of melgan-neurips's discriminators (ndf 16, n_layers 4, downsampling 4), from PyTorch's own layers."""
+    layers: list[nn.Module] = [nn.Sequential(nn.ReflectionPad1d(7), nn.Conv1d(1, 16, 15), nn.LeakyReLU(0.2))]
+    for before, after in ((16, 64), (64, 256), (256, 1024), (1024, 1024)):
+        layers.append(nn.Sequential(nn.Conv1d(before, after, 41, 4, 20, groups=before // 4), nn.LeakyReLU(0.2)))
+    layers.append(nn.Sequential(nn.Conv1d(1024, 1024, 5, 1, 2), nn.LeakyReLU(0.2)))
+    return nn.Sequential(*layers, nn.Conv1d(1024, 1, 3, 1, 1))
+
+
+def test_the_discriminators_are_the_published_ones(speech: np.ndarray) -> None:
+    published = [published_scale() for _ in range(3)]
+    ours = Discriminator(DiscriminatorConfig())
+    folded = list(folded_weights(ours).values())
+    theirs = [p for scale in published for p in scale.parameters()]
+    assert [tuple(p.shape) for p in theirs] == [w.shape for w in in_order(folded, theirs)]
+    count = sum(p.numel() for p in theirs)
+    magnitudes = sum(layer.out_channels for scale in published for layer in scale.modules() if isinstance(layer, nn.Conv1d))
+    assert sum(p.numel() for p in ours.parameters()) == count + magnitudes
+    for parameter, weight in zip(theirs, in_order(folded, theirs), strict=True):
+        parameter.data = torch.from_numpy(weight)
+    x = torch.from_numpy(speech[:8192])[None, None]
+    features = ours(x)
+    for scale, network in zip(features, published, strict=True):
+        expected = x
+        for layer, ours_here in zip(network, scale, strict=True):
+            expected = layer(expected)
+            assert expected.std() > 1e-4
+            assert (ours_here - expected).abs().max() < ROUNDING
+        x = F.avg_pool1d(x, 4, 2, 1, count_include_pad=False)
+
+
+def in_order(folded: list[np.ndarray], theirs: list[nn.Parameter]) -> list[np.ndarray]:
+    """Weight norm moves a layer's bias before its weight; PyTorch's layers have it behind."""
+    pairs = [sorted(folded[i : i + 2], key=lambda w: -w.ndim) for i in range(0, len(folded), 2)]
+    assert len(folded) == len(theirs)
+    return [w for pair in pairs for w in pair]
+
+
+def test_the_generator_has_the_published_count_and_keeps_its_function() -> None:
+    torch.manual_seed(0)
+    generator = Generator(GeneratorConfig())
+    before = {name: value.clone().numpy() for name, value in generator.state_dict().items()}
+    assert sum(w.size for w in before.values()) == pytest.approx(GENERATOR_WEIGHTS, rel=2e-3)
+    after = folded_weights(add_weight_norm(generator))
+    assert sum(p.numel() for p in generator.parameters()) == pytest.approx(GENERATOR_WEIGHTS, rel=3e-3)
+    assert after.keys() == before.keys()
+    assert all(np.abs(after[name] - value).max() < 1e-6 for name, value in before.items())
+
+
+def test_losses_are_their_formulas() -> None:
+    noise = np.random.default_rng(0)
+    shapes = [[(2, 4, 16), (2, 8, 4), (2, 8, 4), (2, 8, 4), (2, 1, 4)]] * 3
+    real, fake = ([[noise.standard_normal(s).astype(np.float32) * 2 for s in scale] for scale in shapes] for _ in range(2))
+    tensors = [[[torch.from_numpy(f) for f in scale] for scale in features] for features in (real, fake)]
+    hinge = sum(np.maximum(0, 1 - r[-1]).mean() + np.maximum(0, 1 + f[-1]).mean() for r, f in zip(real, fake, strict=True))
+    assert float(discriminator_loss(*tensors)) == pytest.approx(hinge, rel=1e-6)
+    assert float(adversarial_loss(tensors[1])) == pytest.approx(-sum(f[-1].mean() for f in fake), rel=1e-5)
+    matching = sum(np.abs(r[i] - f[i]).mean() for r, f in zip(real, fake, strict=True) for i in range(4))
+    assert float(feature_matching_loss(*tensors, "paper")) == pytest.approx(matching, rel=1e-6)
+    # two strided layers of five, three scales (scripts/train.py: 4.0 / (n_layers_D + 1), 1 / num_D)
+    assert float(feature_matching_loss(*tensors, "neurips")) == pytest.approx(matching * 4 / 3 / 3, rel=1e-6)
+
+
+def test_the_stft_loss_is_its_formula(speech: np.ndarray) -> None:
+    noise = np.random.default_rng(0)
+    real = np.stack([speech[:8192], 0.2 * speech[8192:16384]])
+    fake = (0.7 * real + 0.02 * noise.standard_normal(real.shape)).astype(np.float32)
+    terms = []
+    for n_fft, hop, window in ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240)):
+        r, f = (
+            np.sqrt(np.maximum(np.abs(librosa.stft(x, n_fft=n_fft, hop_length=hop, win_length=window, pad_mode="reflect")) ** 2, 1e-7))
+            for x in (real, fake)
+        )
+        convergence = np.sqrt(((r - f) ** 2).sum((1, 2)) / (r**2).sum((1, 2))).mean()
+        terms.append(convergence + np.abs(np.log(r) - np.log(f)).mean())
+    assert float(StftLoss()(torch.from_numpy(real), torch.from_numpy(fake))) == pytest.approx(np.mean(terms), rel=1e-4)
+
+
+def small_step(**losses: float) -> AdversarialStep:
+    shape = GeneratorConfig(channels=32)
+    config = TrainingConfig("", DataConfig(""), generator=shape, discriminator=SMALL, losses=LossConfig(**losses))
+    return AdversarialStep(config, first_voice(config), Processes(torch.device("cpu")), {})
+
+
+def test_gradients_reach_every_weight(speech: np.ndarray) -> None:
+    step = small_step(stft=1.0, mel=1.0)
+    values = step(torch.from_numpy(speech[:16384]).reshape(2, 8192), 0)
+    assert {"discriminator", "adversarial", "feature_matching", "stft", "mel", "generator"} == set(values)
+    # While every score lies within the hinge, the recordings' and the syntheses' gradients of a score's bias cancel, -1 and +1.
+    cancelled = {f"scales.{i}.layers.{SMALL.layers + 2}.bias" for i in range(SMALL.scales)}
+    for network in (step.generator, step.discriminator):
+        for name, parameter in network.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().max() > 0 or name in cancelled, name
+    step.discriminator.zero_grad()
+    adversarial_loss(step.discriminator(torch.from_numpy(speech[None, None, :8192]))).backward()
+    assert all(dict(step.discriminator.named_parameters())[name].grad.abs() > 0 for name in cancelled)
+
+
+def test_a_discriminator_alone_learns_to_tell_speech_from_noise(speech: np.ndarray) -> None:
+    torch.manual_seed(0)
+    network = Discriminator(replace(SMALL, channels=8))
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3, (0.5, 0.9))
+    segments = torch.from_numpy(speech[:20480]).reshape(10, 1, 2048)
+    learnt, unseen = segments[::2], segments[1::2]
+
+    def noise_like(x: torch.Tensor) -> torch.Tensor:
+        return x.std(dim=2, keepdim=True) * torch.randn_like(x)
+
+    for _ in range(50):
+        loss = discriminator_loss(network(learnt), network(noise_like(learnt)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        for real, fake in zip(network(unseen), network(noise_like(unseen)), strict=True):
+            assert real[-1].mean() > 0 > fake[-1].mean()
+    assert float(loss.detach()) < 0.5 * 2 * SMALL.scales, "the hinge loss begins at 2 for each scale"
