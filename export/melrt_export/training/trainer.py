@@ -25,6 +25,8 @@ from melrt_export.training.validation import Validation, validate
 from melrt_export.training.voice import TrainableVoice, first_voice
 
 BEST = "best"
+# Steps between the questions of several processes whether one of them was told to stop: torchrun waits 30 s before it kills.
+ASK_EVERY = 10
 
 
 class Watcher(Protocol):
@@ -94,7 +96,7 @@ class Trainer:
 
         Args:
             until: Stop after this many steps, counted from the run's beginning.
-            should_stop: Asked after every step (of several processes: whenever losses are logged).
+            should_stop: Asked after every step (of several processes: every tenth).
 
         Raises:
             TrainingError: A loss that is not finite, or a file that can be read no longer; the last checkpoint stays.
@@ -104,7 +106,8 @@ class Trainer:
             self._remove_leftovers()
         if not self.history.errors:
             self._validate()
-        end = min(until or self.config.schedule.steps, self.config.schedule.steps)
+        steps = self.config.schedule.steps
+        end = steps if until is None else min(until, steps)
         self._since = self.history.step, time.perf_counter()
         for batch in self._batches(end):
             self._add(self.step(batch.to(self.processes.device, non_blocking=True), self.history.step))
@@ -207,7 +210,7 @@ class Trainer:
     def _stops(self, should_stop: Callable[[], bool]) -> bool:
         if self.processes.count == 1:
             return should_stop()
-        return self.history.step % self.config.schedule.log_every == 0 and self.processes.sum(float(should_stop()))[0] > 0
+        return self.history.step % ASK_EVERY == 0 and self.processes.sum(float(should_stop()))[0] > 0
 
     def _tell(self, say: Callable[[Watcher], None]) -> None:
         if self._is_first:
