@@ -21,5 +21,5 @@ def test_training_steps_against_a_plain_loop(melrt, tmp_path: Path, monkeypatch:
     assert rows[training.PLAIN]["speedup"] == 1
     step = training.PlainLoop.__call__
     monkeypatch.setattr(training.PlainLoop, "__call__", lambda self, audio: step(self, 1.1 * audio))
-    report = training.run_training_bench(training.TrainingBench(channels=32, batch=1, segment=2048, rounds=3))
+    report = training.run_training_bench(training.TrainingBench(channels=32, batch=1, segment=2048, rounds=1))
     assert not any(row["correct"] for row in report["results"]), "another training is shown as another"

@@ -27,6 +27,7 @@ from melrt_export.checkpoints import load_checkpoint
 from melrt_export.demo import RECORDING
 from melrt_export.mels import read_audio
 from melrt_export.training.config import TrainingConfig, read_config
+from melrt_export.training.processes import Processes
 from melrt_export.training.state import FILE
 from melrt_export.training.trainer import Trainer
 from melrt_export.training.voice import first_voice
@@ -317,6 +318,14 @@ def test_a_loss_that_is_not_finite_is_named_and_not_saved(folder: Path) -> None:
     assert header(folder / "run")["step"] == 10
 
 
+def test_too_little_memory_is_named(folder: Path) -> None:
+    def greedy(_synthesis) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(TrainingError, match="does not hold a step of 2 segments of 4096 samples; set a smaller batch"):
+        Trainer(write_config(folder, 20), extra={"greedy": greedy}).run()
+
+
 def test_a_state_that_cannot_be_resumed_is_named(folder: Path) -> None:
     config = write_config(folder, 20)
     with pytest.raises(TrainingError, match="nothing to resume"):
@@ -349,7 +358,8 @@ def test_a_config_that_does_not_go_together(folder: Path, melrt) -> None:
     for change, message in cases.values():
         with pytest.raises(TrainingError, match=message):
             Trainer(write_config(folder, 20, change))
-    write_config(folder, 20)
+    with pytest.raises(TrainingError, match="batch is 2, shared by 3 processes; it is a multiple of 3"):
+        Trainer(write_config(folder, 20), processes=Processes(torch.device("cpu"), 0, 3))
     (folder / "there.melrt").mkdir()
     code, _, err = melrt("train", folder / "x.toml", "--export", folder / "there.melrt")
     assert (code, "give --export another name" in err) == (2, True)

@@ -42,7 +42,8 @@ def train(
     if export is not None and export.exists():
         raise TrainingError(f"{export} exists; give --export another name, so that the training does not end in vain.")
     with joined(settings.machine) as processes, _stop_signals() as stopped:
-        trainer = Trainer(settings, resume=resume, processes=processes)
+        with Console(stderr=True).status("reading every recording once, building the networks"):
+            trainer = Trainer(settings, resume=resume, processes=processes)
         outcome = _run(trainer, stopped) if processes.rank == 0 else trainer.run(should_stop=stopped.is_set)
     if not outcome.finished:
         if processes.rank == 0:

@@ -110,8 +110,7 @@ class Trainer:
         end = steps if until is None else min(until, steps)
         self._since = self.history.step, time.perf_counter()
         for batch in self._batches(end):
-            self._add(self.step(batch.to(self.processes.device, non_blocking=True), self.history.step))
-            self.history.step += 1
+            self._advance(batch)
             self._tell(lambda watcher: watcher.on_step(self.history.step))
             self._keep_up(end)
             if self._stops(should_stop):
@@ -136,6 +135,17 @@ class Trainer:
         segments = Segments(self.corpus.train, config.data, self.voice.spec.sample_rate, config.seed)
         share = Share(config.data.batch, processes.rank, processes.count, self.history.step, end)
         return batches(segments, share, pinned=processes.device.type == "cuda")
+
+    def _advance(self, batch: Tensor) -> None:
+        try:
+            values = self.step(batch.to(self.processes.device, non_blocking=True), self.history.step)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"the GPU's memory does not hold a step of {len(batch)} segments of {self.config.data.segment} samples; "
+                'set a smaller batch or segment under [data], or precision = "bfloat16" under [machine].'
+            ) from error
+        self._add(values)
+        self.history.step += 1
 
     def _keep_up(self, end: int) -> None:
         """Log, validate and save where the schedule says so, and at the end."""

@@ -72,7 +72,10 @@ def _check(shape: GeneratorConfig, spec: MelSpec, config: TrainingConfig) -> Non
             f"it must give 1 channel with the mel's hop, {spec.hop}."
         )
     segment = config.data.segment
-    smallest = max(shape.smallest_input * spec.hop, spec.n_fft + 1, 1025 if config.losses.stft else 0)
+    # what reflects needs more than it reflects: mel, STFT loss (1024), the coarsest discriminator's first layer (7)
+    smallest = max(
+        shape.smallest_input * spec.hop, spec.n_fft + 1, 1025 if config.losses.stft else 0, 16 << (config.discriminator.scales - 1)
+    )
     if segment % spec.hop or segment < smallest:
         best = -(-max(segment, smallest) // spec.hop) * spec.hop
         raise TrainingError(f"[data] segment is {segment}; it is a multiple of the hop {spec.hop} and at least {smallest}. Take {best}.")
