@@ -22,8 +22,9 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from melrt.bundle import Bundle
+from melrt.edges import Edges
 from melrt.errors import TrainingError
-from melrt_export.checkpoints import load_checkpoint
+from melrt_export.checkpoints import load_checkpoint, native
 from melrt_export.demo import RECORDING
 from melrt_export.mels import read_audio
 from melrt_export.training.config import TrainingConfig, read_config
@@ -274,6 +275,17 @@ def test_fine_tuning_starts_at_the_checkpoint_and_never_ends_worse(folder: Path)
     assert all(np.allclose(before.weights[name], weight, atol=1e-6) for name, weight in after.weights.items())
 
 
+def test_fine_tuning_keeps_the_project_s_edges_and_needs_its_statistics(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Trainer(write_config(folder, 1)).voice.checkpoint("theirs")
+    native.save(folder / "theirs", replace(checkpoint, edges=Edges(2, 2)))
+    start = ('run = "run"\n[generator]\nchannels = 32\nstacks = 1', 'run = "fine"\nstart_from = "theirs"')
+    assert load_checkpoint(Trainer(write_config(folder, 1, start)).run().best).edges == Edges(2, 2)
+    lacking = replace(checkpoint, lacks_statistics=True)
+    monkeypatch.setattr("melrt_export.training.voice.load_checkpoint", lambda _: lacking)
+    with pytest.raises(TrainingError, match="put its stats.h5 or stats.npy beside it"):
+        first_voice(write_config(folder, 1, start))
+
+
 def test_another_generator_and_another_loss(folder: Path) -> None:
     """What quantisation-aware training needs: a module around the generator, weights out of it, and a term of one's own."""
     config = write_config(folder, 3)
@@ -353,6 +365,7 @@ def test_a_config_that_does_not_go_together(folder: Path, melrt) -> None:
         "hop": (("stacks = 1", "stacks = 1\nupsample_scales = [8, 8]"), "it must give 1 channel with the mel's hop, 256"),
         "segment": (("segment = 4096", "segment = 5000"), r"segment is 5000; it is a multiple of the hop 256 and at least \d+. Take 5120"),
         "bands": (("stacks = 1", "stacks = 1\nin_channels = 40"), "in_channels is 40"),
+        "normalised": (("[schedule]", f"[mel.normalisation]\nmean = {[0.0] * 80}\nscale = {[1.0] * 80}\n[schedule]"), "Remove it"),
         "bank": (("stacks = 1", "stacks = 1\npqmf_taps = 62\nout_channels = 4"), "name one as start_from"),
     }
     for change, message in cases.values():

@@ -57,6 +57,7 @@ def speech() -> np.ndarray:
         MelSpec(),
         MelSpec(framing="center", log="ln", scale="htk", norm=None, f_max=8000.0),
         MelSpec(n_fft=2048, win_length=1200, hop=300, n_mels=40, log="dB", power=2.0, floor=1e-10, f_min=80.0),
+        MelSpec(log="log2", gain=0.5, floor=1e-3, padding="constant", preemphasis=0.97),
     ],
 )
 def test_the_mel_on_the_fly_is_the_voice_s(spec: MelSpec, speech: np.ndarray) -> None:

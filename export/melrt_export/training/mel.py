@@ -27,7 +27,9 @@ class LogMel(nn.Module):
     def forward(self, audio: Tensor) -> Tensor:
         spec = self.spec
         pad = (spec.n_fft - spec.hop) // 2 if spec.framing == "same" else spec.n_fft // 2
-        padded = F.pad(audio[:, None], (pad, pad), "reflect")[:, 0]
+        if spec.preemphasis:
+            audio = torch.cat([audio[:, :1], audio[:, 1:] - spec.preemphasis * audio[:, :-1]], dim=1)
+        padded = F.pad(audio[:, None], (pad, pad), spec.padding)[:, 0]
         spectrum = torch.stft(padded, spec.n_fft, spec.hop, spec.win_length, self.window, center=False, return_complex=True)
         return self._logarithm(self.filters @ spectrum.abs() ** spec.power)
 
@@ -37,6 +39,4 @@ class LogMel(nn.Module):
 
     def _logarithm(self, bands: Tensor) -> Tensor:
         bands = bands.clamp(min=self.spec.floor)
-        if self.spec.log == "ln":
-            return bands.log()
-        return bands.log10() * (20 if self.spec.log == "dB" else 1)
+        return bands.log() * self.spec.unit if self.spec.unit else bands * self.spec.gain

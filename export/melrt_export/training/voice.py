@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from melrt.edges import Edges
 from melrt.errors import TrainingError
 from melrt.mel import MelSpec
 from melrt_export.checkpoints import Checkpoint, load_checkpoint
@@ -31,10 +32,12 @@ class TrainableVoice:
     """What is trained: every parameter that asks for a gradient."""
     folded: Callable[[nn.Module], dict[str, np.ndarray]] = folded_weights
     """From the trained module to the tensors that `config` names; a module that is more than weight norm brings its own."""
+    edges: Edges = field(default_factory=Edges)
+    """What the project of the checkpoint that it started from does at the ends of an utterance."""
 
     def checkpoint(self, name: str) -> Checkpoint:
         """The voice as it is now."""
-        return Checkpoint(name, "melrt", Path(), "", self.config, self.folded(self.generator), self.spec)
+        return Checkpoint(name, "melrt", Path(), "", self.config, self.folded(self.generator), self.spec, self.edges)
 
 
 def first_voice(config: TrainingConfig) -> TrainableVoice:
@@ -47,14 +50,19 @@ def first_voice(config: TrainingConfig) -> TrainableVoice:
     if config.start_from:
         checkpoint = load_checkpoint(config.start_from)
         generator = Generator.from_weights(checkpoint.config, {n: torch.from_numpy(w) for n, w in checkpoint.weights.items()})
-        shape, spec = checkpoint.config, checkpoint.spec
+        if checkpoint.lacks_statistics:
+            raise TrainingError(
+                f"{config.start_from} takes mels that were normalised, and lacks the statistics to make such; "
+                "put its stats.h5 or stats.npy beside it."
+            )
+        shape, spec, edges = checkpoint.config, checkpoint.spec, checkpoint.edges
     else:
-        shape, spec = config.generator, config.mel
+        shape, spec, edges = config.generator, config.mel, Edges()
         if shape.pqmf_taps:
             raise TrainingError("pqmf_taps asks for a filter bank, whose filters only a checkpoint holds; name one as start_from.")
         generator = _drawn(shape, config.seed)
     _check(shape, spec, config)
-    return TrainableVoice(shape, spec, add_weight_norm(generator.train()))
+    return TrainableVoice(shape, spec, add_weight_norm(generator.train()), edges=edges)
 
 
 def _drawn(shape: GeneratorConfig, seed: int) -> Generator:
@@ -64,6 +72,8 @@ def _drawn(shape: GeneratorConfig, seed: int) -> Generator:
 
 
 def _check(shape: GeneratorConfig, spec: MelSpec, config: TrainingConfig) -> None:
+    if spec.normalisation is not None:
+        raise TrainingError("[mel] has a normalisation; a voice takes plain log-mels, and learns what to make of their level. Remove it.")
     if shape.in_channels != spec.n_mels:
         raise TrainingError(f"[generator] in_channels is {shape.in_channels}, [mel] n_mels {spec.n_mels}; make them the same.")
     if shape.hop != spec.hop or shape.out_channels != shape.subbands:
