@@ -2,148 +2,170 @@
 
 from __future__ import annotations
 
-import json
 import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from melrt.errors import MelrtError
 from melrt.files import whole_file
+from melrt_benchmarks.progress import steps
+
+if TYPE_CHECKING:
+    from melrt_benchmarks.results import Report
 
 console = Console(highlight=False)
+# Lengths in seconds that memory is measured at: in windows, and in one run over the whole.
+MEMORY = {"windows": (30.0, 1800.0), "whole": (30.0, 60.0, 120.0)}
 
 
 def bench(
-    voice: Annotated[Path, typer.Argument(metavar="VOICE.melrt", help="The bundle.")],
-    checkpoint: Annotated[Path, typer.Option(help="The checkpoint that it was exported from, for PyTorch and the plain export.")],
+    voice: Annotated[Path | None, typer.Argument(metavar="VOICE.melrt", help="The bundle.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="What it was exported from, for PyTorch and the plain export.")] = None,
+    precisions: Annotated[str, typer.Option(help="Of melrt, comma-separated: fp32, tf32, fp16, int8.")] = "fp32",
+    backends: Annotated[str, typer.Option(help="Of melrt, comma-separated: onnxruntime, tensorrt.")] = "onnxruntime",
     seconds: Annotated[str, typer.Option(help="Lengths of audio, comma-separated.")] = "1,4,10",
+    batch: Annotated[str, typer.Option(help="Utterances in one call, comma-separated.")] = "1",
+    concurrency: Annotated[str, typer.Option(help="Callers at once, comma-separated; none: not measured.")] = "",
+    only: Annotated[str, typer.Option(help="Run only contenders whose name holds this.")] = "",
     rounds: Annotated[int, typer.Option(help="Counted rounds; each runs every contender once.")] = 15,
     threads: Annotated[int | None, typer.Option(help="CPU threads of every contender; default: all cores.")] = None,
+    streams: Annotated[bool, typer.Option("--streams", help="Also find how many real-time streams are held (minutes).")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Also measure peak memory against length (minutes).")] = False,
+    profile: Annotated[bool, typer.Option("--profile/--no-profile", help="Time each operation against its own limit.")] = True,
+    start_up: Annotated[bool, typer.Option("--start-up/--no-start-up", help="Time starts, each in a process of its own.")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="Write a report with pictures here, one file.")] = None,
+    pictures: Annotated[Path | None, typer.Option("--pictures", help="Write the pictures here, a folder of PNGs.")] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(metavar="OLD NEW", help="Compare two JSON files instead of measuring.")
+    ] = None,
 ) -> None:
-    """Time a voice against PyTorch and a plain ONNX export on the CPU: one interleaved run, medians, outputs checked."""
-    from melrt_benchmarks.bench import run_bench
+    """Time a voice against PyTorch, a plain ONNX export and others: one interleaved run, medians, outputs checked.
 
-    lengths = _lengths("seconds", seconds)
-    if rounds < 3:
-        raise MelrtError(f"--rounds is {rounds}; it is at least 3, or there is no spread to tell of.")
-    with _steps() as bar:
-        task = bar.add_task("loading", total=None)
-        report = run_bench(voice, checkpoint, lengths, rounds, threads or len(os.sched_getaffinity(0)),
-                           lambda step: bar.update(task, description=step))  # fmt: skip
-    _write(json_file, report)
-    table = Table("audio s", "contender", "median ms", "p90 ms", "real-time factor", "times real time", "against PyTorch", "max abs")
-    for row in report["results"]:
-        wrong = "" if row["correct"] else " [bold red]WRONG[/]"
-        table.add_row(
-            f"{row['seconds']:.2f}", row["contender"], f"{row['median_ms']:.1f}", f"{row['p90_ms']:.1f}", f"{row['real_time_factor']:.4f}",
-            f"{row['times_real_time']:.1f}", f"{row['speedup']:.2f}x", f"{row['max_abs']:.0e}{wrong}",
+    `melrt bench voice.melrt --checkpoint best_netG.pt --html report.html` tells most. The real-time factor is compute time over audio time;
+    its inverse is how many times faster than real time. `melrt bench --compare old.json new.json` says what became faster or slower, and
+    exits with 1 if anything became slower or wrong; so does a run in which an output is wrong.
+    """
+    if compare is not None:
+        raise typer.Exit(_compare(*compare))
+    if voice is None:
+        raise MelrtError("give a VOICE.melrt to measure, or --compare OLD.json NEW.json.")
+    from melrt_benchmarks.bench import Plan, run_bench
+
+    with steps() as tell:
+        plan = Plan(
+            voice, checkpoint, _words(precisions), _words(backends), _numbers("seconds", seconds, float), _numbers("batch", batch, int),
+            _numbers("concurrency", concurrency, int), rounds, threads or len(os.sched_getaffinity(0)), only, profile, start_up,
+            " ".join(["melrt", *sys.argv[1:]]), tell,
         )  # fmt: skip
-    console.print(table)
-    machine = report["environment"]
-    console.print(f"{machine['cpu']}, {machine['threads']} threads, {rounds} rounds, load {machine['load_1min']}", markup=False)
+        report = run_bench(plan)
+        if streams:
+            report = replace(report, streams=_measure_streams(voice, plan.threads, tell))
+        if memory:
+            report = replace(report, memory=_measure_memory(voice, tell))
+    _show(report)
+    _write(report, json_file, html_file, pictures)
+    if not all(row.correct for row in report.latencies):
+        raise typer.Exit(1)
 
 
-def bench_streams(
-    voice: Annotated[Path, typer.Argument(metavar="VOICE.melrt", help="The bundle.")],
-    chunk: Annotated[int, typer.Option(help="Frames that come at once.")] = 16,
-    buffer: Annotated[float, typer.Option(help="Seconds of audio that a listener has in hand.")] = 0.2,
-    seconds: Annotated[float, typer.Option(help="How long each listener listens.")] = 8.0,
-    step: Annotated[int, typer.Option(help="By how many streams the load rises.")] = 2,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
-) -> None:
-    """Find how many real-time streams this machine holds without underrun, with in-flight batching and without."""
-    from melrt_benchmarks.bench import environment
+def _measure_streams(voice: Path, threads: int, tell: Callable[[str], None]) -> tuple[dict[str, Any], ...]:
     from melrt_benchmarks.streams import Load, most_streams
 
-    if chunk < 8 or not 0 < buffer < 60 or not 0 < seconds <= 600 or step < 1:
-        raise MelrtError("--chunk is at least 8 frames, --buffer and --seconds above 0, --step at least 1.")
-    with _steps() as bar:
-        task = bar.add_task("loading", total=None)
-        rows = most_streams(str(voice), Load(chunk, buffer, seconds), step, threads, lambda text: bar.update(task, description=text))
-    used = threads or len(os.sched_getaffinity(0))
-    _write(
-        json_file,
-        {"schema": 1, "load": {"chunk": chunk, "buffer": buffer, "seconds": seconds}, "environment": environment(used), "results": rows},
-    )
-    table = Table("streams", "", "late", "of", "latency p50 ms", "p99", "first audio p50 ms", "p99", "")
-    for row in rows:
-        kind, verdict = ("in flight" if row["in_flight"] else "each alone"), ("held" if row["held"] else "[red]too many[/]")
-        numbers = (row["streams"], kind, row["underruns"], row["pushes"], *row["latency_ms"], *row["first_audio_ms"])
-        table.add_row(*map(str, numbers), verdict)
-    console.print(table)
+    return tuple(most_streams(str(voice), Load(), threads=threads, on_step=tell))
 
 
-def bench_memory(
-    voice: Annotated[Path, typer.Argument(metavar="VOICE.melrt", help="The bundle.")],
-    windowed: Annotated[str, typer.Option(help="Lengths for melrt synth, seconds, comma-separated.")] = "30,1800",
-    whole: Annotated[str, typer.Option(help="Lengths for one run over the whole utterance, seconds.")] = "30,60,120",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
-) -> None:
-    """Measure the peak memory of a synthesis against its length, in windows and whole; each in a process of its own."""
-    from melrt_benchmarks.bench import environment
+def _measure_memory(voice: Path, tell: Callable[[str], None]) -> tuple[dict[str, Any], ...]:
     from melrt_benchmarks.memory import peak_memory
 
     rows = []
-    table = Table("audio s", "", "peak MiB")
-    with _steps() as bar:
-        task = bar.add_task("measuring", total=None)
-        for kind, lengths in (("windows", _lengths("windowed", windowed)), ("whole", _lengths("whole", whole))):
-            for seconds in lengths:
-                bar.update(task, description=f"{seconds:g} s, {kind}")
-                peak = round(peak_memory(voice, seconds, whole=kind == "whole"), 1)
-                rows.append({"seconds": seconds, "kind": kind, "peak_mib": peak})
-                table.add_row(f"{seconds:g}", kind, f"{peak:.0f}")
-    _write(json_file, {"schema": 1, "environment": environment(len(os.sched_getaffinity(0))), "results": rows})
-    console.print(table)
+    for kind, lengths in MEMORY.items():
+        for seconds in lengths:
+            tell(f"memory of {seconds:g} s, {kind}")
+            rows.append({"seconds": seconds, "kind": kind, "peak_mib": round(peak_memory(voice, seconds, whole=kind == "whole"), 1)})
+    return tuple(rows)
 
 
-def bench_training(
-    channels: Annotated[int, typer.Option(help="Width of the generator: 512 is the published one.")] = 512,
-    batch: Annotated[int, typer.Option(help="Segments of 8192 samples in a step.")] = 16,
-    rounds: Annotated[int, typer.Option(help="Counted steps of each contender.")] = 9,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of both; default: all cores.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
-) -> None:
-    """Time training steps on the CPU against a plain loop of the same networks: one interleaved run, medians, first losses compared."""
-    from melrt_benchmarks.training import TrainingBench, run_training_bench
-
-    if rounds < 3 or batch < 1:
-        raise MelrtError(f"--rounds is {rounds} and --batch {batch}; they are at least 3 and 1.")
-    options = TrainingBench(channels, batch, rounds=rounds, threads=threads or len(os.sched_getaffinity(0)))
-    with _steps() as bar:
-        task = bar.add_task("making the networks", total=None)
-        report = run_training_bench(options, lambda step: bar.update(task, description=step))
-    _write(json_file, report)
-    table = Table("contender", "steps/s", "median s", "p90 s", "against the plain loop", "same losses")
-    for row in report["results"]:
-        figures = [f"{row[name]:.3f}" for name in ("steps_per_second", "median_s", "p90_s", "speedup")]
-        table.add_row(row["contender"], *figures, "yes" if row["correct"] else "NO")
-    console.print(table)
-
-
-def _lengths(option: str, text: str) -> list[float]:
-    try:
-        lengths = [float(part) for part in text.split(",")]
-    except ValueError:
-        lengths = []
-    if not lengths or not all(0 < length <= 7200 for length in lengths):
-        raise MelrtError(f"--{option} is {text!r}; it is lengths in seconds, above 0 and up to 7200, as in 1,4,10.")
-    return lengths
-
-
-def _write(json_file: Path | None, report: object) -> None:
+def _write(report: Report, json_file: Path | None, html_file: Path | None, pictures: Path | None) -> None:
     if json_file:
-        with whole_file(json_file) as temporary:
-            temporary.write_text(json.dumps(report, indent=1) + "\n")
+        report.save(json_file)
+    if html_file:
+        from melrt_benchmarks.report import write_html
+
+        write_html(report, html_file)
+    if pictures:
+        from melrt_benchmarks.figures import draw
+
+        pictures.mkdir(parents=True, exist_ok=True)
+        for title, picture in draw(report).items():
+            with whole_file(pictures / f"{title.split(',')[0].lower().replace(' ', '-')}.png") as temporary:
+                temporary.write_bytes(picture)
 
 
-def _steps() -> Progress:
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+def _show(report: Report) -> None:
+    for seconds, batch in dict.fromkeys((row.seconds, row.batch) for row in report.latencies):
+        title = f"{seconds:.2f} s of audio" + (f", {batch} at once" if batch > 1 else "")
+        table = _table(title, "contender", "p50 ms", "p90 ms", "RTF", "x real time", "x first", "max abs")
+        for row in report.latencies:
+            if (row.seconds, row.batch) == (seconds, batch):
+                wrong = "" if row.correct else " [bold red]WRONG[/]"
+                table.add_row(
+                    row.contender, f"{row.p50_ms:.1f}", f"{row.p90_ms:.1f}", f"{row.real_time_factor:.4f}", f"{row.times_real_time:.1f}",
+                    f"{row.speedup[0]:.2f}", f"{row.max_abs:.0e}{wrong}",
+                )  # fmt: skip
+        console.print(table)
+    console.print("RTF: compute time over audio time, and its inverse; x first: times as fast as the first, median of the rounds.")
+    if report.throughputs:
+        table = _table("several callers at once", "contender", "callers", "x real time", "p50 ms", "p99 ms")
+        for load in report.throughputs:
+            table.add_row(load.contender, str(load.concurrency), f"{load.times_real_time:.1f}", f"{load.p50_ms:.0f}", f"{load.p99_ms:.0f}")
+        console.print(table)
+    for one in report.skipped:
+        console.print(f"not run: {one.contender}: {one.reason}", markup=False)
+    record = report.environment
+    console.print(f"{record['cpu']}, {record['threads']} threads, {report.rounds} rounds, load {record['load_1min']}", markup=False)
+    if report.noise:
+        console.print(report.noise, markup=False)
+
+
+def _table(title: str, first: str, *heads: str) -> Table:
+    """Texts on the left and numbers on the right, narrow enough for 80 columns."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0), pad_edge=False)
+    table.add_column(first)
+    for head in heads:
+        table.add_column(head, justify="right")
+    return table
+
+
+def _compare(old: Path, new: Path) -> int:
+    from melrt_benchmarks.compare import compare
+    from melrt_benchmarks.results import Report
+
+    table = _table("", "contender", "audio s", "batch", "new / old time", "verdict")
+    worse = 0
+    for change in compare(Report.load(old), Report.load(new)):
+        bad = change.verdict in ("slower", "now wrong")
+        worse += bad
+        table.add_row(change.contender, f"{change.seconds:.2f}", str(change.batch), "" if change.ratio is None else f"{change.ratio:.3f}",
+                      f"[bold red]{change.verdict}[/]" if bad else change.verdict)  # fmt: skip
+    console.print(table)
+    return 1 if worse else 0
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise MelrtError(f"--{option} is {text!r}; it is numbers with commas between, as in 1,4,10.") from None
