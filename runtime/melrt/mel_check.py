@@ -27,6 +27,8 @@ FAR = 2.5
 NEAR = 2.0
 NOWHERE = 6.0
 STRETCH = 64
+# Of one utterance, frames that are looked at for so many that are spoken.
+MOST_SEEN = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +71,17 @@ class MelCheck:
         self._held: list[NDArray[np.float32]] = []
         self._lock = threading.Lock()
         self._done = levels is None
+        self._pause = spec.silence + 0.5 * levels.deviation if levels else 0.0
 
     def look(self, mel: NDArray[np.float32]) -> None:
-        """Take notice of frames (M, T); a few of a stream at a time add up to a stretch."""
+        """Take notice of frames (M, T); a few of a stream at a time add up to a stretch. Pauses have no level to go by and are left out."""
         if self._done:
             return
+        spoken = self._spoken(mel[:, :MOST_SEEN])[:, :STRETCH]
+        if not spoken.shape[1]:
+            return
         with self._lock:
-            self._held.append(mel[:, :STRETCH].copy())
+            self._held.append(spoken)
             if sum(frames.shape[1] for frames in self._held) < STRETCH:
                 return
             stretch = np.concatenate(self._held, axis=1)
@@ -91,8 +97,9 @@ class MelCheck:
             mel: A stretch (M, T) of speech.
         """
         levels, spec = self._levels, self._spec
-        if levels is None or (far := levels.distance(mel)) < FAR or float(mel.max()) < spec.silence + 0.5 * levels.deviation:
-            return None  # as expected, or hardly anything but silence
+        mel = self._spoken(mel)
+        if levels is None or not mel.shape[1] or (far := levels.distance(mel)) < FAR:
+            return None
         found = (
             f"mel has values about {mel.mean():.3g} ± {mel.std():.2g}; this voice expects about {levels.mean:.3g} ± {levels.deviation:.2g}"
         )
@@ -100,6 +107,9 @@ class MelCheck:
         if nearest < min(NEAR, 0.7 * far):
             return f"{found} ({spec.describe()}). It looks like {cause}. {remedy}"
         return f"{found} ({spec.describe()}). Compare how it was made with `melrt info`." if far > NOWHERE else None
+
+    def _spoken(self, mel: NDArray[np.float32]) -> NDArray[np.float32]:
+        return mel[:, mel.max(axis=0, initial=-np.inf) > self._pause]
 
     def _suspects(self, mel: NDArray[np.float32]) -> Iterator[tuple[float, str, str]]:
         """Distance from the expected levels if the frames are such, what they are called, and what mends them."""

@@ -103,13 +103,17 @@ def test_one_warning_for_each_voice_streamed_or_whole(tiny_bundle: Bundle, audio
     spec = tiny_bundle.manifest.spec
     right = mel_from_audio(audio[: 256 * 200], spec)
     wrong = replace(spec, log="ln").convert(right, spec)
+    pause = np.full((80, 50), spec.silence, np.float32)
     with caplog.at_level(logging.WARNING, "melrt"):
         with Vocoder.load(tiny_bundle) as vocoder:
             vocoder(right)
+            vocoder(np.concatenate([pause, right[:, :40]], axis=1))  # begins with more silence than speech
+            for stream in [vocoder.open_stream() for _ in range(8)]:
+                stream.push(np.concatenate([pause[:, :12], right[:, :4]], axis=1))
             list(vocoder.stream(right[:, i : i + 9] for i in range(0, 200, 9)))
         assert not caplog.messages
         with Vocoder.load(tiny_bundle) as vocoder:
-            list(vocoder.stream(wrong[:, i : i + 9] for i in range(0, 200, 9)))
+            list(vocoder.stream(np.concatenate([pause, wrong], axis=1)[:, i : i + 9] for i in range(0, 250, 9)))
             vocoder(wrong)
             list(vocoder.batch([wrong, wrong]))
     (message,) = caplog.messages
