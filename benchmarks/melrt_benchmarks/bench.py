@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from melrt_benchmarks.gpu_meter import Reading, open_meter
 from melrt_benchmarks.profile import profile
 from melrt_benchmarks.results import Latency, Report, Skipped, Throughput
 from melrt_benchmarks.start_up import start_up
-from melrt_benchmarks.timing import Timing, interleave, noise_note
+from melrt_benchmarks.timing import Timing, interleave, noise_note, timed
 from melrt_export.checkpoints import load_checkpoint
 from melrt_export.parity import Difference, probe_mel, pytorch_audio
 
@@ -88,7 +88,7 @@ def run_bench(plan: Plan) -> Report:
         for seconds in plan.seconds:
             for batch in plan.batches:
                 plan.on_step(f"{seconds:g} s of audio, batch {batch}")
-                rows, measured = _latencies(bundle, source, running, (seconds, batch), plan)
+                rows, measured = _latencies(bundle, source, (running, skipped), (seconds, batch), plan)
                 latencies += rows
                 timings |= {f"{name} {seconds} {batch}": timing for name, timing in measured.items()}
         throughputs = [row for callers in plan.concurrency for row in _throughputs(bundle, running, callers, plan)]
@@ -124,14 +124,14 @@ def _loaded(bench: Bench, plan: Plan) -> Iterator[tuple[list[Contender], list[Sk
 
 
 def _latencies(
-    bundle: Bundle, source: Any, running: list[Contender], shape: tuple[float, int], plan: Plan
+    bundle: Bundle, source: Any, field: tuple[list[Contender], list[Skipped]], shape: tuple[float, int], plan: Plan
 ) -> tuple[list[Latency], dict[str, Timing]]:
-    seconds, batch = shape
+    (running, skipped), (seconds, batch) = field, shape
     spec = bundle.manifest.spec
     frames = max(round(seconds * spec.sample_rate / spec.hop), bundle.manifest.smallest_input)
     mel = np.stack([probe_mel(spec, frames, seed) for seed in range(batch)])
     reference = pytorch_audio(source, mel) if source else _reference(bundle, mel)
-    differences = {one.name: _difference(reference, one.run(mel)) for one in running}
+    differences = {name: _difference(reference, output) for name, output in _outputs(running, skipped, mel)}
     times = interleave({one.name: partial(one.run, mel) for one in running}, plan.rounds)
     first = times[running[0].name]
     meter = open_meter()
@@ -141,6 +141,19 @@ def _latencies(
         gpu = meter.read(partial(one.run, mel)) if meter and one.on_gpu else None
         rows.append(_row(one, times[one.name], first, differences[one.name], (audio, batch), gpu))
     return rows, times
+
+
+def _outputs(running: list[Contender], skipped: list[Skipped], mel: NDArray[np.float32]) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """What each makes of these mels; another's product that fails on them is out of the race, a failure of melrt is one of the run."""
+    for one in list(running):
+        try:
+            yield one.name, one.run(mel)
+        except Exception as error:
+            if one.name.startswith("melrt"):
+                raise
+            running.remove(one)
+            one.close()
+            skipped.append(Skipped(one.name, f"failed on mels of shape {mel.shape}: {(str(error).splitlines() or [repr(error)])[0][:200]}"))
 
 
 def _difference(reference: NDArray[np.float32], output: NDArray[np.float32]) -> Difference:
@@ -183,23 +196,16 @@ def _throughputs(bundle: Bundle, running: list[Contender], callers: int, plan: P
     audio = frames * spec.hop / spec.sample_rate
     for one in running:
         plan.on_step(f"{callers} callers, {one.name}")
-        took: list[float] = []
-
-        def ask(mel: NDArray[np.float32], run: Any = one.run, took: list[float] = took) -> None:
-            for _ in range(REQUESTS):
-                start = time.perf_counter()
-                run(mel)
-                took.append(time.perf_counter() - start)
-
         one.run(mels[0])
-        threads = [threading.Thread(target=ask, args=(mel,)) for mel in mels]
-        start = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        whole = time.perf_counter() - start
-        timing = Timing(np.array(took))
+        with ThreadPoolExecutor(callers) as pool:
+            start = time.perf_counter()
+            took = list(pool.map(partial(_ask, one), mels))
+            whole = time.perf_counter() - start
+        timing = Timing(np.concatenate(took))
         requests = callers * REQUESTS
         speed = round(requests * audio / whole, 2)
         yield Throughput(one.name, callers, round(audio, 3), requests, speed, round(1000 * timing.median, 3), _ms(timing, 99))
+
+
+def _ask(one: Contender, mel: NDArray[np.float32]) -> list[float]:
+    return [timed(partial(one.run, mel)) for _ in range(REQUESTS)]

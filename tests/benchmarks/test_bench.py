@@ -163,11 +163,13 @@ def test_wrong_turns(melrt, tiny_bundle_path: Path, tmp_path: Path) -> None:
 def test_a_wrong_contender_is_shown_as_wrong(melrt, tiny_bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def planted(*_: object):
         yield contenders.Contender("silent", "fp32", lambda mel: np.zeros((len(mel), mel.shape[2] * 256), np.float32))
+        yield contenders.Contender("fails", "fp32", lambda mel: mel.no_such_thing)
         yield contenders.Contender("as long as it likes", "fp32", lambda mel: np.zeros((len(mel), 7), np.float32))
 
     monkeypatch.setattr("melrt_benchmarks.bench.contenders", planted)
     code, out, _ = melrt("bench", tiny_bundle_path, "--seconds", "0.5", "--rounds", "3", "--no-start-up", "--no-profile")
     assert (code, out.count("WRONG")) == (1, 2)
+    assert "not run: fails: failed on mels of shape (1, 80, 43)" in out
 
 
 @pytest.mark.parametrize(("factor", "verdict", "code"), [(1.1, "slower", 1), (0.9, "faster", 0), (1.0, "same", 0)])
