@@ -141,14 +141,13 @@ def test_what_the_wheel_holds(tmp_path: Path) -> None:
 
 def test_the_readme_s_figures_are_the_measured_ones() -> None:
     """Each row of its table comes from the committed result file; the message of a failure is what the README should say."""
-    report = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text())
-    lengths: dict[float, list[dict]] = {}
-    for row in report["results"]:
-        assert row["correct"], row
-        lengths.setdefault(round(row["seconds"]), []).append(row)
+    report = Report.load(ROOT / "benchmarks" / "results" / "cpu.json")
+    lengths: dict[float, dict[str, float]] = {}
+    for row in report.latencies:
+        assert row.correct, row
+        lengths.setdefault(round(row.seconds), {})[row.contender] = row.times_real_time
     table = []
-    for seconds, rows in lengths.items():
-        times = {row["contender"]: row["times_real_time"] for row in rows}
-        eager, plain, ours = times["PyTorch eager"], times["ONNX Runtime, plain torch.onnx.export"], times["melrt, onnxruntime fp32"]
+    for seconds, times in lengths.items():
+        eager, plain, ours = (times[name] for name in ("PyTorch eager", "ONNX Runtime, plain export", "melrt, onnxruntime fp32"))
         table.append(f"| {seconds} s | {eager:.1f} x real time | {plain:.1f} x | **{ours:.1f} x** |")
     assert "\n".join(table) in (ROOT / "README.md").read_text(), "\n".join(table)
