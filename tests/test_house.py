@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 import subprocess
 import sys
@@ -12,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from melrt_benchmarks.results import Report
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {

@@ -12,12 +12,13 @@ from melrt_benchmarks.figures import draw
 from melrt_benchmarks.results import Report
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; background: #fff }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; background: #fff }
 h1 { font-size: 1.6rem; margin-bottom: 0 } h2 { font-size: 1.15rem; margin-top: 2.2rem }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: 13px; white-space: nowrap }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd } th { border-bottom: 2px solid #888 }
+th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd } th { border-bottom: 2px solid #888 }
 th:first-child, td:first-child { text-align: left } .wrong { color: #b00020; font-weight: bold }
-img { max-width: 100%; height: auto } .quiet { color: #555 } .note { background: #fff3cd; padding: .6rem 1rem; border-radius: 4px }
+img { max-width: min(100%, 62rem); height: auto }
+.quiet { color: #555 } .note { background: #fff3cd; padding: .6rem 1rem; border-radius: 4px }
 """
 # Of the profile; the rest is one line.
 MOST_LAYERS = 20
@@ -68,7 +69,7 @@ def _latencies(report: Report) -> str:
     )
     rows: list[tuple[str, ...]] = [
         (
-            row.contender, f"{row.seconds:g} s" + (f" × {row.batch}" if row.batch > 1 else ""), f"{row.p50_ms:.1f}", f"{row.p90_ms:.1f}",
+            row.contender, f"{row.seconds:.2f} s" + (f" × {row.batch}" if row.batch > 1 else ""), f"{row.p50_ms:.1f}", f"{row.p90_ms:.1f}",
             f"{row.p95_ms:.1f}", f"{row.p99_ms:.1f}", f"{row.worst_ms:.1f}", f"{row.real_time_factor:.4f}", f"{row.times_real_time:.1f}",
             "{:.2f} ({:.2f} to {:.2f})".format(*row.speedup), f"{row.max_abs:.0e}", f"{row.snr_db:.0f}" if row.correct else "WRONG",
         )
