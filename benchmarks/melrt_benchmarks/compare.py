@@ -13,7 +13,9 @@ from melrt_benchmarks.results import Latency, Report
 from melrt_benchmarks.timing import median_interval
 
 Key = tuple[str, float, int]
-Verdict = Literal["same", "faster", "slower", "now wrong", "now right", "gone", "new", "yardstick"]
+Verdict = Literal["same", "faster", "slower", "now wrong", "now right", "gone", "new", "yardstick", "uncertain"]
+# A yardstick that moved by more than this is another machine, or a busy one, which slows contenders unequally.
+MOVED = 1.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ def compare(old: Report, new: Report) -> Iterator[Change]:
 
     Where both began with the same contender and have another in common, that first one is the yardstick: times are taken relative
     to it, round by round, since a machine that is slower today slows both. A row is faster or slower where the 95 % intervals of the
-    two medians do not meet.
+    two medians do not meet, and uncertain where the yardstick itself moved by more than a quarter.
 
     Raises:
         MelrtError: The reports have no row in common.
@@ -59,8 +61,17 @@ def _change(old: Report, new: Report, key: Key, yardstick: str | None) -> Change
     was, now = _rows(old)[key], _rows(new)[key]
     relative_to = None if key[0] == yardstick else yardstick
     before, after = (_interval(report, row, relative_to) for report, row in ((old, was), (new, now)))
-    verdict = "yardstick" if key[0] == yardstick and was.correct == now.correct else _verdict(was, now, before, after)
+    verdict = _verdict(was, now, before, after)
+    if key[0] == yardstick and was.correct == now.correct:
+        verdict = "yardstick"
+    elif verdict in ("slower", "faster") and yardstick and _moved(old, new, (yardstick, *key[1:])) > MOVED:
+        verdict = "uncertain"
     return Change(*key, round(after[0] / before[0], 4), verdict)
+
+
+def _moved(old: Report, new: Report, key: Key) -> float:
+    times = [median_interval(np.array(_rows(report)[key].milliseconds))[0] for report in (old, new)]
+    return max(times) / min(times)
 
 
 def _rows(report: Report) -> dict[Key, Latency]:

@@ -172,9 +172,12 @@ def test_a_wrong_contender_is_shown_as_wrong(melrt, tiny_bundle_path: Path, monk
     assert "not run: fails: failed on mels of shape (1, 80, 43)" in out
 
 
-@pytest.mark.parametrize(("factor", "verdict", "code"), [(1.1, "slower", 1), (0.9, "faster", 0), (1.0, "same", 0)])
-def test_ten_percent_are_found_through_noise_and_a_slower_machine(melrt, tmp_path: Path, factor: float, verdict: str, code: int) -> None:
-    """The second run's machine is twice as slow as a whole, and every run strays by 3 %."""
+@pytest.mark.parametrize(
+    ("machine", "factor", "verdict", "code"),
+    [(1.2, 1.1, "slower", 1), (1.2, 0.9, "faster", 0), (1.2, 1.0, "same", 0), (2.0, 1.1, "uncertain", 0)],
+)
+def test_ten_percent_are_found_through_noise(melrt, tmp_path: Path, machine: float, factor: float, verdict: str, code: int) -> None:
+    """The second run's machine is slower as a whole, and every run strays by 3 %; twice as slow, and nothing is certain."""
     noise = np.random.default_rng(1)
 
     def row(name: str, median: float) -> Latency:
@@ -183,8 +186,8 @@ def test_ten_percent_are_found_through_noise_and_a_slower_machine(melrt, tmp_pat
         return Latency(name, 1.0, 1, tuple(times), **figures, speedup=(1.0, 1.0, 1.0), device_ms=None, joules=None, max_abs=0.0,
                        snr_db=99.0, correct=True)  # fmt: skip
 
-    for name, machine, ours in (("old", 1.0, 1.0), ("new", 2.0, factor)):
-        rows = row("PyTorch eager", 100 * machine), row("melrt", 40 * machine * ours)
+    for name, slow, ours in (("old", 1.0, 1.0), ("new", machine, factor)):
+        rows = row("PyTorch eager", 100 * slow), row("melrt", 40 * slow * ours)
         Report("voice", "", {}, 15, rows).save(tmp_path / f"{name}.json")
     result, out, _ = melrt("bench", "--compare", tmp_path / "old.json", tmp_path / "new.json")
     line = next(line for line in out.splitlines() if line.strip().startswith("melrt"))
