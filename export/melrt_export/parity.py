@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -109,9 +110,22 @@ def pytorch_audio(checkpoint: Checkpoint, mel: NDArray[np.float32], *, half: boo
 
     generator = Generator.from_weights(checkpoint.config, {k: torch.from_numpy(v) for k, v in checkpoint.weights.items()})
     frames = torch.from_numpy(mel)
-    with torch.inference_mode():
+    with torch.inference_mode(), _one_thread():
         audio = generator.half()(frames.half()) if half else generator(frames)
     return np.ascontiguousarray(audio[:, 0].float().numpy(), dtype=np.float32)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """PyTorch's rounding depends on its number of threads; what goes into a bundle must not."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def inside(graph: str, audio: Audio, field: tuple[int, int], hop: int) -> Audio:
