@@ -1,4 +1,4 @@
-"""The shape of a MelGAN generator, as one frozen value."""
+"""The shape of a generator, MelGAN or HiFi-GAN, as one frozen value."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from melrt.errors import CheckpointError
+from melrt_export.fusion import Fusion
 
 PaddingMode = Literal["reflect", "replicate", "zeros"]
 Crop = Literal["late", "early"]
@@ -39,8 +40,12 @@ class GeneratorConfig:
     """Residual blocks in a stage."""
     stack_kernel_size: int = 3
     """Kernel of the dilated convolutions, odd; block j has dilation `stack_kernel_size ** j`."""
+    fusion: Fusion | None = None
+    """HiFi-GAN's residual part of a stage, in place of `stacks` and `stack_kernel_size`."""
     negative_slope: float = 0.2
     """Slope of every LeakyReLU."""
+    last_slope: float | None = None
+    """Slope of the LeakyReLU before the last convolution, if it is another."""
     padding_mode: PaddingMode = "reflect"
     """How convolutions extend their input, as trained."""
     bias: bool = True
@@ -75,6 +80,8 @@ class GeneratorConfig:
         for name in ("kernel_size", "stack_kernel_size"):
             if getattr(self, name) % 2 == 0:
                 raise CheckpointError(f"{name} is {getattr(self, name)}; the family has odd kernels only.")
+        if self.fusion and (self.padding_mode != "zeros" or self.causal):
+            raise CheckpointError(f"fusion with padding_mode {self.padding_mode}, causal {self.causal}; it pads zeros, on both sides.")
         if self.hop > MAX_HOP:
             raise CheckpointError(f"upsample_scales {self.upsample_scales} makes a hop of {self.hop}; at most {MAX_HOP}.")
 
@@ -84,8 +91,9 @@ class GeneratorConfig:
                 raise CheckpointError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(kinds)}.")
         if type(self.pqmf_taps) is not int or not 0 <= self.pqmf_taps <= MAX_TAPS or self.pqmf_taps % 2:
             raise CheckpointError(f"pqmf_taps is {self.pqmf_taps!r}; it is an even number up to {MAX_TAPS}, or 0 for no sub-bands.")
-        if type(self.negative_slope) not in (int, float) or not 0 <= self.negative_slope < 1:
-            raise CheckpointError(f"negative_slope is {self.negative_slope!r}; it is a number in [0, 1).")
+        for name, slope in (("negative_slope", self.negative_slope), ("last_slope", self.before_last)):
+            if type(slope) not in (int, float) or not 0 <= slope < 1:
+                raise CheckpointError(f"{name} is {slope!r}; it is a number in [0, 1).")
         for name in ("bias", "final_tanh", "causal", "input_affine"):
             if type(getattr(self, name)) is not bool:
                 raise CheckpointError(f"{name} is {getattr(self, name)!r}; it is true or false.")
@@ -137,6 +145,16 @@ class GeneratorConfig:
         return tuple(self.stack_kernel_size**j for j in range(self.stacks))
 
     @property
+    def before_last(self) -> float:
+        """Slope of the LeakyReLU before the last convolution."""
+        return self.negative_slope if self.last_slope is None else self.last_slope
+
+    @property
+    def farthest_path(self) -> list[tuple[int, int]]:
+        """Kernel and dilation of the convolutions of a stage's residual part that a sample sees farthest through."""
+        return self.fusion.widest if self.fusion else [(self.stack_kernel_size, dilation) for dilation in self.dilations]
+
+    @property
     def smallest_input(self) -> int:
         """The fewest mel frames for which every reflection is legal (reflection of p samples needs more than p)."""
         if self.padding_mode != "reflect":
@@ -156,11 +174,15 @@ class GeneratorConfig:
         for i, scale in enumerate(self.upsample_scales):
             before, after = width[i], width[i + 1]
             yield f"stages.{i}.upsample", (before, after, 2 * scale)
-            for j in range(self.stacks):
-                yield f"stages.{i}.blocks.{j}.dilated", (after, after, self.stack_kernel_size)
-                yield f"stages.{i}.blocks.{j}.pointwise", (after, after, 1)
-                yield f"stages.{i}.blocks.{j}.shortcut", (after, after, 1)
+            for name, shape in self.fusion.convolutions(after) if self.fusion else self._stack_convolutions(after):
+                yield f"stages.{i}.blocks.{name}", shape
         yield "last", (self.out_channels, width[-1], self.kernel_size)
+
+    def _stack_convolutions(self, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        for j in range(self.stacks):
+            yield f"{j}.dilated", (width, width, self.stack_kernel_size)
+            yield f"{j}.pointwise", (width, width, 1)
+            yield f"{j}.shortcut", (width, width, 1)
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Name and shape of each tensor of a folded state dict, in melrt's own naming."""
@@ -191,9 +213,13 @@ class GeneratorConfig:
         return total + (2 * self.hop * (self.pqmf_taps + 1) if self.pqmf_taps else 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Plain JSON values, without the fields that the kind of residual part leaves unused."""
         clip = None if self.input_clip is None else list(self.input_clip)
-        return asdict(self) | {"upsample_scales": list(self.upsample_scales), "input_clip": clip}
+        values = asdict(self) | {"upsample_scales": list(self.upsample_scales), "input_clip": clip}
+        unused = ("stacks", "stack_kernel_size") if self.fusion else ("fusion",)
+        if self.fusion:
+            values["fusion"] = self.fusion.to_dict()
+        return {name: value for name, value in values.items() if name not in unused}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GeneratorConfig:
@@ -205,4 +231,5 @@ class GeneratorConfig:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise CheckpointError(f"generator config has unknown fields {unknown}; known are {sorted(known)}.")
-        return cls(**values)
+        fusion = values.get("fusion")
+        return cls(**{**values, "fusion": None if fusion is None else Fusion.from_dict(fusion)})

@@ -1,6 +1,7 @@
-"""The MelGAN generator in PyTorch: the reference that every exported artefact is held against.
+"""The generator in PyTorch: the reference that every exported artefact is held against.
 
-Written from the paper (Kumar et al., NeurIPS 2019, figure 1 and appendix A) and the published models' shapes.
+Written from the papers (MelGAN: Kumar et al., NeurIPS 2019, figure 1 and appendix A; HiFi-GAN: Kong et al., NeurIPS 2020, figure 1)
+and the published models' shapes.
 It has no weight norm: checkpoints are folded as they are read, training adds the norm on top.
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from melrt_export.config import GeneratorConfig
+from melrt_export.fusion import Fusion
 
 _TORCH_PAD = {"reflect": "reflect", "replicate": "replicate", "zeros": "constant"}
 
@@ -62,14 +64,44 @@ class ResidualBlock(nn.Module):
         return cast(Tensor, self.shortcut(x) + self.pointwise(F.leaky_relu(h, self.slope)))
 
 
+class FusionBlock(nn.Module):
+    """x + plain(lrelu(dilated(lrelu(x)))), or without the second convolution, all (B, C, T)."""
+
+    def __init__(self, config: GeneratorConfig, channels: int, kernel_size: int, dilation: int, paired: bool) -> None:
+        super().__init__()
+        self.dilated = Conv(config, channels, channels, kernel_size, dilation)
+        self.plain = Conv(config, channels, channels, kernel_size) if paired else None
+        self.slope = config.negative_slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.dilated(F.leaky_relu(x, self.slope))
+        return x + (h if self.plain is None else self.plain(F.leaky_relu(h, self.slope)))
+
+
+class FusedBranches(nn.ModuleList):
+    """The mean of what branches of different kernels make of one input, all (B, C, T)."""
+
+    def __init__(self, config: GeneratorConfig, fusion: Fusion, channels: int) -> None:
+        super().__init__(
+            nn.Sequential(*(FusionBlock(config, channels, kernel, dilation, fusion.paired) for dilation in dilations))
+            for kernel, dilations in zip(fusion.kernel_sizes, fusion.dilations, strict=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, sum(branch(x) for branch in self) / len(self))
+
+
 class Stage(nn.Module):
-    """LeakyReLU, upsampling, residual blocks of growing dilation: (B, C, T) to (B, C/2, T·scale)."""
+    """LeakyReLU, upsampling, the residual part: (B, C, T) to (B, C/2, T·scale)."""
 
     def __init__(self, config: GeneratorConfig, index: int) -> None:
         super().__init__()
         before, after = config.stage_channels[index : index + 2]
         self.upsample = Upsample(config, before, after, config.upsample_scales[index])
-        self.blocks = nn.Sequential(*(ResidualBlock(config, after, d) for d in config.dilations))
+        if config.fusion:
+            self.blocks: nn.Module = FusedBranches(config, config.fusion, after)
+        else:
+            self.blocks = nn.Sequential(*(ResidualBlock(config, after, d) for d in config.dilations))
         self.slope = config.negative_slope
 
     def forward(self, x: Tensor) -> Tensor:
@@ -134,5 +166,5 @@ class Generator(nn.Module):
 
     def forward(self, mel: Tensor) -> Tensor:
         x = self.stages(self.first(self.input(mel)))
-        x = self.last(F.leaky_relu(x, self.config.negative_slope))
+        x = self.last(F.leaky_relu(x, self.config.before_last))
         return cast(Tensor, self.pqmf(torch.tanh(x) if self.config.final_tanh else x))

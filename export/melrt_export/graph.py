@@ -6,6 +6,7 @@ bytes, and a half-precision graph is half precision by construction. What differ
 - transposed convolutions are 2-tap convolutions to scale·C channels, a reshape and a crop (polyphase);
 - everything is 2-D with height 1, (B, C, 1, T), the layout of the engines' blocked kernels;
 - the `interior` graph for windows has no padding nodes at all (`melrt.windows`);
+- the mean of a HiFi-GAN stage is a sum, its factor part of the convolution that follows (LeakyReLU passes a factor on);
 - a normalisation of the mel is part of the first convolution already (`checkpoints.checkpoint.fold_normalisation`).
 """
 
@@ -21,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from melrt.windows import GraphKind
 from melrt_export.config import GeneratorConfig
+from melrt_export.fusion import Fusion
 
 Weights = Mapping[str, np.ndarray]
 GraphPrecision = Literal["fp32", "fp16"]
@@ -52,16 +54,15 @@ def deploy_graph(
     """
     if graph == "interior":
         config = replace(config, padding_mode="zeros")
-    net = _Net(config, weights, graph, np.dtype(np.float16 if precision == "fp16" else np.float32))
+    net = _Net(config, _with_means(config, weights), graph, np.dtype(np.float16 if precision == "fp16" else np.float32))
     x = net.op("Unsqueeze", net.normalised("mel"), net.shape("height_axis", [2]), name="mel_2d")
     if precision == "fp16":
         x = net.cast(x, TensorProto.FLOAT16, "mel_half")
     x = net.conv("first", x, padding=config.kernel_size - 1)
     for i, scale in enumerate(config.upsample_scales):
         x = net.upsample(f"stages.{i}.upsample", net.leaky(x, f"stages.{i}.lrelu"), scale)
-        for j, dilation in enumerate(config.dilations):
-            x = net.residual_block(f"stages.{i}.blocks.{j}", x, dilation)
-    x = net.conv("last", net.leaky(x, "last.lrelu"), padding=config.kernel_size - 1)
+        x = net.fused(f"stages.{i}.blocks", x, config.fusion) if config.fusion else net.residual_stack(f"stages.{i}.blocks", x)
+    x = net.conv("last", net.leaky(x, "last.lrelu", config.before_last), padding=config.kernel_size - 1)
     if precision == "fp16":
         x = net.cast(x, TensorProto.FLOAT, "audio_single")
     if config.final_tanh:
@@ -70,6 +71,14 @@ def deploy_graph(
         x = net.filter_bank("pqmf", x)
     net.op("Reshape", x, net.shape("audio_shape", [0, -1]), name="audio", output="audio")
     return _model(net, config, metadata or {})
+
+
+def _with_means(config: GeneratorConfig, weights: Weights) -> Weights:
+    """The weights, those behind a stage of fused branches divided by the number of branches."""
+    if not config.fusion:
+        return weights
+    behind = [f"stages.{i}.upsample.weight" for i in range(1, len(config.upsample_scales))] + ["last.weight"]
+    return {**weights, **{name: weights[name] / len(config.fusion.kernel_sizes) for name in behind}}
 
 
 @dataclass
@@ -99,8 +108,8 @@ class _Net:
     def cast(self, x: str, to: int, name: str) -> str:
         return self.op("Cast", x, name=name, to=to)
 
-    def leaky(self, x: str, name: str) -> str:
-        return self.op("LeakyRelu", x, name=name, alpha=self.config.negative_slope)
+    def leaky(self, x: str, name: str, slope: float | None = None) -> str:
+        return self.op("LeakyRelu", x, name=name, alpha=self.config.negative_slope if slope is None else slope)
 
     def normalised(self, x: str) -> str:
         """What of the mel's normalisation is not in the first convolution; in float32 always."""
@@ -119,6 +128,27 @@ class _Net:
         if self.config.padding_mode != "zeros" and padding:
             x, sides = self._pad(x, sides, _ONNX_PAD[self.config.padding_mode], f"{name}.pad"), (0, 0)
         return self._conv2d(name, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"), x, sides=sides, dilation=dilation)
+
+    def residual_stack(self, name: str, x: str) -> str:
+        for j, dilation in enumerate(self.config.dilations):
+            x = self.residual_block(f"{name}.{j}", x, dilation)
+        return x
+
+    def fused(self, name: str, x: str, fusion: Fusion) -> str:
+        """The sum of the branches; `_with_means` has the factor that makes it their mean."""
+        total = ""
+        for i, (kernel, dilations) in enumerate(zip(fusion.kernel_sizes, fusion.dilations, strict=True)):
+            branch = x
+            for j, dilation in enumerate(dilations):
+                branch = self.fusion_block(f"{name}.{i}.{j}", branch, kernel, dilation)
+            total = self.op("Add", total, branch, name=f"{name}.{i}.sum") if total else branch
+        return total
+
+    def fusion_block(self, name: str, x: str, kernel: int, dilation: int) -> str:
+        h = self.conv(f"{name}.dilated", self.leaky(x, f"{name}.lrelu0"), padding=(kernel - 1) * dilation, dilation=dilation)
+        if f"{name}.plain.weight" in self.weights:
+            h = self.conv(f"{name}.plain", self.leaky(h, f"{name}.lrelu1"), padding=kernel - 1)
+        return self.op("Add", h, x, name=f"{name}.add")
 
     def residual_block(self, name: str, x: str, dilation: int) -> str:
         h = self.conv(f"{name}.dilated", self.leaky(x, f"{name}.lrelu0"),

@@ -37,7 +37,10 @@ def mel_from_audio(audio: NDArray[np.float32], spec: MelSpec) -> NDArray[np.floa
         signal = np.append(signal[:1], signal[1:] - np.float32(spec.preemphasis) * signal[:-1])
     padded = np.pad(signal, pad, mode=spec.padding)
     spectrum = librosa.stft(padded, n_fft=spec.n_fft, hop_length=spec.hop, win_length=spec.win_length, window=spec.window, center=False)
-    mel = spec.logarithm(mel_filters(spec) @ np.abs(spectrum) ** spec.power)
+    magnitude = np.abs(spectrum)
+    if spec.epsilon:
+        magnitude = np.sqrt(magnitude**2 + np.float32(spec.epsilon))
+    mel = spec.logarithm(mel_filters(spec) @ magnitude**spec.power)
     return np.asarray(spec.normalisation.apply(mel.astype(np.float64)) if spec.normalisation else mel, np.float32)
 
 

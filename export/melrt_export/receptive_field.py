@@ -27,8 +27,8 @@ def receptive_field(config: GeneratorConfig) -> tuple[int, int]:
         first, last = -((reach - first) // config.subbands), (last + reach) // config.subbands
     convolution(config.kernel_size, 1)
     for scale in reversed(config.upsample_scales):
-        for dilation in reversed(config.dilations):
-            convolution(config.stack_kernel_size, dilation)
+        for kernel_size, dilation in reversed(config.farthest_path):
+            convolution(kernel_size, dilation)
         # output sample n is uncropped sample n + left = t·scale + phase, made of inputs t - 1 and t
         left = config.crop_before(scale)
         first, last = (first + left) // scale - 1, (last + left) // scale
@@ -66,8 +66,8 @@ def _farthest(config: GeneratorConfig, end: Literal["beginning", "end"]) -> int:
         nearest, farthest = max(-((reach - nearest + shift) // bands), 0), (farthest + reach - shift) // bands
     convolution(config.kernel_size, 1)
     for scale in reversed(config.upsample_scales):
-        for dilation in reversed(config.dilations):
-            convolution(config.stack_kernel_size, dilation)
+        for kernel_size, dilation in reversed(config.farthest_path):
+            convolution(kernel_size, dilation)
         left = 0 if config.causal else scale // 2 + scale % 2
         if end == "beginning":
             nearest, farthest = max((nearest + left) // scale - 1, 0), (farthest + left) // scale

@@ -47,6 +47,8 @@ class MelSpec:
     """Area normalisation of the triangular filters."""
     power: float = 1.0
     """Power of the magnitude spectrum before the filters: 1 magnitude, 2 energy."""
+    epsilon: float = 0.0
+    """Added to the squared magnitude before its root is taken."""
     log: Log = "log10"
     """Logarithm; dB is 20·log10, linear is none."""
     gain: float = 1.0
@@ -76,6 +78,8 @@ class MelSpec:
                 raise BundleError(f"mel convention: {name} is {getattr(self, name)}; it lies above 0 and below 10 million.")
         if self.win_length > self.n_fft:
             raise BundleError(f"mel convention: win_length {self.win_length} is longer than n_fft {self.n_fft}.")
+        if not 0 <= self.epsilon < 1:
+            raise BundleError(f"mel convention: epsilon is {self.epsilon}; it lies in [0, 1).")
         if not 0 <= self.preemphasis < 1:
             raise BundleError(f"mel convention: preemphasis is {self.preemphasis}; it lies in [0, 1).")
         if self.normalisation is not None and len(self.normalisation.mean) != self.n_mels:
@@ -214,9 +218,9 @@ def _real(value: Any) -> Any:
     return float(value) if type(value) is int and abs(value) < 1e15 else value
 
 
-_REAL = {"f_min", "f_max", "power", "floor", "gain", "preemphasis"}
+_REAL = {"f_min", "f_max", "power", "floor", "gain", "preemphasis", "epsilon"}
 # Fields that bundles of the first versions do not have.
-_LATER = {"gain", "padding", "preemphasis", "normalisation"}
+_LATER = {"gain", "padding", "preemphasis", "normalisation", "epsilon"}
 
 
 def _fits(value: object, kind: Any) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from melrt.errors import CheckpointError
-from melrt_export.checkpoints import coqui, native, neurips, parallel_wavegan, seungwonpark, tensorflow_tts
+from melrt_export.checkpoints import coqui, hifigan, native, neurips, parallel_wavegan, seungwonpark, tensorflow_tts
 from melrt_export.checkpoints.archives import is_archive, unpacked
 from melrt_export.checkpoints.checkpoint import Checkpoint, sha256_of
 from melrt_export.checkpoints.reading import PICKLES, Opened
@@ -34,7 +34,7 @@ class Layout(Protocol):
         ...
 
 
-_LAYOUTS: tuple[Layout, ...] = (native, neurips, seungwonpark, parallel_wavegan, coqui, tensorflow_tts)
+_LAYOUTS: tuple[Layout, ...] = (native, neurips, seungwonpark, parallel_wavegan, coqui, tensorflow_tts, hifigan)
 _SUFFIXES = (*PICKLES, ".safetensors", ".h5", ".hdf5")
 
 
@@ -76,7 +76,11 @@ def _candidates(path: Path) -> list[Path]:
         return [path] if path.suffix in _SUFFIXES else []
     named = {file for layout in _LAYOUTS for file in _preferred(path, layout)}
     if not named:
-        named = {file for file in path.iterdir() if file.is_file() and file.suffix in _SUFFIXES and not file.name.startswith("stats")}
+        named = {
+            file
+            for file in path.iterdir()
+            if file.is_file() and file.suffix and file.suffix in _SUFFIXES and not file.name.startswith("stats")
+        }
     return sorted(named)
 
 

@@ -28,7 +28,8 @@ _ATTRIBUTE_DICTIONARIES = tuple(
     f"{module}.AttrDict"
     for module in ("TTS.utils.io", "TTS.utils.generic_utils", "mozilla_voice_tts.utils.io", "mozilla_voice_tts.utils.generic_utils")
 )
-PICKLES = (".pt", ".pth", ".pkl", ".tar", ".ckpt")
+# HiFi-GAN's files have no suffix.
+PICKLES = ("", ".pt", ".pth", ".pkl", ".tar", ".ckpt")
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ class LogMel(nn.Module):
             audio = torch.cat([audio[:, :1], audio[:, 1:] - spec.preemphasis * audio[:, :-1]], dim=1)
         padded = F.pad(audio[:, None], (pad, pad), spec.padding)[:, 0]
         spectrum = torch.stft(padded, spec.n_fft, spec.hop, spec.win_length, self.window, center=False, return_complex=True)
-        return self._logarithm(self.filters @ spectrum.abs() ** spec.power)
+        magnitude = (spectrum.abs() ** 2 + spec.epsilon).sqrt() if spec.epsilon else spectrum.abs()
+        return self._logarithm(self.filters @ magnitude**spec.power)
 
     def frames(self, audio: Tensor) -> Tensor:
         """One frame for each hop of audio, (B, M, N // hop): the generator's input. Centred framing has one more, at the end."""
