@@ -75,7 +75,7 @@ class FusionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.dilated(F.leaky_relu(x, self.slope))
-        return x + (h if self.plain is None else self.plain(F.leaky_relu(h, self.slope)))
+        return x + (h if self.plain is None else cast(Tensor, self.plain(F.leaky_relu(h, self.slope))))
 
 
 class FusedBranches(nn.ModuleList):

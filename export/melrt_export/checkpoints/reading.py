@@ -185,8 +185,9 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: Not JSON, not an object, too large or too deep.
     """
+    text = _read_text(path)
     try:
-        values = json.loads(_COMMENT.sub(lambda found: found[1] or "", _read_text(path)))
+        values = json.loads(_COMMENT.sub(lambda found: found[1] or "", text))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
