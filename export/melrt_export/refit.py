@@ -10,6 +10,7 @@ from melrt.backends.engine import check_target, flavour, runtime_logger
 from melrt.backends.tensorrt import open_device
 from melrt.bundle import Artifact, Bundle
 from melrt.errors import BundleError, EngineBuildError
+from melrt_export.config import GeneratorConfig
 from melrt_export.engine import SOURCES
 from melrt_export.gate import speak_on_gpu
 
@@ -22,8 +23,8 @@ def refit_engines(bundle: Bundle, donor: Bundle) -> Iterator[Artifact]:
         BundleError: The two are of different architectures, or a graph is missing.
         BackendError: An engine is for another TensorRT or GPU, or there is no GPU.
     """
-    if dict(bundle.manifest.architecture) != dict(donor.manifest.architecture):
-        mine, theirs = (one.manifest.architecture for one in (bundle, donor))
+    mine, theirs = (GeneratorConfig.from_dict(one.manifest.architecture).to_dict() for one in (bundle, donor))
+    if mine != theirs:
         different = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
         raise BundleError(f"{bundle.path} and {donor.path} differ in {', '.join(different)}; only the same network can take other weights.")
     engines = [entry for entry in donor.find("engine") if entry.target.get("refittable") is True]
