@@ -5,7 +5,8 @@ bytes, and a half-precision graph is half precision by construction. What differ
 
 - transposed convolutions are 2-tap convolutions to scale·C channels, a reshape and a crop (polyphase);
 - everything is 2-D with height 1, (B, C, 1, T), the layout of the engines' blocked kernels;
-- the `interior` graph for windows has no padding nodes at all (`melrt.windows`);
+- the `interior` graph for windows has no padding nodes at all, and crops once, at the end (`melrt.windows`): what lies beyond the crop
+  reaches no farther into the window than the network sees;
 - the mean of a HiFi-GAN stage is a sum, its factor part of the convolution that follows (LeakyReLU passes a factor on);
 - a normalisation of the mel is part of the first convolution already (`checkpoints.checkpoint.fold_normalisation`).
 """
@@ -63,6 +64,7 @@ def deploy_graph(
         x = net.upsample(f"stages.{i}.upsample", net.leaky(x, f"stages.{i}.lrelu"), scale)
         x = net.fused(f"stages.{i}.blocks", x, config.fusion) if config.fusion else net.residual_stack(f"stages.{i}.blocks", x)
     x = net.conv("last", net.leaky(x, "last.lrelu", config.before_last), padding=config.kernel_size - 1)
+    x = net.cropped(x, "last")
     if precision == "fp16":
         x = net.cast(x, TensorProto.FLOAT, "audio_single")
     if config.final_tanh:
@@ -91,6 +93,8 @@ class _Net:
     dtype: np.dtype[np.floating]
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: dict[str, onnx.TensorProto] = field(default_factory=dict)
+    too_long: tuple[int, int] = (0, 0)
+    """Samples before and after those that the newest tensor stands for."""
 
     def op(self, kind: str, *inputs: str, name: str, output: str = "", **attributes: Any) -> str:
         output = output or f"{name}.out"
@@ -175,8 +179,18 @@ class _Net:
             return self._interleave(name, self._conv2d(name, taps, bias, x, sides=sides), c_out, scale)
         x = self._interleave(name, self._conv2d(name, taps, bias, x, sides=(1, 1)), c_out, scale)
         left = self.config.crop_before(scale)
-        start, end = self.shape(f"crop{left}.start", [left]), self.shape(f"crop{left}.{scale}.end", [left - scale])
-        return self.op("Slice", x, start, end, self.shape("time_axis", [3]), name=f"{name}.crop")
+        self.too_long = self.too_long[0] * scale + left, self.too_long[1] * scale + scale - left
+        return x if self.graph == "interior" else self.cropped(x, name)
+
+    def cropped(self, x: str, name: str) -> str:
+        """Take off what the upsamplings left over."""
+        before, after = self.too_long
+        self.too_long = 0, 0
+        if not before and not after:
+            return x
+        end = -after or np.iinfo(np.int64).max
+        start, stop = self.shape(f"crop{before}.start", [before]), self.shape(f"crop{after}.end", [end])
+        return self.op("Slice", x, start, stop, self.shape("time_axis", [3]), name=f"{name}.crop")
 
     def filter_bank(self, name: str, x: str) -> str:
         """Zero insertion and filters as one convolution at the sub-bands' rate, one output channel per phase; in float32 always.
