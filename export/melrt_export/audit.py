@@ -7,7 +7,8 @@ from typing import Any
 
 from melrt.errors import EngineBuildError
 
-_WANTED = {"fp32": "FLOAT", "tf32": "FLOAT", "fp16": "HALF"}
+# INT8 convolutions give half precision to what follows them.
+_WANTED = {"fp32": "FLOAT", "tf32": "FLOAT", "fp16": "HALF", "int8": "HALF"}
 # How the inspector's "Format/Datatype" names a type, by the builder's name of it.
 _INSPECTED = {"FLOAT": ("fp32", "float"), "HALF": ("fp16", "half")}
 
@@ -34,6 +35,9 @@ def audit_network(trt: Any, network: Any, precision: str) -> None:
                 )
     if not convolutions:
         raise EngineBuildError("the parsed network has no convolution: the graph is not a generator.")
+    quantised = [network.get_layer(i) for i in range(network.num_layers) if network.get_layer(i).type == trt.LayerType.QUANTIZE]
+    if (precision == "int8") != bool(quantised):
+        raise EngineBuildError(f"the parsed network has {len(quantised)} quantising layers: it is not {precision}.")
     for tensor in (network.get_input(0), network.get_output(0)):
         if tensor.dtype != trt.DataType.FLOAT:
             raise EngineBuildError(f"{tensor.name} is {tensor.dtype}; input and output are float32 in every precision.")

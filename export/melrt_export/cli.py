@@ -74,7 +74,7 @@ def verify(
                 escape(row.precision),
                 f"{difference.max_abs:.1e}",
                 f"{difference.snr_db:.1f}",
-                difference.limit(row.precision),
+                row.limit,
                 verdict,
             )
     console.print(table)
@@ -84,7 +84,7 @@ def verify(
 
 def build(
     voice: Voice,
-    precision: Annotated[str, typer.Option(help="fp32, tf32 or fp16.")] = "fp16",
+    precision: Annotated[str, typer.Option(help="fp32, tf32, fp16, or int8 (after `melrt calibrate`).")] = "fp16",
     flavour: Annotated[str, typer.Option(help="tensorrt, tensorrt_rtx, or auto: the first that is installed.")] = "auto",
     portable: Annotated[bool, typer.Option("--portable/--this-gpu", help="tensorrt_rtx: for every GPU, or for this machine's.")] = True,
     graph: Annotated[str, typer.Option(help="interior (windows of one length), edge (ends, short utterances), or both.")] = "both",

@@ -26,7 +26,7 @@ from melrt_export.gate import speak_on_gpu
 logger = logging.getLogger(__name__)
 
 # Which ONNX graph an engine is built from: TF32 is a way to multiply float32, not a type.
-SOURCES = {"fp32": "fp32", "tf32": "fp32", "fp16": "fp16"}
+SOURCES = {"fp32": "fp32", "tf32": "fp32", "fp16": "fp16", "int8": "int8-fp16"}
 PORTABLE = "portable"
 # Not confirmed on a GPU: as the runtime's CUDA window, context under a twentieth of it.
 ENGINE_WINDOW = 256
@@ -40,7 +40,8 @@ class EngineOptions:
     """What to build."""
 
     precision: str = "fp16"
-    """`fp32`, `tf32` (float32 multiplied at reduced precision on tensor cores) or `fp16`."""
+    """`fp32`, `tf32` (float32 multiplied at reduced precision on tensor cores), `fp16`, or `int8` (as
+    `melrt calibrate` chose its layers, the rest FP16)."""
     flavour: str = "auto"
     """`tensorrt`, `tensorrt_rtx`, or `auto`: the first that is installed."""
     portable: bool = True
@@ -108,7 +109,8 @@ def build_engine(bundle: Bundle, options: EngineOptions, on_progress: Progress =
     """
     source = bundle.find("onnx", graph=options.graph, precision=SOURCES[options.precision])
     if not source:
-        raise BundleError(f"{bundle.path} has no {options.graph} graph in {SOURCES[options.precision]}. Export it with `--precision`.")
+        remedy = "`melrt calibrate` makes it." if options.precision == "int8" else "Export it with `--precision`."
+        raise BundleError(f"{bundle.path} has no {options.graph} graph in {SOURCES[options.precision]}. {remedy}")
     frames = options.frames or _default_frames(options.graph, bundle.manifest.smallest_input)
     if frames[0] < bundle.manifest.smallest_input:
         raise EngineBuildError(f"frames start at {frames[0]}; this network takes at least {bundle.manifest.smallest_input}.")

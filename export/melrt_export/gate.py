@@ -13,7 +13,7 @@ from melrt.errors import EngineBuildError
 from melrt.windows import GraphKind
 from melrt_export.demo import RECORDING
 from melrt_export.mels import mel_from_audio, read_audio
-from melrt_export.parity import Difference, inside
+from melrt_export.parity import Difference, inside, int8_limit
 
 # A GPU sums in another order, and its convolutions may be Winograd's: not confirmed on one, an order above what two CPUs differ by.
 FP32_MAX_ABS = 1e-4
@@ -50,11 +50,20 @@ def speak_on_gpu(bundle: Bundle, entry: Artifact, plan: bytes, graph: GraphKind)
     reference = OnnxModel(bundle.read(model[0])).run(mel)
     kept = (inside(graph, one, bundle.manifest.receptive_field, spec.hop) for one in (reference, audio))
     difference = Difference.between(*kept)
-    passes = difference.max_abs <= FP32_MAX_ABS if entry.precision == "fp32" else difference.passes(entry.precision)
+    passes, limit = _limit(bundle, entry, graph, difference)
     if not passes:
-        limit = f"max abs <= {FP32_MAX_ABS:g}" if entry.precision == "fp32" else difference.limit(entry.precision)
         raise EngineBuildError(
             f"{entry.file} on {gpu.name}: max abs {difference.max_abs:.1e}, SNR {difference.snr_db:.1f} dB against FP32 on the CPU; "
             f"the limit is {limit}. No engine was kept."
         )
     return difference.facts()
+
+
+def _limit(bundle: Bundle, entry: Artifact, graph: GraphKind, difference: Difference) -> tuple[bool, str]:
+    """Whether the engine is near enough to FP32, and the limit in words."""
+    if entry.precision == "fp32":
+        return difference.max_abs <= FP32_MAX_ABS, f"max abs <= {FP32_MAX_ABS:g}"
+    source = bundle.find("onnx", graph=graph, precision="int8-fp16")
+    least = int8_limit(entry.precision, source[0].quality if source else {})
+    return (difference.passes(entry.precision), difference.limit(entry.precision)) if least is None else (
+        difference.snr_db >= least, f"SNR >= {least:.1f} dB")  # fmt: skip

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Any
 
@@ -24,6 +24,9 @@ Audio = NDArray[np.float32]
 FP32_MAX_ABS = 2e-5
 # The half-precision voice of the trained sample has 55 dB; under 45 dB its noise begins to be heard in pauses.
 FP16_MIN_SNR_DB = 45.0
+# INT8 is chosen by what it does to speech; here it has to be as good as it was when it was chosen. Two CPUs' kernels round alike, but for
+# the order of sums before a rounding; without VNNI products saturate, and that costs far more than this.
+INT8_SLACK_DB = 1.0
 PROBE_FRAMES = 96
 REFERENCE_MEL = "reference.mel.npy"
 REFERENCE_AUDIO = "reference.audio.npy"
@@ -151,9 +154,26 @@ class Row:
     difference: Difference | None
     """None if it is intact but cannot run on this machine."""
 
+    measured: Mapping[str, float] = field(default_factory=dict)
+    """Its quality in the manifest."""
+
     @property
     def passed(self) -> bool:
-        return self.difference is None or self.difference.passes(self.precision)
+        if self.difference is None:
+            return True
+        least = int8_limit(self.precision, self.measured)
+        return self.difference.passes(self.precision) if least is None else self.difference.snr_db >= least
+
+    @property
+    def limit(self) -> str:
+        """In words."""
+        least = int8_limit(self.precision, self.measured)
+        return "-" if self.difference is None else self.difference.limit(self.precision) if least is None else f"SNR >= {least:.1f} dB"
+
+
+def int8_limit(precision: str, measured: Mapping[str, float]) -> float | None:
+    """The least SNR of an INT8 graph on the probe, dB: what was measured when it was chosen, less the slack; None for other precisions."""
+    return measured.get("snr_db", np.inf) - INT8_SLACK_DB if precision.startswith("int8") else None
 
 
 def verify(bundle: Bundle, checkpoint: Checkpoint | None = None) -> Iterator[Row]:
@@ -167,14 +187,7 @@ def verify(bundle: Bundle, checkpoint: Checkpoint | None = None) -> Iterator[Row
         BundleError: A missing or altered file, or a checkpoint of another generator.
     """
     manifest = bundle.manifest
-    mel = _load(bundle, REFERENCE_MEL)
-    reference = _load(bundle, REFERENCE_AUDIO)
-    bands = manifest.spec.n_mels
-    if mel.ndim != 3 or mel.shape[1] != bands or reference.shape != (mel.shape[0], mel.shape[2] * manifest.spec.hop) or not mel.size:
-        raise BundleError(
-            f"{bundle.path} holds a probe mel of shape {mel.shape} and audio of shape {reference.shape}; "
-            f"this voice's are (B, {bands}, T) and (B, T * {manifest.spec.hop}). Export it anew."
-        )
+    mel, reference = reference_pair(bundle)
     if checkpoint is not None:
         if checkpoint.config != GeneratorConfig.from_dict(manifest.architecture):
             raise BundleError(f"{checkpoint.source} is another generator than the one in {bundle.path}: {checkpoint.config}.")
@@ -184,9 +197,26 @@ def verify(bundle: Bundle, checkpoint: Checkpoint | None = None) -> Iterator[Row
         if artifact.kind == "onnx":
             output = OnnxModel(data).run(mel)
             kept = (inside(artifact.graph, audio, manifest.receptive_field, manifest.spec.hop) for audio in (reference, output))
-            yield Row(artifact.file, artifact.precision, Difference.between(*kept))
+            yield Row(artifact.file, artifact.precision, Difference.between(*kept), artifact.quality)
         elif artifact.kind == "engine":
             yield Row(artifact.file, artifact.precision, None)
+
+
+def reference_pair(bundle: Bundle) -> tuple[NDArray[np.float32], Audio]:
+    """The bundle's probe mel (B, M, T), and what PyTorch made of it (B, N).
+
+    Raises:
+        BundleError: They are missing, altered, or not this voice's.
+    """
+    mel = _load(bundle, REFERENCE_MEL)
+    reference = _load(bundle, REFERENCE_AUDIO)
+    bands, hop = bundle.manifest.spec.n_mels, bundle.manifest.spec.hop
+    if mel.ndim != 3 or mel.shape[1] != bands or reference.shape != (mel.shape[0], mel.shape[2] * hop) or not mel.size:
+        raise BundleError(
+            f"{bundle.path} holds a probe mel of shape {mel.shape} and audio of shape {reference.shape}; "
+            f"this voice's are (B, {bands}, T) and (B, T * {hop}). Export it anew."
+        )
+    return mel, reference
 
 
 def _load(bundle: Bundle, name: str) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -214,43 +214,49 @@ class Bundle:
             raise BundleError(f"{path} exists. {remedy}")
 
     def add(self, entry: Artifact, data: bytes, *, made_from: Artifact | None = None) -> Artifact:
-        """Add a file, or replace the one of that name: until the manifest changes, in one step, the old one stands.
+        """As `add_all`, for one file."""
+        return self.add_all([(entry, data)], made_from=() if made_from is None else (made_from,))[0]
+
+    def add_all(self, files: Sequence[tuple[Artifact, bytes]], *, made_from: Sequence[Artifact] = ()) -> list[Artifact]:
+        """Add files, or replace those of their names: until the manifest changes, in one step for all, the old ones stand.
 
         Args:
-            entry: What the file is.
-            data: Its content.
-            made_from: The file of this bundle that it was made from; it must still be the same.
+            files: What each file is, and its content.
+            made_from: The files of this bundle that they were made from; these must still be the same.
 
         Returns:
-            The entry as it now stands in the manifest; a replacement's file name differs from what it replaced.
+            The entries as they now stand in the manifest; a replacement's file name differs from what it replaced.
 
         Raises:
             BundleError: Meanwhile the bundle was replaced by one of other content.
         """
         with _locked(self.path):
             current = Bundle.open(self.path).manifest  # another process may have added to it since
-            if made_from is not None and made_from not in current.artifacts:
-                raise BundleError(f"{self.path} was exported anew while {entry.file} was made from it; make it again.")
-            old = [a for a in current.artifacts if a.name == entry.name]
-            if any(a.file == entry.file for a in old):
-                stem, _, suffix = entry.name.rpartition(".")
-                entry = replace(entry, file=f"{stem}+{entry.sha256[:8]}.{suffix}")
-            others = tuple(a for a in current.artifacts if a not in old)
-            self._write(replace(current, artifacts=(*others, entry)), entry, data)
-            for gone in {a.file for a in old} - {entry.file}:
+            if any(source not in current.artifacts for source in made_from):
+                raise BundleError(f"{self.path} was exported anew while {files[0][0].file} was made from it; make it again.")
+            names = {entry.name for entry, _ in files}
+            old = [a for a in current.artifacts if a.name in names]
+            taken = {a.file for a in old}
+            contents = [(_beside(entry, taken), data) for entry, data in files]
+            added = [entry for entry, _ in contents]
+            self._write(replace(current, artifacts=(*(a for a in current.artifacts if a not in old), *added)), contents)
+            for gone in taken - {entry.file for entry in added}:
                 (self.path / gone).unlink(missing_ok=True)
-        return entry
+        return added
 
-    def _write(self, manifest: Manifest, entry: Artifact, data: bytes) -> None:
-        """A new file, and then the manifest that lists it."""
+    def _write(self, manifest: Manifest, files: Sequence[tuple[Artifact, bytes]]) -> None:
+        """New files, and then the manifest that lists them."""
         try:
-            with whole_file(self.path / entry.file) as temporary:
-                temporary.write_bytes(data)
+            for entry, data in files:
+                with whole_file(self.path / entry.file) as temporary:
+                    temporary.write_bytes(data)
             with whole_file(self.path / MANIFEST) as temporary:
                 temporary.write_bytes(manifest.dumps())
         except BaseException:
-            if entry not in Bundle.open(self.path).manifest.artifacts:  # it is, if only the folder's sync failed
-                (self.path / entry.file).unlink(missing_ok=True)
+            listed = Bundle.open(self.path).manifest.artifacts  # they are, if only the folder's sync failed
+            for entry, _ in files:
+                if entry not in listed:
+                    (self.path / entry.file).unlink(missing_ok=True)
             raise
 
     def read(self, entry: Artifact) -> bytes:
@@ -274,6 +280,14 @@ class Bundle:
         """The files of this kind, in the manifest's order; an empty argument matches all."""
         return [a for a in self.manifest.artifacts
                 if a.kind == kind and graph in ("", a.graph) and precision in ("", a.precision)]  # fmt: skip
+
+
+def _beside(entry: Artifact, taken: set[str]) -> Artifact:
+    """The entry under a file name that is not taken."""
+    if entry.file not in taken:
+        return entry
+    stem, _, suffix = entry.name.rpartition(".")
+    return replace(entry, file=f"{stem}+{entry.sha256[:8]}.{suffix}")
 
 
 def _check_kind(owner: object, kind: type, *names: str) -> None:

@@ -1,0 +1,86 @@
+"""Equalisation: each channel brought to the same range, exactly, so that one scale for a tensor serves all its channels.
+
+LeakyReLU is positively homogeneous: lrelu(s·x) = s·lrelu(x) for s > 0. So each channel of any tensor between two convolutions can be
+divided by a factor that the convolutions after it put back (Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and
+Bias Correction", 4.1). In this network that holds for the residual stream too: both terms of a sum are divided alike, and the block after
+it takes the factor in its shortcut and in its dilated convolution. The range moves into weights, which have a scale for each channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from melrt_calibration.observe import Statistics
+
+# A channel far under the others must not be blown up to their noise: factors span at most this much.
+MOST = 1e3
+# Powers of a channel's range by which it may be divided: 0 leaves it, 1 brings all to one range, 1/2 lies between, since rounding
+# noise comes back multiplied by the factor and loud channels are not always the ones that are heard.
+POWERS = (0.0, 0.5, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """What lies between convolutions."""
+
+    makers: tuple[str, ...]
+    """Convolutions whose sum it is."""
+    takers: tuple[str, ...]
+    """Convolutions that take it; the first one's input has its range."""
+
+
+def equalised(model: onnx.ModelProto, statistics: Mapping[str, Statistics], powers: Mapping[str, float]) -> onnx.ModelProto:
+    """A graph of the same function whose tensors have closer ranges in their channels.
+
+    Args:
+        model: A deploy graph in float32 or float16.
+        statistics: What flowed through it.
+        powers: Of each tensor, named by its first taker.
+    """
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    constants = {tensor.name: tensor for tensor in made.graph.initializer}
+    convolutions = {node.name: node for node in made.graph.node if node.op_type == "Conv"}
+    for tensor in tensors(convolutions):
+        power = powers.get(tensor.takers[0], 0.0)
+        if not power:
+            continue
+        ranges = np.maximum(np.asarray(statistics[tensor.takers[0]].peaks, np.float64), 1e-12) ** power
+        factors = ranges / np.exp(np.log(ranges).mean())
+        factors = np.clip(factors, factors.max() / MOST, None)
+        for maker in tensor.makers:
+            _scale(constants, convolutions[maker], 1 / factors, axis=0)
+        for taker in tensor.takers:
+            _scale(constants, convolutions[taker], factors, axis=1)
+    return made
+
+
+def tensors(convolutions: Mapping[str, object]) -> Iterator[Tensor]:
+    """Every tensor of the network between its first and its last convolution, by the deploy graph's names."""
+    makers: tuple[str, ...] = ("first",)
+    i = 0
+    while (upsample := f"stages.{i}.upsample") in convolutions:
+        yield Tensor(makers, (upsample,))
+        makers = (upsample,)
+        j = 0
+        while (block := f"stages.{i}.blocks.{j}") and f"{block}.dilated" in convolutions:
+            yield Tensor(makers, (f"{block}.shortcut", f"{block}.dilated"))
+            yield Tensor((f"{block}.dilated",), (f"{block}.pointwise",))
+            makers = (f"{block}.pointwise", f"{block}.shortcut")
+            j += 1
+        i += 1
+    yield Tensor(makers, ("last",))
+
+
+def _scale(constants: Mapping[str, onnx.TensorProto], node: onnx.NodeProto, factors: NDArray[np.float64], axis: int) -> None:
+    """Multiply a convolution's output (0) or input (1) channels; an upsampler gives each channel once for each phase."""
+    for name in node.input[1:2] if axis else node.input[1:3]:
+        value = numpy_helper.to_array(constants[name])
+        by = np.repeat(factors, value.shape[axis] // len(factors)).reshape([-1 if i == axis else 1 for i in range(value.ndim)])
+        constants[name].CopyFrom(numpy_helper.from_array((value * by).astype(value.dtype), name))

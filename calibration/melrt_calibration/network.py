@@ -1,0 +1,79 @@
+"""A voice's network while it is being calibrated: its graphs, what flows through them, and INT8 graphs of any set of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from melrt.windows import GraphKind
+from melrt_calibration.equalise import equalised
+from melrt_calibration.observe import Statistics, observe
+from melrt_calibration.plan import LayerPlan, Plan
+from melrt_calibration.qdq import Form, Repairs, quantised
+from melrt_calibration.scales import METHODS, weight_scales
+
+# The filter bank of a multi-band voice stays in float32 in every precision.
+FILTER_BANK = "pqmf"
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """Float graphs of one function, and the plan of all their layers."""
+
+    graphs: Mapping[tuple[GraphKind, Form], onnx.ModelProto]
+    """The bundle's graphs in float: float32 for `cpu`, float16 for `tensorrt`, which may be lacking."""
+    statistics: Mapping[str, Statistics]
+    """Of the float32 edge graph."""
+    plan: Plan
+    """Every layer, were it in INT8."""
+    windows: Sequence[NDArray[np.float32]]
+    """What was observed, (M, T) each."""
+    repairs: Repairs = field(default_factory=Repairs)
+
+    @classmethod
+    def observed(
+        cls,
+        graphs: Mapping[tuple[GraphKind, Form], onnx.ModelProto],
+        windows: Sequence[NDArray[np.float32]],
+        method: str = "mse",
+        on_step: Callable[[], None] = lambda: None,
+    ) -> Network:
+        """Watch windows flow through the float32 edge graph and plan every layer."""
+        edge = graphs["edge", "cpu"]
+        statistics = {k: v for k, v in observe(edge, windows, on_step).items() if k != FILTER_BANK}
+        return cls(graphs, statistics, _plan(edge, statistics, method), windows)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every convolution that could be in INT8."""
+        return self.plan.names
+
+    def equalised(self, powers: Mapping[str, float], method: str = "mse", on_step: Callable[[], None] = lambda: None) -> Network:
+        """The same function with its channels' ranges brought closer, observed anew."""
+        graphs = {key: equalised(graph, self.statistics, powers) for key, graph in self.graphs.items()}
+        return Network.observed(graphs, self.windows, method, on_step)
+
+    def model(self, names: Iterable[str], graph: GraphKind = "edge", form: Form = "cpu") -> onnx.ModelProto:
+        """A graph with these layers in INT8; without any it is the float graph."""
+        return quantised(self.graphs[graph, form], self.plan.only(frozenset(names)), form, self.repairs)
+
+
+def weight_of(model: onnx.ModelProto, name: str) -> NDArray[np.float32]:
+    """A convolution's weight (C_out, C_in, 1, K)."""
+    node = next(n for n in model.graph.node if n.name == name)
+    tensor = next(t for t in model.graph.initializer if t.name == node.input[1])
+    return numpy_helper.to_array(tensor).astype(np.float32)
+
+
+def _plan(edge: onnx.ModelProto, statistics: Mapping[str, Statistics], method: str) -> Plan:
+    choose = METHODS[method]
+    layers = []
+    for name, one in statistics.items():
+        scales = tuple(float(s) for s in weight_scales(weight_of(edge, name)))
+        layers.append(LayerPlan(name, choose(one.input), choose(one.output), scales))
+    return Plan(tuple(layers))
