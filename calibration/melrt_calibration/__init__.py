@@ -1,1 +1,1 @@
-"""INT8 calibration: measures of quality by which its choices are judged."""
+"""INT8 calibration: which layers, with which scales, by measured quality and time."""

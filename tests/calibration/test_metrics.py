@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from melrt import MelSpec, Vocoder
-from melrt_calibration.metrics import log_mel_error, silence_level_db
+from melrt_calibration.metrics import log_mel_error, lsd_db, si_snr_db, silence_level_db, snr_db, stft_distance
 from melrt_export.demo import RECORDING
 from melrt_export.export import export_voice
 from melrt_export.mels import mel_from_audio, read_audio
@@ -28,6 +28,20 @@ def test_silence_level_of_known_noise() -> None:
     recording = np.where(np.arange(len(noise)) < 22050, 0.1, 1e-5).astype(np.float32) * noise
     assert silence_level_db(recording, recording + 1e-3 * noise, SPEC) == pytest.approx(-60, abs=1.5)
     assert np.isnan(silence_level_db(0.1 * noise, noise, SPEC)), "never silent"
+
+
+def test_measures_of_known_noise() -> None:
+    """Noise 30 dB under speech; a changed gain is noise to SNR and none to SI-SNR; +6 dB everywhere is 6 dB of log-spectral distance."""
+    audio = read_audio(RECORDING, SPEC.sample_rate)
+    noise = np.random.default_rng(0).standard_normal(len(audio)).astype(np.float32)
+    noise *= np.float32(10 ** (-30 / 20) * np.sqrt((audio**2).mean() / (noise**2).mean()))
+    assert snr_db(audio, audio + noise) == pytest.approx(30, abs=0.1)
+    assert si_snr_db(audio, 0.5 * (audio + noise)) == pytest.approx(30, abs=0.1)
+    assert snr_db(audio, 0.5 * audio) == pytest.approx(6.02, abs=0.01)
+    loud = audio + 10 * noise  # no frame at the floor, where a gain would be cut off
+    assert lsd_db(loud, 2 * loud) == pytest.approx(6.02, abs=0.05)
+    assert stft_distance(loud, 2 * loud) == pytest.approx(1 + np.log(2), abs=0.01), "spectral convergence 1 and a factor of 2"
+    assert stft_distance(audio, audio) == 0
 
 
 def test_error_of_the_real_voice(shared: Path, tmp_path: Path) -> None:

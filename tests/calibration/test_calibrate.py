@@ -1,0 +1,206 @@
+"""From speech to INT8 in the bundle: chosen, written, verified, built, refused, interrupted; and speech that will not do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import soundfile
+
+from melrt import Vocoder
+from melrt.bundle import Bundle
+from melrt.errors import MelrtError
+from melrt_calibration import calibrate as module
+from melrt_calibration.calibrate import Options, calibrate
+from melrt_calibration.data import Sampling
+from melrt_calibration.errors import CalibrationError
+from melrt_calibration.judge import Budget
+from melrt_calibration.plan import Plan
+from melrt_calibration.report import dumps, figures, page
+from melrt_export.config import GeneratorConfig
+from melrt_export.demo import RECORDING
+from melrt_export.engine import EngineOptions, build_engine
+from melrt_export.mels import mel_from_audio, read_audio
+from melrt_export.parity import Difference, probe_mel, verify
+
+# Random weights say nothing of quality: anything is within this budget.
+ANY = Options(Budget(10.0, 100.0), Sampling(windows=16))
+# Eight bits throughout a random network leave about 30 dB; a wrong scale or zero point leaves less than 10.
+LEAST_SNR_DB = 15.0
+
+
+@pytest.fixture(scope="module")
+def voice(make_voice, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = GeneratorConfig(in_channels=8, channels=16, upsample_scales=(4, 2), stacks=2)
+    return make_voice(config, tmp_path_factory.mktemp("voice"), ("fp32", "fp16"))[0]
+
+
+@pytest.fixture
+def bundle(voice: Path, tmp_path: Path) -> Bundle:
+    import shutil
+
+    return Bundle.open(shutil.copytree(voice, tmp_path / "x.melrt"))
+
+
+@pytest.fixture
+def speech(bundle: Bundle, tmp_path: Path) -> Path:
+    folder = tmp_path / "speech"
+    folder.mkdir()
+    for seed in range(6):
+        np.save(folder / f"{seed}.npy", probe_mel(bundle.manifest.spec, 1000, seed))
+    return folder
+
+
+@pytest.fixture
+def int8_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On networks this small nothing pays: each INT8 layer takes a tenth off the clock."""
+
+    def rounded(model: onnx.ModelProto) -> set[str]:
+        return {n.name.removesuffix(".input.quantise") for n in model.graph.node if n.name.endswith(".input.quantise")}
+
+    def seconds(models: Mapping[str, onnx.ModelProto], mel: object, rounds: int = 0) -> dict[str, float]:
+        return {name: 0.9 ** len(rounded(model)) for name, model in models.items()}
+
+    def kernel_seconds(model: onnx.ModelProto, mel: object) -> dict[str, float]:
+        return {n.name: 0.5 if n.name in rounded(model) else 1.0 for n in model.graph.node if n.op_type == "Conv"}
+
+    monkeypatch.setattr(module.clock, "seconds", seconds)
+    monkeypatch.setattr(module.clock, "kernel_seconds", kernel_seconds)
+
+
+def contents(bundle: Bundle) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in bundle.path.iterdir()}
+
+
+@pytest.mark.usefixtures("int8_pays")
+def test_int8_joins_the_bundle(bundle: Bundle, speech: Path, tmp_path: Path) -> None:
+    result = calibrate(bundle, [speech], ANY)
+    bundle = Bundle.open(bundle.path)
+    assert result.written
+    assert result.verdict.startswith("INT8 pays")
+    plan = Plan.loads(bundle.read(bundle.find("plan")[0]))
+    assert plan == result.plan
+    assert plan.names == result.chosen.names
+    assert all(row.passed for row in verify(bundle))
+
+    mel = np.load(speech / "3.npy")
+    truth, made = (Vocoder.load(bundle, precision=p, device="cpu")(mel) for p in ("fp32", "int8"))
+    snr = Difference.between(truth[None], made[None]).snr_db
+    assert LEAST_SNR_DB < snr < 60, "INT8, and not FP32 by another name"
+
+    html = page(result, ANY, "a <voice>")
+    assert "a &lt;voice&gt;" in html
+    assert "http" not in html, "it opens offline"
+    assert json.loads(dumps(figures(result, ANY)))["chosen"]["names"] == list(plan.names)
+
+
+@pytest.mark.usefixtures("int8_pays")
+def test_the_form_for_tensorrt(bundle: Bundle, speech: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    calibrate(bundle, [speech], ANY)
+    bundle = Bundle.open(bundle.path)
+    model = onnx.load_from_string(bundle.read(bundle.find("onnx", graph="interior", precision="int8-fp16")[0]))
+    zeros = [t for t in model.graph.initializer if t.name.endswith(".zero")]
+    assert zeros
+    assert not any(onnx.numpy_helper.to_array(t).any() for t in zeros), "TensorRT takes zero points of 0 alone"
+    assert not any(t.data_type == onnx.TensorProto.INT32 for t in model.graph.initializer), "biases stay floating point"
+    for graph in ("edge", "interior"):
+        assert build_engine(bundle, EngineOptions(precision="int8", graph=graph)).size > 10_000
+
+
+def test_what_does_not_pay_is_not_written(bundle: Bundle, speech: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.clock, "seconds", lambda models, mel, rounds=0: dict.fromkeys(models, 1.0))
+    before = contents(bundle)
+    result = calibrate(bundle, [speech], ANY)
+    assert not result.written
+    assert "no set of INT8 layers is faster" in result.verdict
+    assert contents(bundle) == before
+    assert calibrate(bundle, [speech], replace(ANY, force=True)).written, "forced"
+
+
+@pytest.mark.usefixtures("int8_pays")
+def test_an_interrupted_run_leaves_the_bundle(bundle: Bundle, speech: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents(bundle)
+    write, written = Path.write_bytes, []
+
+    def third_fails(path: Path, data: bytes) -> int:
+        written.append(path)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", third_fails)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(bundle, [speech], ANY)
+    assert len(written) == 3
+    assert contents(bundle) == before
+
+
+def test_the_same_seed_chooses_the_same(bundle: Bundle, speech: Path) -> None:
+    from melrt_calibration.data import load
+
+    one, same, other = (load([speech], bundle.manifest, Sampling(windows=16, seed=seed)) for seed in (1, 1, 2))
+    assert [p.name for p in one.held_out] == [p.name for p in same.held_out]
+    assert all(np.array_equal(a, b) for a, b in zip(one.windows, same.windows, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(one.windows, other.windows, strict=True))
+    assert one.kinds["silent"] > 0, "pauses are observed"
+
+
+def _speech_of(folder: Path, count: int = 1, rate: int = 22050, gain: float = 1.0, reverse: bool = False) -> list[Path]:
+    audio = read_audio(RECORDING, 22050) * gain
+    paths = []
+    for i in range(count):
+        paths.append(folder / f"{i}.wav")
+        soundfile.write(paths[-1], audio[::-1] if reverse or i % 2 else audio, rate)
+    return paths
+
+
+BAD = {
+    "missing": (lambda f: [f / "none.wav"], "does not exist"),
+    "no data": (lambda f: [], "no calibration data"),
+    "empty folder": (lambda f: [(f / "x").mkdir() or f / "x"], "holds no audio or mel"),
+    "unknown kind": (lambda f: [(f / "a.mp7").write_text("x") and f / "a.mp7"], "no mel that melrt reads"),
+    "not audio": (lambda f: [(f / "a.wav").write_bytes(b"RIFF no") and f / "a.wav"], "cannot be read as audio"),
+    "too little": (_speech_of, r"at least 10 s in 2 are needed"),
+    "the same twice": (lambda f: [_speech_of(f)[0], RECORDING], r"at least 10 s in 2 are needed"),
+    "low rate": (lambda f: _speech_of(f, 2, rate=16000), "has 16000 Hz; this voice has 22050 Hz"),
+    "all silence": (lambda f: _speech_of(f, 2, gain=0.0), "every file is silence"),
+    "other bands": (lambda f: [np.save(f / "m.npy", np.zeros((40, 900), np.float32)) or f / "m.npy"], "has 40 bands; this voice takes 80"),
+    "not finite": (lambda f: [np.save(f / "m.npy", np.full((80, 900), np.nan, np.float32)) or f / "m.npy"], "must be finite"),
+    "natural logarithms": (lambda f: [np.save(f / "m.npy", _mel() / np.log10(np.e)) or f / "m.npy"], "looks like ln magnitudes"),
+}
+
+
+def _mel() -> np.ndarray:
+    from melrt import MelSpec
+
+    spec = MelSpec()
+    return mel_from_audio(read_audio(RECORDING, spec.sample_rate), spec)
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_speech_that_will_not_do(tiny_bundle: Bundle, tmp_path: Path, kind: str) -> None:
+    make, text = BAD[kind]
+    before = contents(tiny_bundle)
+    with pytest.raises(MelrtError, match=text):
+        calibrate(tiny_bundle, make(tmp_path), Options())
+    assert contents(tiny_bundle) == before
+
+
+@pytest.mark.parametrize(("arguments", "text"), [
+    (("--budget", "-1"), "0.02 is 2 %"), (("--windows", "2"), "between 8 and 10000"), (("--peak", "3"), "full scale"),
+])  # fmt: skip
+def test_settings_that_will_not_do(melrt, tiny_bundle: Bundle, arguments: tuple[str, ...], text: str) -> None:
+    code, _, err = melrt("calibrate", tiny_bundle.path, RECORDING, *arguments)
+    assert code == 2
+    assert text in err
+
+
+def test_a_plan_that_is_none() -> None:
+    with pytest.raises(CalibrationError, match="not an INT8 plan"):
+        Plan.loads('{"schema": 1, "layers": 3}')

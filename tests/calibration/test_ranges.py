@@ -1,0 +1,62 @@
+"""Statistics, ranges and equalisation hold what they promise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from melrt.backends.onnxruntime import OnnxModel
+from melrt.bundle import Bundle
+from melrt_calibration.equalise import tensors
+from melrt_calibration.network import Network
+from melrt_calibration.observe import Histogram
+from melrt_calibration.scales import METHODS, rounding_error
+from melrt_export.parity import FP32_MAX_ABS, probe_mel
+
+
+def test_a_histogram_of_growing_values_is_exact(noise: np.random.Generator) -> None:
+    histogram = Histogram()
+    pieces = [noise.standard_normal(5000).astype(np.float32) * scale for scale in (0.01, 1, 30)]
+    for piece in pieces:
+        histogram.add(piece)
+    values = np.concatenate(pieces)
+    assert histogram.counts.sum() == len(values)
+    assert (histogram.low, histogram.high) == (values.min(), values.max())
+    mean = (histogram.counts * histogram.centres).sum() / len(values)
+    assert mean == pytest.approx(values.mean(), abs=histogram.width)
+
+
+def test_each_method_does_what_it_is_for(noise: np.random.Generator) -> None:
+    """Heavy tails: what clips a little rounds the rest better, and the least squared error is least."""
+    histogram = Histogram()
+    histogram.add(noise.standard_t(3, 200_000).astype(np.float32))
+    chosen = {name: method(histogram) for name, method in METHODS.items()}
+    errors = {name: rounding_error(histogram, one) for name, one in chosen.items()}
+    assert (chosen["minmax"].low, chosen["minmax"].high) == (histogram.low, histogram.high)
+    assert chosen["percentile"].high < chosen["minmax"].high
+    assert errors["mse"] == min(errors.values())
+    assert errors["mse"] < 0.8 * errors["minmax"]
+
+
+def test_equalisation_changes_ranges_and_nothing_else(tiny_bundle: Bundle) -> None:
+    graphs = {(graph, "cpu"): _model(tiny_bundle, graph) for graph in ("edge", "interior")}
+    mel = probe_mel(tiny_bundle.manifest.spec)
+    network = Network.observed(graphs, [mel])
+    equal = network.equalised({t.takers[0]: 1.0 for t in tensors(dict.fromkeys(network.names))})
+    for key in graphs:
+        truth, made = (OnnxModel(g.graphs[key].SerializeToString()).run(mel[None]) for g in (network, equal))
+        assert np.abs(made - truth).max() < FP32_MAX_ABS
+    before, after = (_spread(one, "stages.1.upsample") for one in (network, equal))
+    assert after == pytest.approx(1, abs=1e-3)
+    assert before > 1.2
+
+
+def _spread(network: Network, name: str) -> float:
+    peaks = np.asarray(network.statistics[name].peaks)
+    return float(peaks.max() / peaks.min())
+
+
+def _model(bundle: Bundle, graph: str):
+    import onnx
+
+    return onnx.load_from_string(bundle.read(bundle.find("onnx", graph=graph, precision="fp32")[0]))
