@@ -125,8 +125,7 @@ def calibrate(
     seconds = clock.seconds(
         {"fp32": network.model((), "interior"), "int8": network.model(chosen.names, "interior")}, mel, rounds=FINAL_ROUNDS
     )
-    chosen = replace(chosen, seconds=seconds["int8"])
-    speedup = seconds["fp32"] / seconds["int8"]
+    speedup = float(np.median(seconds["fp32"] / seconds["int8"]))
     pays, verdict = _verdict(qualities, options.budget, speedup, found=best is not None)
     result = Result(
         data, network, points[0].quality, powers, layers, points, chosen, repairs, qualities, final, speedup, verdict,

@@ -16,7 +16,7 @@ from melrt.backends.onnxruntime import CPU_WINDOW, OnnxModel
 
 # ONNX Runtime's threads spin for 20 to 50 ms after a run and would take the next one's core.
 SETTLE = 0.06
-ROUNDS = 5
+ROUNDS = 7
 PROFILED_RUNS = 6
 
 
@@ -25,8 +25,8 @@ def window(mel: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.ascontiguousarray(np.tile(mel, (1, -(-CPU_WINDOW // mel.shape[1])))[None, :, :CPU_WINDOW])
 
 
-def seconds(models: Mapping[str, onnx.ModelProto], mel: NDArray[np.float32], rounds: int = ROUNDS) -> dict[str, float]:
-    """Median seconds of one window on one thread, all graphs in turn."""
+def seconds(models: Mapping[str, onnx.ModelProto], mel: NDArray[np.float32], rounds: int = ROUNDS) -> dict[str, NDArray[np.float64]]:
+    """Seconds of one window on one thread, of each round; all graphs in turn."""
     sessions = {name: OnnxModel(model.SerializeToString(), threads=1) for name, model in models.items()}
     taken: dict[str, list[float]] = {name: [] for name in models}
     for session in sessions.values():
@@ -37,7 +37,7 @@ def seconds(models: Mapping[str, onnx.ModelProto], mel: NDArray[np.float32], rou
             start = time.perf_counter()
             session.run(mel)
             taken[name].append(time.perf_counter() - start)
-    return {name: float(np.median(values)) for name, values in taken.items()}
+    return {name: np.array(values) for name, values in taken.items()}
 
 
 def kernel_seconds(model: onnx.ModelProto, mel: NDArray[np.float32]) -> dict[str, float]:

@@ -16,9 +16,9 @@ from melrt_calibration.scales import METHODS
 
 Step = Callable[[str], None]
 # Two ranges closer than this are one choice.
-ALIKE = 0.02
+ALIKE = 0.15
 # Held-out speech is a sample: what only just holds on it need not hold on other speech.
-SHARE_USED = 0.75
+SHARE_USED = 0.85
 POINTS = 14
 
 
@@ -147,5 +147,5 @@ def _measured(network: Network, judge: Judge, names: Sequence[str]) -> Point:
 
 def _timed(network: Network, points: Sequence[Point], mel: NDArray[np.float32]) -> list[Point]:
     models = {str(i): network.model(point.names, "interior") for i, point in enumerate(points)}
-    seconds = clock.seconds(models, mel)
-    return [replace(point, seconds=seconds[str(i)]) for i, point in enumerate(points)]
+    seconds = clock.seconds(models, mel)  # the least of each: what a busy machine does to a run only adds
+    return [replace(point, seconds=float(seconds[str(i)].min())) for i, point in enumerate(points)]

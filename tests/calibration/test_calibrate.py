@@ -63,8 +63,8 @@ def int8_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     def rounded(model: onnx.ModelProto) -> set[str]:
         return {n.name.removesuffix(".input.quantise") for n in model.graph.node if n.name.endswith(".input.quantise")}
 
-    def seconds(models: Mapping[str, onnx.ModelProto], mel: object, rounds: int = 0) -> dict[str, float]:
-        return {name: 0.9 ** len(rounded(model)) for name, model in models.items()}
+    def seconds(models: Mapping[str, onnx.ModelProto], mel: object, rounds: int = 0) -> dict[str, np.ndarray]:
+        return {name: np.array([0.9 ** len(rounded(model))]) for name, model in models.items()}
 
     def kernel_seconds(model: onnx.ModelProto, mel: object) -> dict[str, float]:
         return {n.name: 0.5 if n.name in rounded(model) else 1.0 for n in model.graph.node if n.op_type == "Conv"}
@@ -114,7 +114,7 @@ def test_the_form_for_tensorrt(bundle: Bundle, speech: Path) -> None:
 
 
 def test_what_does_not_pay_is_not_written(bundle: Bundle, speech: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.clock, "seconds", lambda models, mel, rounds=0: dict.fromkeys(models, 1.0))
+    monkeypatch.setattr(module.clock, "seconds", lambda models, mel, rounds=0: dict.fromkeys(models, np.ones(1)))
     before = contents(bundle)
     result = calibrate(bundle, [speech], ANY)
     assert not result.written
