@@ -27,8 +27,8 @@ FP16_MIN_SNR_DB = 45.0
 # INT8 is chosen by what it does to speech; here it has to be as good as it was when it was chosen. Two CPUs' kernels round alike, but for
 # the order of sums before a rounding; without VNNI products saturate, and that costs far more than this.
 INT8_SLACK_DB = 1.0
-# Of INT8 on any frames: the chosen layers of the trained sample leave 13 dB on the probe, at +0.7 % of log-mel error on speech (it is phases
-# that differ); a wrong scale or zero point leaves less than this.
+# Of INT8 on any frames: the chosen layers of the trained sample leave 13 dB on the probe, at +0.7 % of log-mel error on speech (phases
+# differ); a wrong scale or zero point leaves less than this.
 INT8_MIN_SNR_DB = 6.0
 PROBE_FRAMES = 96
 REFERENCE_MEL = "reference.mel.npy"
