@@ -18,6 +18,8 @@ from onnx import numpy_helper
 
 from melrt_calibration.observe import Statistics
 
+# The filter bank of a multi-band voice, after the tanh, stays in float32 in every precision.
+FILTER_BANK = "pqmf"
 # A channel far under the others must not be blown up to their noise: factors span at most this much.
 MOST = 1e3
 # Powers of a channel's range by which it may be divided: 0 leaves it, 1 brings all to one range, 1/2 lies between, since rounding
@@ -61,8 +63,17 @@ def equalised(model: onnx.ModelProto, statistics: Mapping[str, Statistics], powe
     return made
 
 
-def tensors(convolutions: Mapping[str, object]) -> Iterator[Tensor]:
-    """Every tensor of the network between its first and its last convolution, by the deploy graph's names."""
+def tensors(convolutions: Mapping[str, object]) -> list[Tensor]:
+    """Every tensor of a MelGAN between its first and its last convolution, by the deploy graph's names; none of another architecture.
+
+    A convolution that is in no tensor would take what was divided as if it were not: then nothing may be equalised.
+    """
+    found = list(_melgan(convolutions))
+    known = {name for tensor in found for name in (*tensor.makers, *tensor.takers)}
+    return found if known == set(convolutions) - {FILTER_BANK} else []
+
+
+def _melgan(convolutions: Mapping[str, object]) -> Iterator[Tensor]:
     makers: tuple[str, ...] = ("first",)
     i = 0
     while (upsample := f"stages.{i}.upsample") in convolutions:

@@ -11,14 +11,11 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from melrt.windows import GraphKind
-from melrt_calibration.equalise import equalised
+from melrt_calibration.equalise import FILTER_BANK, equalised
 from melrt_calibration.observe import Statistics, observe
 from melrt_calibration.plan import LayerPlan, Plan
 from melrt_calibration.qdq import Form, Repairs, quantised
 from melrt_calibration.scales import METHODS, weight_scales
-
-# The filter bank of a multi-band voice stays in float32 in every precision.
-FILTER_BANK = "pqmf"
 
 
 @dataclass(frozen=True, slots=True)
