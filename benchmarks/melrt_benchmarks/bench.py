@@ -50,8 +50,8 @@ class Plan:
     rounds: int = 15
     threads: int = 1
     """CPU threads of every contender."""
-    only: str = ""
-    """Part of the names of the contenders that run."""
+    only: tuple[str, ...] = ()
+    """Parts of names; a contender runs if its name holds one of them. Empty: all run."""
     profiled: bool = True
     """Time each operation of the deploy graph."""
     started: bool = True
@@ -116,7 +116,7 @@ def _loaded(bench: Bench, plan: Plan) -> Iterator[tuple[list[Contender], list[Sk
                 skipped.append(one)
         if not running:
             reasons = " · ".join(f"{one.contender}: {one.reason}" for one in skipped)
-            raise MelrtError(f"no contender runs here. {reasons or f'None has a name with {plan.only!r}.'}")
+            raise MelrtError(f"no contender runs here. {reasons or 'None has a name with ' + ', '.join(plan.only)}.")
         yield running, skipped
     finally:
         for one in running:

@@ -34,7 +34,7 @@ def bench(
     seconds: Annotated[str, typer.Option(help="Lengths of audio, comma-separated.")] = "1,4,10",
     batch: Annotated[str, typer.Option(help="Utterances in one call, comma-separated.")] = "1",
     concurrency: Annotated[str, typer.Option(help="Callers at once, comma-separated; none: not measured.")] = "",
-    only: Annotated[str, typer.Option(help="Run only contenders whose name holds this.")] = "",
+    only: Annotated[str, typer.Option(help="Run only contenders whose name holds one of these, comma-separated.")] = "",
     rounds: Annotated[int, typer.Option(help="Counted rounds; each runs every contender once.")] = 15,
     threads: Annotated[int | None, typer.Option(help="CPU threads of every contender; default: all cores.")] = None,
     streams: Annotated[bool, typer.Option("--streams", help="Also find how many real-time streams are held (minutes).")] = False,
@@ -63,7 +63,7 @@ def bench(
     with steps() as tell:
         plan = Plan(
             voice, checkpoint, _words(precisions), _words(backends), _numbers("seconds", seconds, float), _numbers("batch", batch, int),
-            _numbers("concurrency", concurrency, int), rounds, threads or len(os.sched_getaffinity(0)), only, profile, start_up,
+            _numbers("concurrency", concurrency, int), rounds, threads or len(os.sched_getaffinity(0)), _words(only), profile, start_up,
             " ".join(["melrt", *sys.argv[1:]]), tell,
         )  # fmt: skip
         report = run_bench(plan)

@@ -54,10 +54,12 @@ class Contender:
     """Whether the GPU is what it costs."""
 
 
-def contenders(bench: Bench, precisions: tuple[str, ...], backends: tuple[str, ...], only: str = "") -> Iterator[Contender | Skipped]:
-    """Each contender whose name holds `only`, ready to run, or why it cannot; the first that runs is what the others are compared with."""
+def contenders(
+    bench: Bench, precisions: tuple[str, ...], backends: tuple[str, ...], only: tuple[str, ...] = ()
+) -> Iterator[Contender | Skipped]:
+    """Each contender whose name holds one of `only`, ready to run, or why it cannot; the first that runs is what all are compared with."""
     for name, precision, make in _list(bench, precisions, backends):
-        if only.lower() not in name.lower():
+        if only and not any(part.lower() in name.lower() for part in only):
             continue
         try:
             made = make()

@@ -149,7 +149,7 @@ def test_wrong_turns(melrt, tiny_bundle_path: Path, tmp_path: Path) -> None:
         (("bench", tiny_bundle_path, "--seconds", "0"), "above 0 and up to 7200"),
         (("bench", tiny_bundle_path, "--batch", "0"), "from 1 to 1024"),
         (("bench", tiny_bundle_path, "--rounds", "2"), "at least 3"),
-        (("bench", tiny_bundle_path, "--only", "nobody"), "None has a name with 'nobody'"),
+        (("bench", tiny_bundle_path, "--only", "nobody,none"), "None has a name with nobody, none"),
         (("bench", tiny_bundle_path, "--precisions", "int3"), "known are fp32, tf32, fp16, int8"),
         (("bench", "--compare", tmp_path / "none.json", tmp_path / "x.json"), "is no file"),
         (("bench", "--compare", tmp_path / "old.json", tmp_path / "x.json"), "has schema 1; this melrt reads 2"),
