@@ -21,6 +21,7 @@ from melrt.machine import find_gpu
 from melrt.vocoder import Options, Vocoder
 from melrt_benchmarks.plain_export import plain_onnx
 from melrt_benchmarks.results import Skipped
+from melrt_export.builder import FLAVOURS, polygraphy_for
 from melrt_export.checkpoints import Checkpoint
 
 Run = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -77,6 +78,7 @@ def _list(bench: Bench, precisions: tuple[str, ...], backends: tuple[str, ...]) 
     yield "ONNX Runtime, plain export", "fp32", partial(_plain, bench, "cpu")
     yield "ONNX Runtime CUDA, plain", "tf32", partial(_plain, bench, "cuda")
     yield "ONNX Runtime TensorRT GPU", "fp16", partial(_plain_tensorrt, bench)
+    yield "TensorRT GPU, plain export", "tf32", partial(_tensorrt, bench)
     yield "OpenVINO, plain export", "fp32", partial(_openvino, bench)
     yield "melrt's graph, whole", "fp32", partial(_whole, bench)
     for backend in backends:
@@ -186,6 +188,28 @@ def _plain_tensorrt(bench: Bench) -> Run:
     providers = [("TensorrtExecutionProvider", {"trt_fp16_enable": True}), "CUDAExecutionProvider"]
     session = onnxruntime.InferenceSession(plain_onnx(_generator(bench)), providers=providers)
     return lambda mel: np.asarray(session.run(None, {"mel": mel})[0]).reshape(len(mel), -1)
+
+
+def _tensorrt(bench: Bench) -> Contender:
+    """A first attempt with TensorRT: Polygraphy's own runner on the plain export; never run by melrt's authors on a GPU yet."""
+    flavour = next((name for name in FLAVOURS if importlib.util.find_spec(name)), None)
+    if find_gpu() is None or flavour is None:
+        raise UnavailableError("no NVIDIA GPU" if flavour else "TensorRT is not installed")
+    bands = bench.bundle.manifest.spec.n_mels
+    with polygraphy_for(flavour):
+        from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+        from polygraphy.backend.trt import CreateConfig, EngineFromNetwork, NetworkFromOnnxBytes, Profile, TrtRunner
+
+        profile = Profile().add("mel", (1, bands, 64), (1, bands, 400), (64, bands, 3000))
+        config = CreateConfigRTX(profiles=[profile]) if flavour == "tensorrt_rtx" else CreateConfig(profiles=[profile], tf32=True)
+        runner = TrtRunner(EngineFromNetwork(NetworkFromOnnxBytes(plain_onnx(_generator(bench))), config=config))
+        runner.activate()
+
+    def run(mel: NDArray[np.float32]) -> NDArray[np.float32]:
+        (audio,) = runner.infer({"mel": mel}).values()
+        return np.array(audio, np.float32).reshape(len(mel), -1)
+
+    return Contender("TensorRT GPU, plain export", "tf32", run, runner.deactivate, on_gpu=True)
 
 
 def _openvino(bench: Bench) -> Run:
