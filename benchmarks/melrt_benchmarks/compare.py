@@ -35,7 +35,8 @@ def compare(old: Report, new: Report) -> Iterator[Change]:
 
     Where both began with the same contender and have another in common, that first one is the yardstick: times are taken relative
     to it, round by round, since a machine that is slower today slows both. A row is faster or slower where the 95 % intervals of the
-    two medians do not meet, and uncertain where the yardstick itself moved by more than a quarter.
+    two medians do not meet. It is uncertain where times alone say otherwise than times beside the yardstick, or where that moved by
+    more than a quarter: a busy machine slows contenders unequally.
 
     Raises:
         MelrtError: The reports have no row in common.
@@ -59,14 +60,15 @@ def _yardstick(old: Report, new: Report, common: Set[Key]) -> str | None:
 
 def _change(old: Report, new: Report, key: Key, yardstick: str | None) -> Change:
     was, now = _rows(old)[key], _rows(new)[key]
-    relative_to = None if key[0] == yardstick else yardstick
-    before, after = (_interval(report, row, relative_to) for report, row in ((old, was), (new, now)))
-    verdict = _verdict(was, now, before, after)
-    if key[0] == yardstick and was.correct == now.correct:
-        verdict = "yardstick"
-    elif verdict in ("slower", "faster") and yardstick and _moved(old, new, (yardstick, *key[1:])) > MOVED:
-        verdict = "uncertain"
-    return Change(*key, round(after[0] / before[0], 4), verdict)
+    alone = [_interval(report, row, None) for report, row in ((old, was), (new, now))]
+    verdict = _verdict(was, now, *alone)
+    if yardstick is None or was.correct != now.correct:
+        return Change(*key, round(alone[1][0] / alone[0][0], 4), verdict)
+    if key[0] == yardstick:
+        return Change(*key, round(alone[1][0] / alone[0][0], 4), "yardstick")
+    beside = [_interval(report, row, yardstick) for report, row in ((old, was), (new, now))]
+    certain = _verdict(was, now, *beside) == verdict and _moved(old, new, (yardstick, *key[1:])) <= MOVED
+    return Change(*key, round(beside[1][0] / beside[0][0], 4), verdict if certain else "uncertain")
 
 
 def _moved(old: Report, new: Report, key: Key) -> float:

@@ -174,7 +174,14 @@ def test_a_wrong_contender_is_shown_as_wrong(melrt, tiny_bundle_path: Path, monk
 
 @pytest.mark.parametrize(
     ("machine", "factor", "verdict", "code"),
-    [(1.2, 1.1, "slower", 1), (1.2, 0.9, "faster", 0), (1.2, 1.0, "same", 0), (2.0, 1.1, "uncertain", 0)],
+    [
+        (1.1, 1.1, "slower", 1),
+        (0.9, 0.9, "faster", 0),
+        (1.0, 1.0, "same", 0),
+        (1.0, 1.1, "slower", 1),
+        (0.8, 1.0, "uncertain", 0),
+        (2.0, 1.1, "uncertain", 0),
+    ],
 )
 def test_ten_percent_are_found_through_noise(melrt, tmp_path: Path, machine: float, factor: float, verdict: str, code: int) -> None:
     """The second run's machine is slower as a whole, and every run strays by 3 %; twice as slow, and nothing is certain."""
