@@ -116,7 +116,7 @@ def calibrate(
     network, layers = sensitivities(network, judge, mel, on_step)
     points, best = search(network, judge, options.budget, layers, mel, on_step)
     chosen = best or Point(network.names, judge.quality(network.model(network.names)))
-    network, chosen, repairs = _repair(plain, network, chosen, judge, on_step)
+    network, chosen, repairs = _repair(plain, network, chosen, judge, on_step, equalised=any(powers.values()))
     on_step("the last judgement")
     final = final or judge
     qualities = {"fp32": final.quality(network.model(())), "int8": final.quality(network.model(chosen.names))}
@@ -153,8 +153,7 @@ def _graphs(bundle: Bundle) -> tuple[dict[tuple[GraphKind, Form], Artifact], dic
 def _refuse_overlap(data: Data, final: Judge | None) -> None:
     if final is None:
         return
-    own = {piece.mel.tobytes() for piece in data.held_out}
-    if same := [piece.name for piece in final.pieces if piece.mel.tobytes() in own]:
+    if same := [piece.name for piece in final.pieces if piece.digest in data.digests]:
         raise CalibrationError(f"{', '.join(same)} is both to calibrate on and to be judged by; give other speech for one of them.")
 
 
@@ -180,7 +179,9 @@ def _stage(name: str) -> str:
     return ".".join(name.split(".")[:2])
 
 
-def _repair(plain: Network, network: Network, chosen: Point, judge: Judge, on_step: Step) -> tuple[Network, Point, list[Repair]]:
+def _repair(
+    plain: Network, network: Network, chosen: Point, judge: Judge, on_step: Step, *, equalised: bool
+) -> tuple[Network, Point, list[Repair]]:
     """Correct biases, keep them if that measures better, and tell what each repair brought."""
 
     def row(name: str, one: Network, other: Network | None = None) -> Repair:
@@ -196,7 +197,8 @@ def _repair(plain: Network, network: Network, chosen: Point, judge: Judge, on_st
         row("bias correction", fixed, fixed_all),
     ]
     kept = fixed if repairs[3].chosen.log_mel_error < repairs[2].chosen.log_mel_error else network
-    names = ("equalisation", "bias correction") if kept is fixed else ("equalisation",)
+    applied = {"equalisation": equalised, "bias correction": kept is fixed}
+    names = tuple(name for name, done in applied.items() if done)
     quality = repairs[3].chosen if kept is fixed else repairs[2].chosen
     return replace(kept, plan=replace(kept.plan, repairs=names)), replace(chosen, quality=quality), repairs
 

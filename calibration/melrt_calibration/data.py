@@ -43,6 +43,11 @@ class Piece:
     mel: Frames
     """(M, T)."""
 
+    @property
+    def digest(self) -> bytes:
+        """Tells whether two pieces are the same."""
+        return hashlib.sha256(self.mel.tobytes()).digest()
+
 
 @dataclass(frozen=True, slots=True)
 class Data:
@@ -56,6 +61,8 @@ class Data:
     """In all."""
     kinds: dict[str, int]
     """Number of windows by loudness."""
+    digests: frozenset[bytes]
+    """Of every piece, observed or held out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +110,7 @@ def load(paths: Sequence[Path], manifest: Manifest, sampling: Sampling, on_step:
     count = max(1, round(HELD_OUT * len(pieces)))
     held_out = tuple(pieces[i] for i in sorted(order[:count]))
     windows, kinds = _windows([pieces[i] for i in sorted(order[count:])], spec, sampling)
-    return Data(windows, held_out, seconds, kinds)
+    return Data(windows, held_out, seconds, kinds, frozenset(piece.digest for piece in pieces))
 
 
 def read(paths: Sequence[Path], manifest: Manifest, peak: float | None, on_step: Callable[[], None] = lambda: None) -> list[Piece]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 BLUE, GREY, RED = "#3477b5", "#b8bec6", "#c0504d"
 
 
-def sensitivity_bars(result: Result) -> Any:
+def sensitivity_bars(result: Result, budget: float) -> Any:
     """What each convolution costs alone, and what leaving it in float gives back when all others are in INT8."""
     reference = result.reference
     figure, (left, right) = _figure(10, 0.6 + 0.2 * len(result.layers), 1, 2, sharey=True)
@@ -26,7 +26,7 @@ def sensitivity_bars(result: Result) -> Any:
     colours = [BLUE if name in result.chosen.names else GREY for name in names]
     left.barh(names, [100 * max(row.alone.above(reference), 1e-6) for row in result.layers], color=colours)
     left.set(xlabel="alone in INT8: log-mel error above FP32, % (log scale)", xscale="log", xlim=(0.005, None))
-    left.axvline(2, color=RED, linewidth=0.8)
+    left.axvline(100 * budget, color=RED, linewidth=0.8)
     right.barh(names, [100 * row.but_this.above(reference) if row.but_this else 0 for row in result.layers], color=colours)
     right.set(xlabel="all but this in INT8: above FP32, %")
     left.invert_yaxis()

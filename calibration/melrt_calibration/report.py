@@ -87,7 +87,7 @@ def _sections(result: Result, options: Options, voice: str) -> Iterator[str]:
     yield "<h2>Sound</h2>" + "".join(_players(result))
     yield "<h2>Spectrograms</h2>" + _image(spectrograms(_audio(result)[:2], result.judge.spec))
     yield "<h2>Quality against time</h2>" + _image(pareto(result))
-    yield "<h2>Each convolution alone in INT8, and in float among INT8</h2>" + _image(sensitivity_bars(result))
+    yield "<h2>Each convolution alone in INT8, and in float among INT8</h2>" + _image(sensitivity_bars(result, options.budget.log_mel))
     yield "<h2>Repairs</h2>" + _table(
         ("after", "chosen layers", "above FP32", "all layers", "above FP32"),
         [(r.name, f"{r.chosen.log_mel_error:.4f}", f"{100 * r.chosen.above(result.reference):+.2f} %", f"{r.all_layers.log_mel_error:.4f}",

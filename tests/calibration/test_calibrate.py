@@ -99,6 +99,14 @@ def test_int8_joins_the_bundle(bundle: Bundle, speech: Path, tmp_path: Path) -> 
     assert json.loads(dumps(figures(result, ANY)))["chosen"]["names"] == list(plan.names)
 
 
+def test_judged_by_what_was_observed_is_refused(bundle: Bundle, speech: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.npy"
+    for name in ("0", "5"):  # one of them at least is observed, not held out
+        np.save(other, np.load(speech / f"{name}.npy"))
+        with pytest.raises(CalibrationError, match="both to calibrate on and to be judged by"):
+            calibrate(bundle, [speech], ANY, [other])
+
+
 @pytest.mark.usefixtures("int8_pays")
 def test_the_form_for_tensorrt(bundle: Bundle, speech: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
