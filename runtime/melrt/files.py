@@ -6,13 +6,25 @@ import contextlib
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a path beside `path`, with its suffix, to write to; on success it is synced and renamed to `path`, on failure removed."""
+    """Give a path beside `path`, with its suffix, to write to; on success it is synced and renamed to `path`, on failure removed.
+
+    A link stays a link: what it leads to is replaced. A device or a pipe stays one: the whole content is written into it.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            with temporary.open("rb") as content, path.open("wb") as target:
+                shutil.copyfileobj(content, target)
+        return
+    path = path.resolve() if path.is_symlink() else path
     made = _make_parents(path)
     temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
     try:

@@ -176,4 +176,5 @@ def _nothing_fits(bundle: Bundle, choice: Choice) -> str:
     asked = "" if choice.precision == "auto" else f"{choice.precision} "
     if choice.backend == "tensorrt":
         return f"{bundle.path} has no {asked}engines of both graphs; it has {there}. `melrt build` makes them."
-    return f"{bundle.path} has no {asked}artefact; it has {there}. Export it with `--precision`."
+    remedy = "`melrt calibrate` makes it." if choice.precision == "int8" else "Export it with `--precision`."
+    return f"{bundle.path} has no {asked}artefact; it has {there}. {remedy}"
