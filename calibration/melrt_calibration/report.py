@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from melrt import __version__
 from melrt.audio import write_wav
 from melrt_calibration.calibrate import Options, Result
+from melrt_calibration.hearing import heard
 from melrt_calibration.metrics import Measures
 from melrt_calibration.pictures import pareto, sensitivity_bars, spectrograms
 from melrt_calibration.search import front
@@ -27,6 +28,10 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px}
 text-align:right}td:first-child,th:first-child{text-align:left}img{max-width:100%}.verdict{padding:.7rem 1rem;background:#eef4fb;
 border-left:4px solid #3477b5}.no{background:#fbeeee;border-color:#b53434}audio{height:2rem;width:18rem}
 """
+
+MEASURES = {
+    "snr_db": "SNR dB", "si_snr_db": "SI-SNR dB", "stft_distance": "STFT distance", "lsd_db": "LSD dB", "stoi": "STOI", "pesq": "PESQ",
+}  # fmt: skip
 
 
 def figures(result: Result, options: Options) -> dict[str, Any]:
@@ -40,7 +45,7 @@ def figures(result: Result, options: Options) -> dict[str, Any]:
         "data": {"seconds": round(result.data.seconds, 1), "windows": result.data.kinds, "held_out": [p.name for p in result.data.held_out],
                  "judged_by": [p.name for p in result.judge.pieces]},
         "judged": {name: asdict(q) | {"above_fp32": q.above(result.judged["fp32"])} for name, q in result.judged.items()},
-        "signal": {name: asdict(m) for name, m in signal_measures(result).items()},
+        "signal": signal_measures(result),
         "speedup_one_window_one_thread": result.speedup,
         "equalisation": result.powers,
         "repairs": [asdict(repair) for repair in result.repairs],
@@ -52,11 +57,12 @@ def figures(result: Result, options: Options) -> dict[str, Any]:
     return values
 
 
-def signal_measures(result: Result) -> dict[str, Measures]:
-    """Of the first judged piece: INT8 against FP32."""
+def signal_measures(result: Result) -> dict[str, dict[str, float]]:
+    """Of the first judged piece: INT8 against FP32, by every measure that is installed."""
     truth, *others = _audio(result)
     names = [name for name in result.judged if name != "fp32"]
-    return {name: Measures.between(truth, audio) for name, audio in zip(names, others, strict=True)}
+    rate = result.judge.spec.sample_rate
+    return {name: asdict(Measures.between(truth, audio)) | heard(truth, audio, rate) for name, audio in zip(names, others, strict=True)}
 
 
 def page(result: Result, options: Options, voice: str) -> str:
@@ -81,9 +87,10 @@ def _sections(result: Result, options: Options, voice: str) -> Iterator[str]:
     base = result.judged["fp32"]
     rows = [(n, f"{q.log_mel_error:.4f}", f"{100 * q.above(base):+.2f} %", f"{q.silence_db:.1f}") for n, q in result.judged.items()]
     yield _table(("graph", "log-mel error", "above FP32", "silence, dB"), rows)
-    signal = [(n, f"{m.snr_db:.1f}", f"{m.si_snr_db:.1f}", f"{m.stft_distance:.3f}", f"{m.lsd_db:.2f}")
-            for n, m in signal_measures(result).items()]  # fmt: skip
-    yield _table(("against FP32, first piece", "SNR dB", "SI-SNR dB", "STFT distance", "LSD dB"), signal)
+    signal = signal_measures(result)
+    names = [name for name in MEASURES if all(name in values for values in signal.values())]
+    rows_of = [(graph, *(f"{values[name]:.3g}" for name in names)) for graph, values in signal.items()]
+    yield _table(("against FP32, first piece", *(MEASURES[name] for name in names)), rows_of)
     yield "<h2>Sound</h2>" + "".join(_players(result))
     yield "<h2>Spectrograms</h2>" + _image(spectrograms(_audio(result)[:2], result.judge.spec))
     yield "<h2>Quality against time</h2>" + _image(pareto(result))

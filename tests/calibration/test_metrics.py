@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from melrt import MelSpec, Vocoder
+from melrt_calibration.hearing import heard
 from melrt_calibration.metrics import log_mel_error, lsd_db, si_snr_db, silence_level_db, snr_db, stft_distance
 from melrt_export.demo import RECORDING
 from melrt_export.export import export_voice
@@ -42,6 +43,19 @@ def test_measures_of_known_noise() -> None:
     assert lsd_db(loud, 2 * loud) == pytest.approx(6.02, abs=0.05)
     assert stft_distance(loud, 2 * loud) == pytest.approx(1 + np.log(2), abs=0.01), "spectral convergence 1 and a factor of 2"
     assert stft_distance(audio, audio) == 0
+
+
+@pytest.mark.parametrize(("name", "best", "worst"), [("stoi", 1.0, 0.9), ("pesq", 4.64, 2.0)])
+def test_models_of_hearing_hear_noise(name: str, best: float, worst: float) -> None:
+    pytest.importorskip({"stoi": "pystoi"}.get(name, name))
+    audio = read_audio(RECORDING, SPEC.sample_rate)
+    noise = np.float32(0.1 * audio.std()) * np.random.default_rng(0).standard_normal(len(audio)).astype(np.float32)
+    clean, little, much = (
+        heard(audio, audio + gain * noise, SPEC.sample_rate)[name] for gain in (np.float32(0), np.float32(1), np.float32(10))
+    )
+    assert clean == pytest.approx(best, abs=0.02)
+    assert clean > little > much
+    assert much < worst
 
 
 def test_error_of_the_real_voice(shared: Path, tmp_path: Path) -> None:
