@@ -24,10 +24,11 @@ def audit_network(trt: Any, network: Any, precision: str) -> None:
         EngineBuildError: One does not; the layer is named.
     """
     wanted = getattr(trt.DataType, _WANTED[precision])
+    kinds = (trt.LayerType.CONVOLUTION, trt.LayerType.DECONVOLUTION)
     convolutions = 0
     for index in range(network.num_layers):
         layer = network.get_layer(index)
-        if layer.type == trt.LayerType.CONVOLUTION and FILTER_BANK not in layer.name:
+        if layer.type in kinds and FILTER_BANK not in layer.name:
             convolutions += 1
             if layer.get_output(0).dtype != wanted:
                 raise EngineBuildError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import typer
@@ -16,6 +16,9 @@ from rich.table import Table
 from melrt.bundle import Bundle
 from melrt.errors import EngineBuildError
 from melrt.files import whole_file
+
+if TYPE_CHECKING:
+    from melrt_export.tune import Trial
 
 console = Console(highlight=False)
 
@@ -100,28 +103,45 @@ def build(
     ] = "exact",
     refittable: Annotated[bool, typer.Option("--refittable", help="The weights can be exchanged later, by `melrt refit`.")] = False,
     cached: Annotated[bool, typer.Option("--cached/--anew", help="Take such an engine from the user's cache, if it is there.")] = True,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Try the graph's exact rewrites and several windows on this GPU; keep the fastest.")
+    ] = False,
 ) -> None:
     """Build TensorRT engines from the bundle's ONNX, audit their precision, and add them to the bundle.
 
     `melrt build voice.melrt --precision fp16` builds one engine for each graph. With `tensorrt` it has to run on the GPU that the
-    engines are for; with `tensorrt_rtx` it also runs without a GPU, and the engines are portable.
+    engines are for; with `tensorrt_rtx` it also runs without a GPU, and the engines are portable. `--tune` needs the GPU: it builds,
+    checks and times some eight engines, and keeps the fastest and all times.
     """
-    from melrt_export.engine import EngineOptions, build_engine
+    from melrt_export.engine import EngineOptions
+    from melrt_export.tune import build_engines
 
     options = EngineOptions(
         precision=precision, flavour=flavour, portable=portable, batch=_span("batch", batch),
         frames=None if frames is None else _span("frames", frames), optimization_level=optimization_level, timing_cache=timing_cache,
         workspace=workspace, compatible=compatible, refittable=refittable, cached=cached,  # type: ignore[arg-type]  # checked there
     )  # fmt: skip
-    wanted = [replace(options, graph=name) for name in (("edge", "interior") if graph == "both" else (graph,))]
     with _steps() as bar:
         task = bar.add_task("building", total=None)
-        for one in wanted:
-            entry = build_engine(
-                Bundle.open(voice), one, lambda phase, done, total: bar.update(task, description=phase, completed=done, total=total)
-            )
+
+        def on_progress(phase: str, done: int, total: int) -> None:
+            bar.update(task, description=phase, completed=done, total=total)
+
+        graphs = ("interior", "edge") if graph == "both" else (graph,)
+        wanted = [replace(options, graph=name) for name in graphs]  # type: ignore[arg-type]  # checked there
+        for entry, trials in build_engines(Bundle.open(voice), wanted, on_progress, tune=tune):
+            if trials:
+                console.print(_trials(entry.graph, trials))
             audited = "by the engine inspector" if entry.target["audited"] == "engine" else "in the network; the engine itself on its GPU"
             console.print(f"{voice / entry.file}  {entry.size / 1e6:.2f} MB  precision audited {audited}", markup=False)
+
+
+def _trials(graph: str, trials: list[Trial]) -> Table:
+    table = Table("upsampling", "shortcut", "time axis", "batch", "frames", "µs a frame", "", title=f"{graph}: one change at a time")
+    for trial in trials:
+        facts = trial.to_dict()
+        table.add_row(*(escape(str(value)) for value in facts.values()))
+    return table
 
 
 def refit(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, get_args
@@ -20,8 +20,10 @@ from melrt.machine import driver_version, find_gpu
 from melrt.windows import GraphKind
 from melrt_export.audit import audit_engine
 from melrt_export.builder import FLAVOURS, Flavour, Progress, build_plan, polygraphy_for
+from melrt_export.config import GeneratorConfig
 from melrt_export.engine_cache import EngineCache
 from melrt_export.gate import speak_on_gpu
+from melrt_export.variants import Variant, rewritten
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,8 @@ class EngineOptions:
     """tensorrt_rtx only: an engine for every supported GPU, built without one; else for the GPU of this machine."""
     graph: GraphKind = "interior"
     """`interior` for windows of one length, `edge` for the ends and for short utterances at any length."""
+    variant: Variant = field(default_factory=Variant)
+    """The graph's form; `melrt_export.tune` finds the fastest."""
     batch: tuple[int, int, int] = (1, 4, 16)
     """Smallest, best and largest batch."""
     frames: tuple[int, int, int] | None = None
@@ -91,27 +95,48 @@ class EngineOptions:
             raise EngineBuildError("tensorrt_rtx builds refittable engines only for a GPU that is at hand: add --this-gpu, on that GPU.")
 
 
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """An engine that was built and checked, and is in no bundle yet."""
+
+    entry: Artifact
+    """What the bundle will say of it."""
+    plan: bytes
+    """The serialised engine."""
+    source: Artifact
+    """The ONNX graph that it was built from."""
+
+    def keep(self, bundle: Bundle) -> Artifact:
+        """Add it to its bundle, in place of an earlier one of its name."""
+        return bundle.add(self.entry, self.plan, made_from=self.source)
+
+
 def build_engine(bundle: Bundle, options: EngineOptions, on_progress: Progress = lambda *_: None) -> Artifact:
-    """Build an engine, audit its precision, and add it to the bundle; the bundle stays as it was if that fails.
+    """Build an engine, check it, and add it to the bundle; the bundle stays as it was if that fails.
+
+    Args and errors: as `draft_engine`.
+
+    Returns:
+        The new entry of the bundle.
+    """
+    return draft_engine(bundle, options, on_progress).keep(bundle)
+
+
+def draft_engine(bundle: Bundle, options: EngineOptions, on_progress: Progress = lambda *_: None) -> Draft:
+    """Build an engine, audit its precision, and hear it where a GPU is at hand.
 
     Args:
         bundle: With the ONNX graph of the precision.
         options: What to build.
         on_progress: Called with a phase's name, its steps done and their number.
 
-    Returns:
-        The new entry of the bundle.
-
     Raises:
-        EngineBuildError: The builder refuses, or the engine is not of the precision asked for.
+        EngineBuildError: The builder refuses, or the engine is not of the precision asked for, or says something else.
         BundleError: The bundle lacks the graph, or it is damaged.
         MissingExtraError: Polygraphy or TensorRT is not installed.
     """
-    source = bundle.find("onnx", graph=options.graph, precision=SOURCES[options.precision])
-    if not source:
-        remedy = "`melrt calibrate` makes it." if options.precision == "int8" else "Export it with `--precision`."
-        raise BundleError(f"{bundle.path} has no {options.graph} graph in {SOURCES[options.precision]}. {remedy}")
-    frames = options.frames or _default_frames(options.graph, bundle.manifest.smallest_input)
+    source, onnx = network(bundle, options)
+    frames = options.frames or default_frames(options.graph, bundle.manifest.smallest_input)
     if frames[0] < bundle.manifest.smallest_input:
         raise EngineBuildError(f"frames start at {frames[0]}; this network takes at least {bundle.manifest.smallest_input}.")
     flavour = _flavour(options.flavour)
@@ -119,11 +144,10 @@ def build_engine(bundle: Bundle, options: EngineOptions, on_progress: Progress =
     trt = importlib.import_module(flavour)
     target = _target(flavour, options.portable)
     profile = [[b, bundle.manifest.spec.n_mels, t] for b, t in zip(options.batch, frames, strict=True)]
-    onnx = bundle.read(source[0])
     plan, audited = _plan(trt, onnx, profile, options, target, on_progress)
     facts = {
-        "flavour": flavour, "version": trt.__version__, **target, "profile": profile, "source": source[0].sha256, "audited": audited,
-        "compatible": options.compatible, "refittable": options.refittable,
+        "flavour": flavour, "version": trt.__version__, **target, "profile": profile, "source": source.sha256, "audited": audited,
+        "compatible": options.compatible, "refittable": options.refittable, "variant": options.variant.to_dict(),
     }  # fmt: skip
     capability = target["compute_capability"]
     where = capability if capability == PORTABLE else f"sm{capability.replace('.', '')}"
@@ -132,7 +156,21 @@ def build_engine(bundle: Bundle, options: EngineOptions, on_progress: Progress =
     if find_gpu():
         on_progress("speaking", 0, 1)
         entry = replace(entry, quality=speak_on_gpu(bundle, entry, plan, options.graph))
-    return bundle.add(entry, plan, made_from=source[0])
+    return Draft(entry, plan, source)
+
+
+def network(bundle: Bundle, options: EngineOptions) -> tuple[Artifact, bytes]:
+    """The graph that an engine is built from: its entry in the bundle, and its bytes in the form that the options name.
+
+    Raises:
+        BundleError: The bundle lacks it, or it is damaged.
+    """
+    source = bundle.find("onnx", graph=options.graph, precision=SOURCES[options.precision])
+    if not source:
+        remedy = "`melrt calibrate` makes it." if options.precision == "int8" else "Export it with `--precision`."
+        raise BundleError(f"{bundle.path} has no {options.graph} graph in {SOURCES[options.precision]}. {remedy}")
+    config = GeneratorConfig.from_dict(bundle.manifest.architecture)
+    return source[0], rewritten(bundle.read(source[0]), options.variant, config)
 
 
 def _plan(
@@ -156,11 +194,12 @@ def _plan(
     return plan, audited
 
 
-def _default_frames(graph: GraphKind, smallest: int) -> tuple[int, int, int]:
+def default_frames(graph: GraphKind, smallest: int, window: int = ENGINE_WINDOW) -> tuple[int, int, int]:
+    """Smallest, best and largest length of a graph's engine, for windows of this length."""
     if graph == "interior":
-        return ENGINE_WINDOW, ENGINE_WINDOW, ENGINE_WINDOW
+        return window, window, window
     # what is longer than a window is cut; most runs are the ends of utterances, a few frames long
-    return smallest, max(smallest, EDGE_FRAMES), max(smallest, ENGINE_WINDOW)
+    return smallest, max(smallest, EDGE_FRAMES), max(smallest, window)
 
 
 def _flavour(wanted: str) -> Flavour:

@@ -13,6 +13,7 @@ from melrt.errors import BundleError, EngineBuildError
 from melrt_export.config import GeneratorConfig
 from melrt_export.engine import SOURCES
 from melrt_export.gate import speak_on_gpu
+from melrt_export.variants import Variant, rewritten
 
 
 def refit_engines(bundle: Bundle, donor: Bundle) -> Iterator[Artifact]:
@@ -42,7 +43,9 @@ def _refit(bundle: Bundle, donor: Bundle, entry: Artifact) -> Artifact:
     _, gpu = open_device(0)
     trt = flavour(entry)
     check_target(entry, trt.__version__, gpu, f"Build it anew: melrt build {donor.path} --refittable")
-    plan = _exchange(trt, donor.read(entry), bundle.read(source[0]), entry.file)
+    variant = Variant.from_dict(entry.target.get("variant", {}))
+    onnx = rewritten(bundle.read(source[0]), variant, GeneratorConfig.from_dict(bundle.manifest.architecture))
+    plan = _exchange(trt, donor.read(entry), onnx, entry.file)
     facts = dict(entry.target) | {"source": source[0].sha256}
     refitted = Artifact.of(entry.name, plan, "engine", graph=entry.graph, precision=entry.precision, target=facts)
     quality = speak_on_gpu(bundle, refitted, plan, "edge" if entry.graph == "edge" else "interior")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import types
 import weakref
 from collections.abc import Callable
@@ -193,6 +194,7 @@ class Context:
             assert self.changes == changes, "the context changed after the run was queued or captured"
             gpu = self.engine.gpu
             gpu.view(*scratch)
+            time.sleep(self.engine.header.get("seconds", 0))
             mel = gpu.floats(addresses["mel"], int(np.prod(shape))).reshape(shape)
             audio = self.engine.model.run(mel.copy())
             gpu.floats(addresses["audio"], audio.size)[:] = audio.reshape(-1)
@@ -417,7 +419,7 @@ def _tensorrt(gpu: Gpu) -> types.SimpleNamespace:
 
     return types.SimpleNamespace(
         Refitter=_refitter, OnnxParserRefitter=OnnxParserRefitter,
-        __version__=VERSION, ILogger=ILogger, Runtime=Runtime, IRuntimeCache=RuntimeCache,
+        __name__="tensorrt_rtx", __version__=VERSION, ILogger=ILogger, Runtime=Runtime, IRuntimeCache=RuntimeCache,
         DataType=types.SimpleNamespace(FLOAT="float"),
         EngineValidity=types.SimpleNamespace(INVALID="INVALID", VALID="VALID"),
         ExecutionContextAllocationStrategy=types.SimpleNamespace(USER_MANAGED="USER_MANAGED"),
