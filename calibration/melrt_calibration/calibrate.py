@@ -12,17 +12,17 @@ import onnx
 
 from melrt.backends.onnxruntime import OnnxModel
 from melrt.bundle import Artifact, Bundle
+from melrt.errors import CalibrationError
 from melrt.windows import GraphKind
 from melrt_calibration import clock
 from melrt_calibration.bias import corrected
 from melrt_calibration.data import Data, Sampling, load, read
 from melrt_calibration.equalise import POWERS, tensors
-from melrt_calibration.errors import CalibrationError
 from melrt_calibration.judge import Budget, Judge, Quality
 from melrt_calibration.network import Network
-from melrt_calibration.plan import Plan
 from melrt_calibration.qdq import Form
 from melrt_calibration.search import Point, Sensitivity, search, sensitivities
+from melrt_export.int8_plan import Plan
 from melrt_export.parity import Difference, inside, reference_pair
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from melrt.bundle import Manifest
+from melrt.errors import CalibrationError
 from melrt.mel import MelSpec
 from melrt.mel_check import MelCheck
 from melrt.mel_files import read_mel
-from melrt_calibration.errors import CalibrationError
 from melrt_calibration.metrics import silent_frames
 from melrt_export.mels import mel_from_audio, read_audio
 

@@ -9,7 +9,7 @@ it takes the factor in its shortcut and in its dilated convolution. The range mo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -37,29 +37,45 @@ class Tensor:
     """Convolutions that take it; the first one's input has its range."""
 
 
-def equalised(model: onnx.ModelProto, statistics: Mapping[str, Statistics], powers: Mapping[str, float]) -> onnx.ModelProto:
-    """A graph of the same function whose tensors have closer ranges in their channels.
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """What the channels of a convolution are divided by; None: nothing."""
+
+    input: NDArray[np.float64] | None = None
+    output: NDArray[np.float64] | None = None
+
+
+def equalising_factors(statistics: Mapping[str, Statistics], powers: Mapping[str, float]) -> dict[str, Factors]:
+    """What to divide by, for every convolution.
 
     Args:
-        model: A deploy graph in float32 or float16.
-        statistics: What flowed through it.
+        statistics: What flows through the graph.
         powers: Of each tensor, named by its first taker.
     """
-    made = onnx.ModelProto()
-    made.CopyFrom(model)
-    constants = {tensor.name: tensor for tensor in made.graph.initializer}
-    convolutions = {node.name: node for node in made.graph.node if node.op_type == "Conv"}
-    for tensor in tensors(convolutions):
+    found = dict.fromkeys(statistics, Factors())
+    for tensor in tensors(statistics):
         power = powers.get(tensor.takers[0], 0.0)
         if not power:
             continue
         ranges = np.maximum(np.asarray(statistics[tensor.takers[0]].peaks, np.float64), 1e-12) ** power
         factors = ranges / np.exp(np.log(ranges).mean())
         factors = np.clip(factors, factors.max() / MOST, None)
-        for maker in tensor.makers:
-            _scale(constants, convolutions[maker], 1 / factors, axis=0)
-        for taker in tensor.takers:
-            _scale(constants, convolutions[taker], factors, axis=1)
+        found |= {maker: replace(found[maker], output=factors) for maker in tensor.makers}
+        found |= {taker: replace(found[taker], input=factors) for taker in tensor.takers}
+    return found
+
+
+def equalised(model: onnx.ModelProto, factors: Mapping[str, Factors]) -> onnx.ModelProto:
+    """A deploy graph, in float32 or float16, of the same function whose tensors have closer ranges in their channels."""
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    constants = {tensor.name: tensor for tensor in made.graph.initializer}
+    for node in made.graph.node:
+        by = factors.get(node.name, Factors())
+        if by.output is not None:
+            _scale(constants, node, 1 / by.output, axis=0)
+        if by.input is not None:
+            _scale(constants, node, by.input, axis=1)
     return made
 
 

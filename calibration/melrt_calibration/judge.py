@@ -13,9 +13,9 @@ import onnx
 from numpy.typing import NDArray
 
 from melrt.backends.onnxruntime import OnnxModel
+from melrt.errors import CalibrationError
 from melrt.mel import MelSpec
 from melrt_calibration.data import Piece
-from melrt_calibration.errors import CalibrationError
 from melrt_calibration.metrics import mel_distance, silence_energy
 
 Audio = NDArray[np.float32]

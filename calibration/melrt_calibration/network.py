@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from melrt.windows import GraphKind
-from melrt_calibration.equalise import FILTER_BANK, equalised
+from melrt_calibration.equalise import FILTER_BANK, equalised, equalising_factors
 from melrt_calibration.observe import Statistics, observe
-from melrt_calibration.plan import LayerPlan, Plan
 from melrt_calibration.qdq import Form, Repairs, quantised
 from melrt_calibration.scales import METHODS, weight_scales
+from melrt_export.int8_plan import LayerPlan, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +52,22 @@ class Network:
 
     def equalised(self, powers: Mapping[str, float], method: str = "mse", on_step: Callable[[], None] = lambda: None) -> Network:
         """The same function with its channels' ranges brought closer, observed anew."""
-        graphs = {key: equalised(graph, self.statistics, powers) for key, graph in self.graphs.items()}
-        return Network.observed(graphs, self.windows, method, on_step)
+        factors = equalising_factors(self.statistics, powers)
+        graphs = {key: equalised(graph, factors) for key, graph in self.graphs.items()}
+        network = Network.observed(graphs, self.windows, method, on_step)
+        layers = (
+            replace(layer, input_factors=_told(factors[layer.name].input), output_factors=_told(factors[layer.name].output))
+            for layer in network.plan.layers
+        )
+        return replace(network, plan=Plan(tuple(layers)))
 
     def model(self, names: Iterable[str], graph: GraphKind = "edge", form: Form = "cpu") -> onnx.ModelProto:
         """A graph with these layers in INT8; without any it is the float graph."""
         return quantised(self.graphs[graph, form], self.plan.only(frozenset(names)), form, self.repairs)
+
+
+def _told(factors: NDArray[np.float64] | None) -> tuple[float, ...]:
+    return () if factors is None else tuple(map(float, factors))
 
 
 def weight_of(model: onnx.ModelProto, name: str) -> NDArray[np.float32]:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from melrt_calibration.errors import CalibrationError
+from melrt.errors import CalibrationError
 
 Frames = NDArray[np.float32]
 # Bins of a histogram: 2048 as in ONNX Runtime's and TensorRT's calibrators; 16 of them for each step of a byte at first.

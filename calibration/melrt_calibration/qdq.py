@@ -17,8 +17,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from melrt_calibration.errors import CalibrationError
-from melrt_calibration.plan import LayerPlan, Plan
+from melrt.errors import CalibrationError
+from melrt_export.int8_plan import LayerPlan, Plan
 
 Form = Literal["cpu", "tensorrt"]
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from melrt_calibration.observe import Histogram
-from melrt_calibration.plan import SIGNED_MAX, UNSIGNED_MAX, Range
+from melrt_export.int8_plan import SIGNED_MAX, UNSIGNED_MAX, Range
 
 PERCENTILE = 99.999
 # Clipped shares of the range that are tried.

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from melrt_calibration import clock
 from melrt_calibration.judge import Budget, Judge, Quality
 from melrt_calibration.network import Network
-from melrt_calibration.plan import LayerPlan, Plan
 from melrt_calibration.scales import METHODS
+from melrt_export.int8_plan import LayerPlan, Plan
 
 Step = Callable[[str], None]
 # Two ranges closer than this are one choice.

@@ -31,6 +31,10 @@ class EngineBuildError(MelrtError, RuntimeError):
     """A TensorRT engine that could not be built as asked."""
 
 
+class CalibrationError(MelrtError, ValueError):
+    """Speech, settings or a plan from which no INT8 can be made."""
+
+
 class TrainingError(MelrtError, ValueError):
     """A training that was asked for wrongly, or cannot go on."""
 

@@ -14,17 +14,16 @@ import soundfile
 
 from melrt import Vocoder
 from melrt.bundle import Bundle
-from melrt.errors import MelrtError
+from melrt.errors import CalibrationError, MelrtError
 from melrt_calibration import calibrate as module
 from melrt_calibration.calibrate import Options, calibrate
 from melrt_calibration.data import Sampling
-from melrt_calibration.errors import CalibrationError
 from melrt_calibration.judge import Budget
-from melrt_calibration.plan import Plan
 from melrt_calibration.report import dumps, figures, page
 from melrt_export.config import GeneratorConfig
 from melrt_export.demo import RECORDING
 from melrt_export.engine import EngineOptions, build_engine
+from melrt_export.int8_plan import Plan
 from melrt_export.mels import mel_from_audio, read_audio
 from melrt_export.parity import Difference, probe_mel, verify
 

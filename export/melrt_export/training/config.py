@@ -14,6 +14,7 @@ from melrt.mel import MelSpec
 from melrt_export.config import GeneratorConfig
 
 MAX_CONFIG_BYTES = 1 << 20
+Int8Form = Literal["cpu", "tensorrt"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +121,21 @@ class LossConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class QuantisationConfig:
+    """Fine-tuning in INT8, so that the weights learn to live with its rounding."""
+
+    voice: str = ""
+    """A calibrated bundle, whose INT8 plan says which layers are rounded and how; empty: none are."""
+    form: Int8Form = "cpu"
+    """`cpu`: as ONNX Runtime's INT8 on a CPU rounds; `tensorrt`: as TensorRT's."""
+    distillation: float = 1.0
+    """Weight of the distance to what the generator said before, in float."""
+
+    def __post_init__(self) -> None:
+        _require(self, "distillation", 0.0, 1e6)
+
+
+@dataclass(frozen=True, slots=True)
 class OptimizerConfig:
     """Adam, for both networks; the defaults are MelGAN's."""
 
@@ -194,12 +210,15 @@ class TrainingConfig:
     mel: MelSpec = field(default_factory=MelSpec)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     losses: LossConfig = field(default_factory=LossConfig)
+    quantisation: QuantisationConfig = field(default_factory=QuantisationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     def __post_init__(self) -> None:
         _require(self, "seed", 0, 1 << 62)
+        if self.quantisation.voice and not self.start_from:
+            raise TrainingError("[quantisation] mends what rounding does to a trained voice; name its checkpoint as start_from.")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -230,7 +249,8 @@ def read_config(path: Path) -> TrainingConfig:
         return str(here / text) if text else ""
 
     data = replace(config.data, train=located(config.data.train), validation=located(config.data.validation))
-    return replace(config, run=located(config.run), start_from=located(config.start_from), data=data)
+    quantisation = replace(config.quantisation, voice=located(config.quantisation.voice))
+    return replace(config, run=located(config.run), start_from=located(config.start_from), data=data, quantisation=quantisation)
 
 
 def _read(kind: type[Any], values: Any, where: str) -> Any:

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from melrt.errors import TrainingError
 from melrt_export.checkpoints import native
+from melrt_export.generator import Generator
 from melrt_export.training.config import TrainingConfig
 from melrt_export.training.processes import Processes
+from melrt_export.training.quantised import Distillation, quantise, read_plan
 from melrt_export.training.recordings import Corpus, find_corpus
 from melrt_export.training.segments import Segments, Share, batches
 from melrt_export.training.state import FILE, History, load_state, save_state
 from melrt_export.training.step import AdversarialStep, ExtraLoss
 from melrt_export.training.validation import Validation, validate
-from melrt_export.training.voice import TrainableVoice, first_voice
+from melrt_export.training.voice import first_voice
 
 BEST = "best"
 # Steps between the questions of several processes whether one of them was told to stop: torchrun waits 30 s before it kills.
@@ -60,7 +62,6 @@ class Trainer:
         config: What to do.
         resume: Go on where the run's checkpoint is.
         processes: This process among the others.
-        voice: Another generator than the config's: with fake quantisation, say.
         extra: More terms of the generator's objective, by name.
 
     Raises:
@@ -74,16 +75,16 @@ class Trainer:
         *,
         resume: bool = False,
         processes: Processes | None = None,
-        voice: TrainableVoice | None = None,
         extra: Mapping[str, ExtraLoss] | None = None,
     ) -> None:
         self.config = config
         self.run_folder = Path(config.run)
         self.processes = processes or Processes(torch.device("cpu"))
         self._check(resume)
-        self.voice = voice or first_voice(config)
+        self.voice = first_voice(config)
         self.corpus: Corpus = self.processes.from_first(lambda: find_corpus(config.data, self.voice.spec.sample_rate))
-        self.step = AdversarialStep(config, self.voice, self.processes, extra or {})
+        self.teacher = self._quantised()
+        self.step = AdversarialStep(config, self.voice, self.processes, {**self._distillation(), **(extra or {})})
         self._shape = {"generator": self.voice.config.to_dict(), "mel": self.voice.spec.to_dict()}
         self.history = load_state(self.run_folder, self.step, self._shape) if resume else History()
         self.step.share()
@@ -122,6 +123,22 @@ class Trainer:
     @property
     def _is_first(self) -> bool:
         return self.processes.rank == 0
+
+    def teacher_error(self) -> float:
+        """Validation error of the float generator that a training in INT8 began with; every process takes part."""
+        assert self.teacher is not None
+        return validate(self.teacher, self.step.log_mel, self.corpus.validation, self.config.data.peak, self.processes)[0]
+
+    def _quantised(self) -> Generator | None:
+        quantisation = self.config.quantisation
+        if not quantisation.voice:
+            return None
+        return quantise(self.voice, read_plan(Path(quantisation.voice)), quantisation.form).to(self.processes.device)
+
+    def _distillation(self) -> dict[str, ExtraLoss]:
+        if self.teacher is None:
+            return {}
+        return {"distillation": Distillation(self.teacher, self.config.quantisation.distillation)}
 
     def _check(self, resume: bool) -> None:
         count, batch = self.processes.count, self.config.data.batch

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import nn
 
 from melrt.edges import Edges
 from melrt.errors import TrainingError
@@ -22,22 +19,20 @@ from melrt_export.training.weight_norm import add_weight_norm, folded_weights
 
 @dataclass(frozen=True, slots=True)
 class TrainableVoice:
-    """Any module that turns mel frames (B, M, T) into a waveform (B, 1, T·hop), with what a checkpoint of it needs."""
+    """A generator under training, with what a checkpoint of it needs."""
 
     config: GeneratorConfig
-    """The shape of the generator that `folded` gives the weights of."""
+    """The generator's shape."""
     spec: MelSpec
     """The mel convention of its input."""
-    generator: nn.Module
-    """What is trained: every parameter that asks for a gradient."""
-    folded: Callable[[nn.Module], dict[str, np.ndarray]] = folded_weights
-    """From the trained module to the tensors that `config` names; a module that is more than weight norm brings its own."""
+    generator: Generator
+    """What is trained, with weight norm, and perhaps rounded as INT8."""
     edges: Edges = field(default_factory=Edges)
     """What the project of the checkpoint that it started from does at the ends of an utterance."""
 
     def checkpoint(self, name: str) -> Checkpoint:
         """The voice as it is now."""
-        return Checkpoint(name, "melrt", Path(), "", self.config, self.folded(self.generator), self.spec, self.edges)
+        return Checkpoint(name, "melrt", Path(), "", self.config, folded_weights(self.generator), self.spec, self.edges)
 
 
 def first_voice(config: TrainingConfig) -> TrainableVoice:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from melrt_calibration.errors import CalibrationError
+from melrt.errors import CalibrationError
 
-SCHEMA = 1
+# 2: with the factors of equalisation.
+SCHEMA = 2
 # A symmetric signed byte: -128 is not used, so that a value and its negative are both exact.
 SIGNED_MAX = 127
 UNSIGNED_MAX = 255
@@ -57,10 +58,16 @@ class LayerPlan:
     """Of what it gives, before whatever follows; only the CPU form rounds there (ONNX Runtime's integer convolution gives bytes)."""
     weight_scales: tuple[float, ...]
     """One for each output channel of the deploy graph; signed, zero point 0."""
+    input_factors: tuple[float, ...] = ()
+    """What equalisation divided each input channel by (C_in,); empty: nothing. Ranges and scales are those after it."""
+    output_factors: tuple[float, ...] = ()
+    """What it divided each output channel by, (C_out,), an upsampling's once for all its phases; empty: nothing."""
 
     def __post_init__(self) -> None:
         if not self.weight_scales or not all(np.isfinite(s) and s > 0 for s in self.weight_scales):
             raise CalibrationError(f"{self.name}: weight scales are finite and above 0, one for each output channel.")
+        if not all(np.isfinite(f) and f > 0 for f in (*self.input_factors, *self.output_factors)):
+            raise CalibrationError(f"{self.name}: factors of equalisation are finite and above 0, one for each channel.")
 
     def quantise(self, weight: NDArray[np.floating]) -> NDArray[np.int8]:
         """The nearest bytes of a weight (C_out, ...)."""
@@ -102,9 +109,12 @@ class Plan:
             if values["schema"] != SCHEMA:
                 raise CalibrationError(f"plan of schema {values['schema']!r}; this melrt reads {SCHEMA}.")
             layers = tuple(
-                LayerPlan(v["name"], Range(**v["input"]), Range(**v["output"]), tuple(map(float, v["weight_scales"])))
+                LayerPlan(
+                    str(v["name"]), Range(**v["input"]), Range(**v["output"]),
+                    *(tuple(map(float, v[key])) for key in ("weight_scales", "input_factors", "output_factors")),
+                )
                 for v in values["layers"]
-            )
+            )  # fmt: skip
             return cls(layers, tuple(map(str, values["repairs"])))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CalibrationError(f"not an INT8 plan: {error!r}") from error
