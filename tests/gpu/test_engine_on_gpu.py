@@ -17,6 +17,7 @@ from melrt.vocoder import Options
 from melrt_export.engine import EngineOptions, build_engine
 from melrt_export.gate import FP32_MAX_ABS
 from melrt_export.parity import FP16_MIN_SNR_DB, Difference, probe_mel
+from melrt_export.tune import tune_engine
 
 pytestmark = pytest.mark.gpu
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
@@ -111,3 +112,16 @@ def test_the_second_start_finds_compiled_kernels(voice: tuple[Bundle, str, str])
     load(voice).close()
     kept = {artifact.sha256[:16] for artifact in voice[0].find("engine")}
     assert kept <= {file.name[:16] for file in Path(user_cache()).glob("*.runtime-cache")}
+
+
+def test_every_rewrite_of_the_graph_is_right_and_the_fastest_is_kept(voice: tuple[Bundle, str, str]) -> None:
+    bundle, flavour, precision = voice
+    if precision != "fp16":
+        pytest.skip("tuned in one precision; a tune builds eight engines")
+    draft, trials = tune_engine(bundle, EngineOptions(precision=precision, flavour=flavour, portable=False))
+    for trial in trials:
+        print(trial.to_dict())
+    assert [trial.verdict for trial in trials if trial.verdict not in ("fastest", "slower")] == []
+    assert len(trials) == 7, "the bundle's graph, four others, two other windows"
+    assert draft.entry.target["tuned"] == [trial.to_dict() for trial in trials]
+    assert draft.entry.quality["snr_db"] > FP16_MIN_SNR_DB
