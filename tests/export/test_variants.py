@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from tests.runtime import fake_gpu
 from tests.runtime.fake_gpu import engine_bytes, install
 from typer.testing import CliRunner
 
@@ -79,10 +80,26 @@ def test_tensorrt_builds_the_rewrites(tiny_bundle: Bundle, variant: Variant, gra
     assert Variant.from_dict(entry.target["variant"]) == variant
 
 
+class Clock:
+    """Time that passes in the GPU's runs alone: what else this machine does cannot reverse a duel."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
 @pytest.fixture
 def gpu_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU that is slow at some things: milliseconds for each kept frame, and a builder with faults."""
+    """A GPU that is slow at some things, and a builder with faults."""
     install(monkeypatch)
+    clock = Clock()
+    for module in (tune, fake_gpu):
+        monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(tune, "WARM_UP_SECONDS", 0)
     monkeypatch.setattr(tune, "ROUNDS", 3)
     monkeypatch.setattr(tune, "SECONDS_PER_TIMING", 0)
