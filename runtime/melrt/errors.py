@@ -54,5 +54,9 @@ class QueueFullError(MelrtError, RuntimeError):
     """The queue has no room for a request; try again later."""
 
 
+class OverdueError(MelrtError, TimeoutError):
+    """A request that was not done in the time that the limits give it; its windows are freed."""
+
+
 class ClosedError(MelrtError, RuntimeError):
     """The vocoder or stream was closed."""

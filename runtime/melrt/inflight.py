@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from melrt.audio import NO_NUMBER, SampleFormat, to_int16
 from melrt.backends import Backend
 from melrt.counters import Counters, Stats
-from melrt.errors import BackendError, ClosedError, QueueFullError
+from melrt.errors import BackendError, ClosedError, MelError, OverdueError, QueueFullError
 from melrt.windows import Policy, Window
 
 Frames = NDArray[np.float32]
@@ -46,10 +46,23 @@ class Limits:
     """Longest that a run is held back to fill its batch, seconds."""
     patience: float = 1.0
     """A request without a deadline of its own is due this long after it came, seconds."""
+    max_frames: int | None = None
+    """Longest utterance, whole or as a stream, mel frames; a longer one is refused with MelError."""
+    max_streams: int | None = None
+    """Streams open at once; a further one is refused with QueueFullError."""
+    timeout: float | None = None
+    """Longest from coming in to done, seconds; then OverdueError, and the request's windows are freed."""
 
     def __post_init__(self) -> None:
         if self.max_windows < 1 or self.hold < 0 or self.patience < 0:
             raise BackendError(f"{self}: max_windows is at least 1, hold and patience at least 0 seconds.")
+        if any(limit is not None and limit <= 0 for limit in (self.max_frames, self.max_streams, self.timeout)):
+            raise BackendError(f"{self}: max_frames, max_streams and timeout are above 0, or None for no limit.")
+
+    def check_frames(self, frames: int) -> None:
+        """Raise MelError for an utterance of more frames than are let in."""
+        if self.max_frames is not None and frames > self.max_frames:
+            raise MelError(f"mel has {frames} frames; at most {self.max_frames} are taken here. Cut the text into shorter utterances.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,8 +252,18 @@ class InFlight:
                     if self._closing:
                         return
                     self._changed.wait()
-                jobs = self._take()
+                late = self._late()
+                jobs = [] if late else self._take()
+            for request in late:
+                self._fail(request, OverdueError(f"the audio was not done within {self.limits.timeout} s; the service is overloaded."))
             self._run(jobs)
+
+    def _late(self) -> list[Request]:
+        """Requests whose time is over; nobody waits for them any more. Holds the lock."""
+        if self.limits.timeout is None:
+            return []
+        since = time.monotonic() - self.limits.timeout
+        return [request for request in self._requests if request.arrival < since]
 
     def _take(self) -> list[Job]:
         """Windows for one run: the most urgent, and mates of its shape from any request. Holds the lock."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
+import weakref
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from melrt.edges import Edges
-from melrt.errors import ClosedError, MelError
+from melrt.errors import ClosedError, MelError, QueueFullError
 from melrt.inflight import InFlight, Request, Sound
 from melrt.mel import MelSpec
 from melrt.mel_check import MelCheck
@@ -106,6 +108,11 @@ class Stream:
         """As `push`, for callers that wait in their own way; the next call only after this one's future is done."""
         return self._submit(self._accept(frames))
 
+    @property
+    def closed(self) -> bool:
+        """Whether it gives no more audio: flushed, closed or failed."""
+        return self._closed
+
     def close(self) -> None:
         """Drop what is held; for an utterance that nobody listens to any more."""
         self._closed = True
@@ -123,6 +130,7 @@ class Stream:
         if self._stop is not None:
             raise ClosedError("the stream is being flushed; flush again for the rest of its audio.")
         mel = self._synthesis.spec.check_frames(frames)
+        self._synthesis.inflight.limits.check_frames(self._received + mel.shape[1])
         self._synthesis.mel_check.look(mel)
         if mel.shape[1] and not self._received:
             mel = np.concatenate([self._edges.before(mel), mel], axis=1)
@@ -198,6 +206,37 @@ class Stream:
             future.cancel()  # an interrupted caller takes its windows along
             self._closed = True
             raise
+
+
+class OpenStreams:
+    """The streams that are open; one that its owner dropped is open no more."""
+
+    def __init__(self, limit: int | None) -> None:
+        self._limit = limit
+        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+        self._lock = threading.Lock()
+
+    def add(self, opened: Stream) -> Stream:
+        """Count a stream in.
+
+        Raises:
+            QueueFullError: As many as the limit are open.
+        """
+        with self._lock:
+            if self._limit is not None and self._count() >= self._limit:
+                raise QueueFullError(f"{self._limit} streams are open, which is the limit; try again later, or raise Limits.max_streams.")
+            self._streams.add(opened)
+        return opened
+
+    def __len__(self) -> int:
+        with self._lock:
+            return self._count()
+
+    def _count(self) -> int:
+        """Open streams; what has ended is forgotten. Holds the lock."""
+        for ended in [stream for stream in self._streams if stream.closed]:
+            self._streams.discard(ended)
+        return len(self._streams)
 
 
 def stream(source: Iterable[ArrayLike], opened: Stream) -> Iterator[Audio]:

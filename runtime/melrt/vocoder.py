@@ -25,7 +25,7 @@ from melrt.errors import AudioError, MelError
 from melrt.inflight import InFlight, Limits, Request, Sound
 from melrt.mel import MelSpec
 from melrt.mel_check import MelCheck
-from melrt.stream import Stream, StreamPace, Synthesis, stream, stream_async
+from melrt.stream import OpenStreams, Stream, StreamPace, Synthesis, stream, stream_async
 from melrt.tuning import recorded
 from melrt.windows import Field, Policy, Span, plan
 
@@ -67,6 +67,7 @@ class Vocoder:
         self._sound = Sound(manifest.spec.hop, self.options.sample_format)
         mel_check = MelCheck(manifest.spec, manifest.levels, manifest.normalisation)
         self._synthesis = Synthesis(manifest.spec, self._sound, self.field, self.options.edges, self.inflight, mel_check)
+        self._streams = OpenStreams(self.options.limits.max_streams)
         # The vocoder and its streams hold on to this, the workers do not: once all of them are dropped, and what was asked of them
         # is done, the workers go.
         weakref.finalize(self._synthesis, self.inflight.stop, drain=True)
@@ -128,10 +129,12 @@ class Vocoder:
             in order with the work on its library's current stream, and not waited for.
 
         Raises:
-            MelError: Wrong number of bands, too few frames, or a value that is not finite (on a GPU that is not looked for).
+            MelError: Wrong number of bands, too few or too many frames, or a value that is not finite (on a GPU that is not looked for).
+            OverdueError: It was not done within `Limits.timeout`.
             BackendError: The backend failed.
         """
         if on_gpu(mel) and isinstance(self.backend, DeviceBackend):
+            self.options.limits.check_frames(cast(Any, mel).shape[-1])
             audio = self.backend.speak(mel, self.spec, self.field, self.edges, self.policy)
             return cast(Audio, audio)  # of the caller's kind; in most programs numpy arrays go in and out
         frames = self.spec.check(mel, self._fewest())
@@ -164,8 +167,17 @@ class Vocoder:
         return await asyncio.wrap_future(await self.inflight.submit_async(self._request(self._own(mel))))
 
     def open_stream(self, pace: StreamPace | None = None) -> Stream:
-        """Open a stream for one utterance: `push(frames)` gives audio as early as it is exact, `flush()` the rest."""
-        return Stream(self._synthesis, pace or self.options.pace)
+        """Open a stream for one utterance: `push(frames)` gives audio as early as it is exact, `flush()` the rest.
+
+        Raises:
+            QueueFullError: As many streams as `Limits.max_streams` are open.
+        """
+        return self._streams.add(Stream(self._synthesis, pace or self.options.pace))
+
+    @property
+    def open_streams(self) -> int:
+        """Streams that are open now."""
+        return len(self._streams)
 
     def stream(self, source: Iterable[ArrayLike], pace: StreamPace | None = None) -> Iterator[Audio]:
         """Audio of an iterable of frames (M, n), piece by piece."""
@@ -198,6 +210,7 @@ class Vocoder:
         return frames.copy() if np.may_share_memory(frames, np.asarray(mel)) else frames
 
     def _request(self, frames: NDArray[np.float32]) -> Request:
+        self.options.limits.check_frames(frames.shape[1])
         self._synthesis.mel_check.look(frames)
         edges = self.edges
         extended = edges.extend(frames)

@@ -18,7 +18,7 @@ import torch
 
 from melrt import Vocoder
 from melrt.bundle import Bundle
-from melrt.errors import BackendError, ClosedError, MelError, QueueFullError
+from melrt.errors import BackendError, ClosedError, MelError, OverdueError, QueueFullError
 from melrt.inflight import Limits
 from melrt.vocoder import Options
 from melrt.windows import Policy
@@ -420,3 +420,50 @@ def test_a_refilled_array_does_not_change_what_was_asked(tiny_bundle_path: Path)
     assert [float(audio[0]) for audio in vocoder.batch(source())] == [0, 1, 2, 3, 4]
     assert [float(audio[0]) for audio in vocoder.batch(torch.from_numpy(one) for one in source())] == [0, 1, 2, 3, 4]
     vocoder.close()
+
+
+def test_an_utterance_longer_than_the_limit_is_refused_every_way(tiny_bundle_path: Path) -> None:
+    vocoder, _ = load(tiny_bundle_path, ONE, max_frames=40)
+    assert (vocoder(constant(1, 40)) == 1).all()
+    for way in (vocoder, vocoder.submit, lambda mel: list(vocoder.batch([mel])), lambda mel: list(vocoder.stream([mel]))):
+        with pytest.raises(MelError, match="41 frames; at most 40"):
+            way(constant(1, 41))
+    with vocoder.open_stream() as opened:
+        first = opened.push(constant(1, 30))
+        with pytest.raises(MelError, match="60 frames; at most 40"):
+            opened.push(constant(1, 30))
+        assert len(np.concatenate([first, opened.flush()])) == 30 * 256, "the stream goes on without the refused frames"
+    vocoder.close()
+
+
+def test_streams_that_are_open_are_counted_and_limited(tiny_bundle_path: Path) -> None:
+    vocoder, _ = load(tiny_bundle_path, ONE, max_streams=2)
+    flushed, dropped = vocoder.open_stream(), vocoder.open_stream()
+    with pytest.raises(QueueFullError, match="2 streams are open"):
+        vocoder.open_stream()
+    flushed.flush()
+    del dropped
+    gc.collect()
+    assert vocoder.open_streams == 0
+    assert (np.concatenate(list(vocoder.stream([constant(4)]))) == 4).all()
+    vocoder.close()
+
+
+def test_a_request_past_its_time_is_dropped_and_the_others_go_on(tiny_bundle_path: Path) -> None:
+    vocoder, echo = load(tiny_bundle_path, ONE, timeout=0.2)
+    echo.go.clear()
+    running = vocoder.submit(constant(0))
+    assert echo.started.acquire(timeout=5)
+    late = [vocoder.submit(constant(value, 500)) for value in (1, 2)]
+    time.sleep(0.3)
+    echo.go.set()
+    running.result(5)
+    for future in late:
+        with pytest.raises(OverdueError, match="within 0.2 s"):
+            future.result(5)
+    assert (vocoder(constant(3)) == 3).all()
+    assert set(echo.first) == {0, 3}, "nothing was computed for those that nobody waited for"
+    assert vocoder.stats().queue_windows == 0
+    vocoder.close()
+    with pytest.raises(BackendError, match="above 0"):
+        Limits(timeout=0)
