@@ -33,12 +33,21 @@ def read_mel(path: Path, spec: MelSpec) -> NDArray[Any]:
         raise MelError(f"{path} does not exist, or is no file.")
     suffix = path.suffix.lower().lstrip(".")
     mel = _read_numpy(path) if suffix in ("npy", "npz") else _read_with_extra(suffix, path, spec)
+    return one_utterance(mel, str(path))
+
+
+def one_utterance(mel: NDArray[Any], where: str) -> NDArray[Any]:
+    """An array (M, T) or (1, M, T) as (M, T).
+
+    Raises:
+        MelError: Another shape, or nothing in it.
+    """
     if mel.ndim == 3 and len(mel) == 1:
         mel = mel[0]
     if mel.ndim != 2:
-        raise MelError(f"{path} has shape {mel.shape}; a file holds one utterance, (bands, frames).")
+        raise MelError(f"{where} has shape {mel.shape}; expected one utterance, (bands, frames).")
     if 0 in mel.shape:
-        raise MelError(f"{path}: mel is empty, shape {mel.shape}.")
+        raise MelError(f"{where}: mel is empty, shape {mel.shape}.")
     return np.asanyarray(mel)
 
 
