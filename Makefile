@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TRITON := .triton
 
-.PHONY: demo test check clean
+.PHONY: demo test check triton clean
 
 demo: $(VENV)/.installed
 	$(BIN)/melrt demo
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed triton
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.installed
@@ -22,5 +23,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
+# A real Triton server for the tests, with a Python of its own: it needs numpy 1. Without it those tests are skipped.
+triton:
+	@$(MAKE) -s $(TRITON)/.installed || echo "no Triton server: its tests will be skipped"
+
+$(TRITON)/.installed: Makefile
+	$(PYTHON) -m venv $(TRITON)
+	$(TRITON)/bin/python -m pip install -q --disable-pip-version-check -e . "numpy<2" onnxruntime
+	$(TRITON)/bin/python -m pip install -q --disable-pip-version-check --no-deps nvidia-pytriton==0.7.0
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo dist
+	rm -rf $(VENV) $(TRITON) demo dist

@@ -1,4 +1,7 @@
-"""The `melrt` command: every command is an entry point of the group `melrt.commands`, so that any package can add some."""
+"""The `melrt` command: every command is an entry point of the group `melrt.commands`, so that any package can add some.
+
+One of two words is a command of a group: `serve triton`.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +32,13 @@ def main() -> None:
         help="From a MelGAN checkpoint to production speech: export, build, verify, run.",
         no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
     )  # fmt: skip
+    groups = {"": app}
     for point in entry_points(group="melrt.commands"):
-        app.command(point.name)(_guarded(point))
+        group, _, name = point.name.rpartition(" ")
+        if group and group not in groups:
+            groups[group] = typer.Typer(no_args_is_help=True)
+            app.add_typer(groups[group], name=group)
+        groups[group].command(name)(_guarded(point))
     app()
 
 

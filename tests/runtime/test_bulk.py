@@ -37,7 +37,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def finished(folder: Path) -> int:
-    return sum(not name.rpartition("/")[2].startswith(".") for name in contents(folder))
+    """Files that are whole."""
+    return sum(path.suffix in (".wav", ".parquet") and not path.name.startswith(".") for path in folder.rglob("*"))
 
 
 def command(bundle: Bundle, mels: Path, output: Path, *more: str) -> list[str]:
@@ -106,6 +107,7 @@ def write_rows(path: Path, names: list[str] | None, mels: list[np.ndarray | None
 
 def test_parquet_in_and_out(melrt, demo_bundle: Bundle, tmp_path: Path) -> None:
     """Ten rows of lists and a tensor of known shape; two bad ones, mended after the first run."""
+    speech = tmp_path / "speech"
     (tmp_path / "rows").mkdir()
     mels = {f"sub/p{index}": probe_mel(demo_bundle.manifest.spec, 30 + index) for index in range(10)}
     damaged = [None if name.endswith("3") else mel[:40] if name.endswith("7") else mel for name, mel in mels.items()]
@@ -114,36 +116,40 @@ def test_parquet_in_and_out(melrt, demo_bundle: Bundle, tmp_path: Path) -> None:
     tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack([unnamed]))
     pq.write_table(pa.table({"mel": tensors}), tmp_path / "rows" / "tensors.parquet")
     mels["tensors-00000000"] = unnamed
-    arguments = ("bulk", demo_bundle.path, "--input", tmp_path / "rows", "--to")
-    code, out, err = melrt(*arguments, "parquet", "--output", tmp_path / "speech", "--format", "float32")
+    arguments = ("bulk", demo_bundle.path, "--input", tmp_path / "rows", "--format", "float32", "--to")
+    code, out, _ = melrt(*arguments, "parquet", "--output", speech)
     assert code == 2
     assert "9 spoken, 0 were there, 2 failed" in out
-    listed = {one["name"]: one["error"] for one in json.loads((tmp_path / "speech" / "failed.json").read_text())}
+    listed = {one["name"]: one["error"] for one in json.loads((speech / "failed.json").read_text())}
     assert listed.keys() == {"sub/p3", "sub/p7"}
     assert "has no mel" in listed["sub/p3"]
-    before = contents(tmp_path / "speech")
+    before = contents(speech)
     assert len(before) == 4, "a file for each row group"
     write_rows(tmp_path / "rows" / "lists.parquet", list(mels)[:10], list(mels.values())[:10])
-    code, out, err = melrt(*arguments, "parquet", "--output", tmp_path / "speech", "--format", "float32")
+    code, out, err = melrt(*arguments, "parquet", "--output", speech)
     assert code == 0, err
     assert "2 spoken, 9 were there, 0 failed" in out
-    assert before.items() <= contents(tmp_path / "speech").items()
-    rows = [row for path in (tmp_path / "speech").glob("*.parquet") for row in pq.read_table(path).to_pylist()]
-    assert sorted(row["name"] for row in rows) == sorted(mels)
-    code, _, err = melrt(*arguments, "wav", "--output", tmp_path / "wavs", "--format", "float32")
+    assert before.items() <= contents(speech).items()
+    code, _, err = melrt(*arguments, "wav", "--output", tmp_path / "wavs")
     assert code == 0, err
-    with Vocoder.load(demo_bundle, device="cpu") as vocoder:
+    assert_spoken(demo_bundle, mels, speech, tmp_path / "wavs")
+
+
+def assert_spoken(bundle: Bundle, mels: dict[str, np.ndarray], parquet: Path, wavs: Path) -> None:
+    rows = [row for path in parquet.glob("*.parquet") for row in pq.read_table(path).to_pylist()]
+    assert sorted(row["name"] for row in rows) == sorted(mels)
+    with Vocoder.load(bundle, device="cpu") as vocoder:
         for row in rows:
             expected = vocoder(mels[row["name"]])
             assert np.abs(expected).max() > 0.01, "it sounds"
-            assert row["sample_rate"] == demo_bundle.manifest.spec.sample_rate
+            assert row["sample_rate"] == bundle.manifest.spec.sample_rate
             assert np.array_equal(np.float32(row["audio"]), expected), row["name"]
-            assert np.array_equal(soundfile.read(tmp_path / "wavs" / f"{row['name']}.wav", dtype="float32")[0], expected)
+            assert np.array_equal(soundfile.read(wavs / f"{row['name']}.wav", dtype="float32")[0], expected)
 
 
 @pytest.mark.parametrize(
     ("names", "reason"),
-    [(["../a"], "below the output folder"), (["/a"], "below the output folder"), ([None], "None"), (["a", "./a"], "2 utterances named 'a'")],
+    [(["../a"], "the name '../a'"), (["/a"], "the name '/a'"), ([None], "the name None"), (["a", "./a"], "2 utterances named 'a'")],
 )
 def test_a_row_s_name_stays_in_its_folder(melrt, demo_bundle: Bundle, tmp_path: Path, names: list[str], reason: str) -> None:
     write_rows(tmp_path / "rows.parquet", names, [np.zeros((80, 30), np.float32)] * len(names))
