@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from melrt_calibration.judge import Budget, Judge, Quality
 from melrt_calibration.network import Network
 from melrt_calibration.qdq import Form
 from melrt_calibration.search import Point, Sensitivity, search, sensitivities
+from melrt_export.graph import GraphPrecision
 from melrt_export.int8_plan import Plan
 from melrt_export.parity import Difference, inside, reference_pair
 
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 Step = Callable[[str], None]
 
 PRECISIONS: dict[Form, str] = {"cpu": "int8", "tensorrt": "int8-fp16"}
-SOURCES: dict[Form, str] = {"cpu": "fp32", "tensorrt": "fp16"}
+SOURCES: dict[Form, GraphPrecision] = {"cpu": "fp32", "tensorrt": "fp16"}
 GRAPHS: tuple[GraphKind, ...] = ("edge", "interior")
 PLAN_FILE = "int8.plan.json"
 # Less than this is within what two runs of one graph differ by.
@@ -103,7 +104,7 @@ def calibrate(
         BundleError: The bundle lacks FP32 graphs, or is damaged.
     """
     on_step("reading the speech")
-    sources, graphs = _graphs(bundle)
+    sources, graphs = float_graphs(bundle)
     data = load(speech, bundle.manifest, options.sampling)
     final = Judge(read(judged, bundle.manifest, options.sampling.peak), bundle.manifest.spec) if judged else None
     _refuse_overlap(data, final)
@@ -126,18 +127,23 @@ def calibrate(
         {"fp32": network.model((), "interior"), "int8": network.model(chosen.names, "interior")}, mel, rounds=FINAL_ROUNDS
     )
     speedup = float(np.median(seconds["fp32"] / seconds["int8"]))
-    pays, verdict = _verdict(qualities, options.budget, speedup, found=best is not None)
+    pays, verdict = decide(qualities, options.budget, speedup, found=best is not None)
     result = Result(
         data, network, points[0].quality, powers, layers, points, chosen, repairs, qualities, final, speedup, verdict,
         pays or options.force,
     )  # fmt: skip
     if result.written:
         on_step("writing")
-        _write(bundle, result, sources, options.budget)
+        write(bundle, network, chosen.names, qualities, sources, options.budget)
     return result
 
 
-def _graphs(bundle: Bundle) -> tuple[dict[tuple[GraphKind, Form], Artifact], dict[tuple[GraphKind, Form], onnx.ModelProto]]:
+def float_graphs(bundle: Bundle) -> tuple[dict[tuple[GraphKind, Form], Artifact], dict[tuple[GraphKind, Form], onnx.ModelProto]]:
+    """What INT8 is made from, and held against: FP32 graphs, and FP16 ones if there are any.
+
+    Raises:
+        CalibrationError: There are no FP32 graphs.
+    """
     sources: dict[tuple[GraphKind, Form], Artifact] = {}
     for form, precision in SOURCES.items():
         found = {graph: bundle.find("onnx", graph=graph, precision=precision) for graph in GRAPHS}
@@ -203,7 +209,8 @@ def _repair(
     return replace(kept, plan=replace(kept.plan, repairs=names)), replace(chosen, quality=quality), repairs
 
 
-def _verdict(qualities: dict[str, Quality], budget: Budget, speedup: float, *, found: bool) -> tuple[bool, str]:
+def decide(qualities: dict[str, Quality], budget: Budget, speedup: float, *, found: bool) -> tuple[bool, str]:
+    """Whether INT8 pays, and why or why not; `found`: whether any set of layers was within the budget."""
     above, louder = qualities["int8"].above(qualities["fp32"]), qualities["int8"].louder(qualities["fp32"])
     facts = f"{speedup:.2f} times FP32's speed on this CPU, log-mel error {100 * above:+.1f} %, silence {louder:+.1f} dB"
     if not found:
@@ -215,23 +222,29 @@ def _verdict(qualities: dict[str, Quality], budget: Budget, speedup: float, *, f
     return True, f"INT8 pays: {facts}."
 
 
-def _write(bundle: Bundle, result: Result, sources: dict[tuple[GraphKind, Form], Artifact], budget: Budget) -> None:
-    """All graphs and the plan in one step; of the form for TensorRT only if it is within the budget too."""
+def write(
+    bundle: Bundle,
+    network: Network,
+    names: Sequence[str],
+    judged: Mapping[str, Quality],
+    sources: Mapping[tuple[GraphKind, Form], Artifact],
+    budget: Budget,
+) -> None:
+    """All graphs with these layers in INT8, and the plan, in one step; of the form for TensorRT only if it is within the budget too."""
     files: list[tuple[Artifact, bytes]] = []
     for (graph, form), _ in sources.items():
         precision = PRECISIONS[form]
-        quality = result.judged[precision]
-        if form == "tensorrt" and not budget.holds(quality, result.judged["fp32"]):
-            logger.warning("the form for TensorRT is out of the budget (%+.1f %%) and left out", 100 * quality.above(result.judged["fp32"]))
+        above = judged[precision].above(judged["fp32"])
+        if form == "tensorrt" and not budget.holds(judged[precision], judged["fp32"]):
+            logger.warning("the form for TensorRT is out of the budget (%+.1f %%) and left out", 100 * above)
             break
-        model = result.network.model(result.chosen.names, graph, form).SerializeToString(deterministic=True)
-        facts = _facts(bundle, graph, model) | {"log_mel_above_fp32": round(quality.above(result.judged["fp32"]), 5)}
+        model = network.model(names, graph, form).SerializeToString(deterministic=True)
+        facts = _facts(bundle, graph, model) | {"log_mel_above_fp32": round(above, 5)}
         entry = Artifact.of(
-            f"{graph}.{precision}.onnx", model, "onnx", graph=graph, precision=precision,
-            target={"layers": len(result.chosen.names)}, quality=facts,
-        )  # fmt: skip
+            f"{graph}.{precision}.onnx", model, "onnx", graph=graph, precision=precision, target={"layers": len(names)}, quality=facts
+        )
         files.append((entry, model))
-    plan = result.plan.dumps().encode()
+    plan = network.plan.only(frozenset(names)).dumps().encode()
     files.append((Artifact.of(PLAN_FILE, plan, "plan", precision="int8"), plan))
     bundle.add_all(files, made_from=tuple(sources.values()))
 

@@ -8,7 +8,7 @@ it takes the factor in its shortcut and in its dilated convolution. The range mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +16,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from melrt.errors import CalibrationError
 from melrt_calibration.observe import Statistics
+from melrt_export.int8_plan import Plan
 
 # The filter bank of a multi-band voice, after the tanh, stays in float32 in every precision.
 FILTER_BANK = "pqmf"
@@ -60,9 +62,26 @@ def equalising_factors(statistics: Mapping[str, Statistics], powers: Mapping[str
         ranges = np.maximum(np.asarray(statistics[tensor.takers[0]].peaks, np.float64), 1e-12) ** power
         factors = ranges / np.exp(np.log(ranges).mean())
         factors = np.clip(factors, factors.max() / MOST, None)
-        found |= {maker: replace(found[maker], output=factors) for maker in tensor.makers}
-        found |= {taker: replace(found[taker], input=factors) for taker in tensor.takers}
+        _divide(found, tensor, factors)
     return found
+
+
+def planned_factors(plan: Plan, convolutions: Iterable[str]) -> dict[str, Factors]:
+    """What a plan divides by, for every convolution of the graph: what it says of one side of a tensor holds for the other."""
+    found = dict.fromkeys(convolutions, Factors())
+    layers = {layer.name: layer for layer in plan.layers}
+    for tensor in tensors(found):
+        told = [layers[name].output_factors for name in tensor.makers if name in layers]
+        told += [layers[name].input_factors for name in tensor.takers if name in layers]
+        factors = np.array(next(filter(None, told), ()))
+        if len(factors):
+            _divide(found, tensor, factors)
+    return found
+
+
+def _divide(found: dict[str, Factors], tensor: Tensor, factors: NDArray[np.float64]) -> None:
+    found |= {maker: replace(found[maker], output=factors) for maker in tensor.makers}
+    found |= {taker: replace(found[taker], input=factors) for taker in tensor.takers}
 
 
 def equalised(model: onnx.ModelProto, factors: Mapping[str, Factors]) -> onnx.ModelProto:
@@ -109,5 +128,7 @@ def _scale(constants: Mapping[str, onnx.TensorProto], node: onnx.NodeProto, fact
     """Multiply a convolution's output (0) or input (1) channels; an upsampler gives each channel once for each phase."""
     for name in node.input[1:2] if axis else node.input[1:3]:
         value = numpy_helper.to_array(constants[name])
+        if value.shape[axis] % len(factors):
+            raise CalibrationError(f"{len(factors)} factors of equalisation for {node.name}, which has {value.shape[axis]} channels.")
         by = np.repeat(factors, value.shape[axis] // len(factors)).reshape([-1 if i == axis else 1 for i in range(value.ndim)])
         constants[name].CopyFrom(numpy_helper.from_array((value * by).astype(value.dtype), name))

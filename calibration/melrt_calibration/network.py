@@ -10,12 +10,13 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from melrt.errors import CalibrationError
 from melrt.windows import GraphKind
-from melrt_calibration.equalise import FILTER_BANK, equalised, equalising_factors
+from melrt_calibration.equalise import FILTER_BANK, equalised, equalising_factors, planned_factors
 from melrt_calibration.observe import Statistics, observe
 from melrt_calibration.qdq import Form, Repairs, quantised
 from melrt_calibration.scales import METHODS, weight_scales
-from melrt_export.int8_plan import LayerPlan, Plan
+from melrt_export.int8_plan import SIGNED_MAX, LayerPlan, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,18 @@ class Network:
         statistics = {k: v for k, v in observe(edge, windows, on_step).items() if k != FILTER_BANK}
         return cls(graphs, statistics, _plan(edge, statistics, method), windows)
 
+    @classmethod
+    def planned(cls, graphs: Mapping[tuple[GraphKind, Form], onnx.ModelProto], plan: Plan) -> Network:
+        """Other weights for a plan: they take its ranges and its equalisation as they are, and have scales of their own.
+
+        Raises:
+            CalibrationError: The plan is not for this network.
+        """
+        factors = planned_factors(plan, (node.name for node in graphs["edge", "cpu"].graph.node if node.op_type == "Conv"))
+        graphs = {key: equalised(graph, factors) for key, graph in graphs.items()}
+        layers = (replace(layer, weight_scales=_scales_of_the_largest(graphs["edge", "cpu"], layer.name)) for layer in plan.layers)
+        return cls(graphs, {}, Plan(tuple(layers), tuple(name for name in plan.repairs if name == "equalisation")), ())
+
     @property
     def names(self) -> tuple[str, ...]:
         """Every convolution that could be in INT8."""
@@ -70,9 +83,21 @@ def _told(factors: NDArray[np.float64] | None) -> tuple[float, ...]:
     return () if factors is None else tuple(map(float, factors))
 
 
+def _scales_of_the_largest(edge: onnx.ModelProto, name: str) -> tuple[float, ...]:
+    """As a training in INT8 rounds weights: each output channel's largest is the largest byte."""
+    rows = np.abs(weight_of(edge, name).astype(np.float64))
+    return tuple(float(scale) for scale in rows.reshape(len(rows), -1).max(axis=1).clip(1e-8) / SIGNED_MAX)
+
+
 def weight_of(model: onnx.ModelProto, name: str) -> NDArray[np.float32]:
-    """A convolution's weight (C_out, C_in, 1, K)."""
-    node = next(n for n in model.graph.node if n.name == name)
+    """A convolution's weight (C_out, C_in, 1, K).
+
+    Raises:
+        CalibrationError: The graph has no such convolution.
+    """
+    node = next((n for n in model.graph.node if n.name == name and n.op_type == "Conv"), None)
+    if node is None:
+        raise CalibrationError(f"the plan quantises {name}, which is no convolution of this voice; calibrate it anew.")
     tensor = next(t for t in model.graph.initializer if t.name == node.input[1])
     return numpy_helper.to_array(tensor).astype(np.float32)
 

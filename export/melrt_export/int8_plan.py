@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from melrt.bundle import Bundle
 from melrt.errors import CalibrationError
 
 # 2: with the factors of equalisation.
@@ -17,6 +18,21 @@ SCHEMA = 2
 # A symmetric signed byte: -128 is not used, so that a value and its negative are both exact.
 SIGNED_MAX = 127
 UNSIGNED_MAX = 255
+
+
+def read_plan(bundle: Bundle) -> Plan:
+    """The INT8 plan of a calibrated voice.
+
+    Raises:
+        CalibrationError: It has none, or it is damaged.
+    """
+    entries = bundle.find("plan", precision="int8")
+    if not entries:
+        raise CalibrationError(
+            f"{bundle.path} has no INT8 plan: melrt calibrate {bundle.path} SPEECH makes one; a larger --budget puts more layers into it, "
+            "for a training to mend."
+        )
+    return Plan.loads(bundle.read(entries[0]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,12 @@ def train(
     settings = read_config(config)
     if export is not None and export.exists():
         raise TrainingError(f"{export} exists; give --export another name, so that the training does not end in vain.")
+    if export is not None and settings.quantisation.voice:
+        voice = settings.quantisation.voice
+        raise TrainingError(
+            f"weights trained in INT8 are worth nothing in float, so that there is no voice to --export; afterwards, "
+            f"melrt requantise {voice} {Path(settings.run) / 'best'} SPEECH gives them to the INT8 of {voice}."
+        )
     with joined(settings.machine) as processes, _stop_signals() as stopped:
         with Console(stderr=True).status("reading every recording once, building the networks"):
             trainer = Trainer(settings, resume=resume, processes=processes)
@@ -74,6 +80,7 @@ def _finish(trainer: Trainer, outcome: Outcome, export: Path | None, teacher: fl
         before = outcome.history.errors[0][1]
         mended = f"; {(before - error) / (before - teacher):.0%} of what rounding cost is mended" if before > teacher else ""
         console.print(f"in float it began with {teacher:.4f}, in INT8 with {before:.4f}{mended}", markup=False)
+        console.print(f"next: melrt requantise {trainer.config.quantisation.voice} {outcome.best} SPEECH", markup=False)
     if export is None:
         return
     facts = {

@@ -8,14 +8,12 @@ rounded as the Q/DQ graph rounds them. Gradients pass through rounding unchanged
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from melrt.bundle import Bundle
 from melrt.errors import TrainingError
 from melrt_export.generator import Generator
 from melrt_export.int8_plan import SIGNED_MAX, UNSIGNED_MAX, LayerPlan, Plan, Range
@@ -24,23 +22,6 @@ from melrt_export.training.losses import StftLoss
 from melrt_export.training.step import Synthesis
 from melrt_export.training.voice import TrainableVoice
 from melrt_export.training.weight_norm import folded_weights
-
-
-def read_plan(bundle: Path) -> Plan:
-    """The INT8 plan of a calibrated voice.
-
-    Raises:
-        TrainingError: It has none.
-        BundleError, CalibrationError: The bundle or the plan is damaged.
-    """
-    opened = Bundle.open(bundle)
-    entries = opened.find("plan", precision="int8")
-    if not entries:
-        raise TrainingError(
-            f"{bundle} has no INT8 plan: melrt calibrate {bundle} SPEECH makes one; a larger --budget puts more layers into it, "
-            "for the training to mend."
-        )
-    return Plan.loads(opened.read(entries[0]))
 
 
 def quantise(voice: TrainableVoice, plan: Plan, form: Int8Form) -> Generator:

@@ -13,12 +13,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from melrt.bundle import Bundle
 from melrt.errors import TrainingError
 from melrt_export.checkpoints import native
 from melrt_export.generator import Generator
+from melrt_export.int8_plan import read_plan
 from melrt_export.training.config import TrainingConfig
 from melrt_export.training.processes import Processes
-from melrt_export.training.quantised import Distillation, quantise, read_plan
+from melrt_export.training.quantised import Distillation, quantise
 from melrt_export.training.recordings import Corpus, find_corpus
 from melrt_export.training.segments import Segments, Share, batches
 from melrt_export.training.state import FILE, History, load_state, save_state
@@ -133,7 +135,7 @@ class Trainer:
         quantisation = self.config.quantisation
         if not quantisation.voice:
             return None
-        return quantise(self.voice, read_plan(Path(quantisation.voice)), quantisation.form).to(self.processes.device)
+        return quantise(self.voice, read_plan(Bundle.open(Path(quantisation.voice))), quantisation.form).to(self.processes.device)
 
     def _distillation(self) -> dict[str, ExtraLoss]:
         if self.teacher is None:
