@@ -113,11 +113,11 @@ def wait_until_ready(process: subprocess.Popen[bytes], http: str, log: Path) -> 
 
 def end(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(15)
-    except subprocess.TimeoutExpired:
+    with contextlib.suppress(ProcessLookupError):  # a model's process may outlive its server
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    process.wait()
 
 
 if __name__ == "__main__":
