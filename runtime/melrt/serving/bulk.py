@@ -121,8 +121,9 @@ def speak(vocoder: Vocoder, blocks: Iterable[Block], output: Output) -> Iterator
         AudioError: A file could not be written, which is no utterance's fault.
     """
     for block in blocks:
-        with output.open(block) as sink:
-            yield from _speak(vocoder, block, sink)
+        if (rest := output.rest(block)).names:
+            with output.open(rest) as sink:
+                yield from _speak(vocoder, rest, sink)
 
 
 def _speak(vocoder: Vocoder, block: Block, sink: Sink) -> Iterator[Outcome]:

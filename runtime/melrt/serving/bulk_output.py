@@ -39,6 +39,9 @@ class Output(Protocol):
     def done(self, names: Iterable[str]) -> set[str]:
         """Which of these utterances are there."""
 
+    def rest(self, block: Block) -> Block:
+        """What of a block was not written since its run began: by an actor that died over it."""
+
     def open(self, block: Block) -> AbstractContextManager[Sink]:
         """Begin a block; what is not written by the end of the context is as if it had never been begun."""
 
@@ -56,6 +59,9 @@ class WavFiles:
 
     def done(self, names: Iterable[str]) -> set[str]:
         return {name for name in names if self._path(name).exists()}
+
+    def rest(self, block: Block) -> Block:
+        return block.keep(set(block.names) - self.done(block.names))
 
     @contextlib.contextmanager
     def open(self, _: Block) -> Iterator[Sink]:
@@ -85,14 +91,20 @@ class ParquetFiles:
             there.update(open_parquet(path).read(columns=["name"]).column(0).to_pylist())
         return there.intersection(names)
 
+    def rest(self, block: Block) -> Block:
+        return block.keep(()) if self._path(block).exists() else block
+
     @contextlib.contextmanager
     def open(self, block: Block) -> Iterator[Sink]:
-        part = hashlib.sha256("\n".join(block.names).encode()).hexdigest()[:16]
-        with contextlib.suppress(_NothingError), whole_file(self.folder / f"part-{part}.parquet") as temporary:
+        with contextlib.suppress(_NothingError), whole_file(self._path(block)) as temporary:
             with _Part(temporary, self.sample_rate, self.sample_format) as sink:
                 yield sink
             if not sink.utterances:
                 raise _NothingError
+
+    def _path(self, block: Block) -> Path:
+        part = hashlib.sha256("\n".join(block.names).encode()).hexdigest()[:16]
+        return self.folder / f"part-{part}.parquet"
 
 
 class _NothingError(Exception):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from melrt.errors import MissingExtraError
-from melrt.serving.bulk import Outcome, Target, speak, undone
+from melrt.serving.bulk import Outcome, Target, speak
 from melrt.serving.bulk_input import Block
 from melrt.vocoder import Vocoder
 
@@ -50,7 +50,7 @@ class Speaker:
     def __call__(self, rows: dict[str, Any]) -> dict[str, list[Any]]:
         """Speak a block; one row in, a row for each outcome out."""
         (block,) = (pickle.loads(row) for row in rows["block"])  # of the driver's own making
-        outcomes = [asdict(outcome) for outcome in speak(self._vocoder, undone([block], self._output), self._output)]
+        outcomes = [asdict(outcome) for outcome in speak(self._vocoder, [block], self._output)]
         return {column: [outcome[column] for outcome in outcomes] for column in ("name", "frames", "error")}
 
 
