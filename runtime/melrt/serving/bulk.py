@@ -83,10 +83,12 @@ class Target:
             return
         try:
             begun = json.loads(record.read_text())
+            begun = begun if isinstance(begun, dict) else {}
         except ValueError as error:
             raise MelrtError(f"{record} is not JSON ({error}); give another --output.") from error
         if begun != asked:
-            raise MelrtError(f"{self.folder} was begun as {begun}, and this is {asked}; one folder holds one kind. Give another --output.")
+            differs = [f"{key} {begun.get(key)!r}, now {asked[key]!r}" for key in asked if begun.get(key) != asked[key]]
+            raise MelrtError(f"{self.folder} was begun with {'; '.join(differs)}; one folder holds one kind. Give another --output.")
 
     def _clear(self) -> None:
         for path in self.folder.rglob(".*-*"):
