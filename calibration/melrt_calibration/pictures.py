@@ -47,6 +47,7 @@ def pareto(result: Result) -> Any:
     axis.plot([base / p.seconds for p in best], [_above(result, p) for p in best], "o-", color=BLUE, markersize=4, label="Pareto front")
     axis.scatter([base / result.chosen.seconds], [_above(result, result.chosen)], color=RED, zorder=3, label="chosen")
     axis.set(xlabel="times FP32's speed (one window, one thread)", ylabel="log-mel error above FP32, %", yscale="symlog")
+    axis.yaxis.set_major_formatter("{x:.2g}")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return figure
