@@ -28,7 +28,7 @@ from melrt.vocoder import Vocoder
 
 # The server computes what `Vocoder` computes, with another NumPy and perhaps other windows.
 ROUNDING = 1e-5
-LONGEST = 8000
+LONGEST = 40_000  # frames; seconds of work for the small demo voice, so that one can leave in the middle
 STREAMS = 4
 QUEUE = 16
 PATIENCE = 20.0
