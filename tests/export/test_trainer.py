@@ -24,6 +24,7 @@ from melrt.bundle import Bundle
 from melrt.edges import Edges
 from melrt.errors import TrainingError
 from melrt_export.checkpoints import load_checkpoint, native
+from melrt_export.checkpoints.pqmf import FilterDesign
 from melrt_export.demo import RECORDING
 from melrt_export.mels import read_audio
 from melrt_export.training.config import TrainingConfig, read_config
@@ -119,6 +120,16 @@ def test_a_generator_learns_one_second_by_heart(folder: Path) -> None:
     assert before > 1, "an untrained generator is far from speech"
     assert after < OVERFIT_SHARE * before
     assert load_checkpoint(outcome.best).config == config.generator
+
+
+def test_a_multi_band_voice_is_trained_from_nothing(folder: Path) -> None:
+    bands = ("stacks = 1", "stacks = 1\nupsample_scales = [8, 4, 2]\nout_channels = 4\npqmf_taps = 62")
+    outcome = Trainer(write_config(folder, 20, bands)).run()
+    (_, before), *_, (_, after) = outcome.history.errors
+    assert after < before
+    trained = load_checkpoint(outcome.best)
+    assert (trained.config.subbands, trained.config.hop) == (4, 256)
+    assert np.array_equal(trained.weights["pqmf.weight"], FilterDesign().filters(4)), "the filters are no weights"
 
 
 def test_twenty_and_twenty_steps_are_forty(folder: Path) -> None:
@@ -348,7 +359,7 @@ def test_a_config_that_does_not_go_together(folder: Path, melrt) -> None:
         "segment": (("segment = 4096", "segment = 5000"), r"segment is 5000; it is a multiple of the hop 256 and at least \d+. Take 5120"),
         "bands": (("stacks = 1", "stacks = 1\nin_channels = 40"), "in_channels is 40"),
         "normalised": (("[schedule]", f"[mel.normalisation]\nmean = {[0.0] * 80}\nscale = {[1.0] * 80}\n[schedule]"), "Remove it"),
-        "bank": (("stacks = 1", "stacks = 1\npqmf_taps = 62\nout_channels = 4"), "name one as start_from"),
+        "bank": (("stacks = 1", "stacks = 1\npqmf_taps = 40\nout_channels = 4"), "designed for 4 sub-bands and 62 taps"),
     }
     for change, message in cases.values():
         with pytest.raises(TrainingError, match=message):

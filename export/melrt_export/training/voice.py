@@ -11,10 +11,14 @@ from melrt.edges import Edges
 from melrt.errors import TrainingError
 from melrt.mel import MelSpec
 from melrt_export.checkpoints import Checkpoint, load_checkpoint
+from melrt_export.checkpoints.pqmf import FilterDesign
 from melrt_export.config import GeneratorConfig
-from melrt_export.generator import Generator
+from melrt_export.generator import FilterBank, Generator
 from melrt_export.training.config import TrainingConfig
 from melrt_export.training.weight_norm import add_weight_norm, folded_weights
+
+SUBBANDS = 4
+"""Of a multi-band voice that is drawn; the cutoff of `FilterDesign`'s prototype is made for as many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +57,6 @@ def first_voice(config: TrainingConfig) -> TrainableVoice:
         shape, spec, edges = checkpoint.config, checkpoint.spec, checkpoint.edges
     else:
         shape, spec, edges = config.generator, config.mel, Edges()
-        if shape.pqmf_taps:
-            raise TrainingError("pqmf_taps asks for a filter bank, whose filters only a checkpoint holds; name one as start_from.")
         generator = _drawn(shape, config.seed)
     _check(shape, spec, config)
     return TrainableVoice(shape, spec, add_weight_norm(generator.train()), edges=edges)
@@ -63,7 +65,16 @@ def first_voice(config: TrainingConfig) -> TrainableVoice:
 def _drawn(shape: GeneratorConfig, seed: int) -> Generator:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Generator(shape)
+        generator = Generator(shape)
+    if isinstance(generator.pqmf, FilterBank):
+        design = FilterDesign()
+        if (shape.out_channels, shape.pqmf_taps) != (SUBBANDS, design.taps):
+            raise TrainingError(
+                f"[generator] out_channels is {shape.out_channels} and pqmf_taps {shape.pqmf_taps}; the filter bank is designed for "
+                f"{SUBBANDS} sub-bands and {design.taps} taps. Take those, or a checkpoint that holds other filters as start_from."
+            )
+        generator.pqmf.load_state_dict({"weight": torch.from_numpy(design.filters(SUBBANDS))})
+    return generator
 
 
 def _check(shape: GeneratorConfig, spec: MelSpec, config: TrainingConfig) -> None:
