@@ -149,7 +149,14 @@ def assert_spoken(bundle: Bundle, mels: dict[str, np.ndarray], parquet: Path, wa
 
 @pytest.mark.parametrize(
     ("names", "reason"),
-    [(["../a"], "the name '../a'"), (["/a"], "the name '/a'"), ([None], "the name None"), (["a", "./a"], "2 utterances named 'a'")],
+    [
+        (["../a"], "the name '../a'"),
+        (["/a"], "the name '/a'"),
+        ([None], "the name None"),
+        (["a", "./a"], "2 utterances named 'a'"),
+        (["b/" + 121 * "ü"], "242 bytes; at most 240"),
+        ([], "no row"),
+    ],
 )
 def test_a_row_s_name_stays_in_its_folder(melrt, demo_bundle: Bundle, tmp_path: Path, names: list[str], reason: str) -> None:
     write_rows(tmp_path / "rows.parquet", names, [np.zeros((80, 30), np.float32)] * len(names))

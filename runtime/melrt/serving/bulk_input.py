@@ -20,6 +20,8 @@ SUFFIXES = (".npy", ".npz")
 PARQUET = ".parquet"
 # Rows of a parquet file that are in memory at a time.
 ROWS = 16
+# Bytes. File systems take 255; a file in the making has 15 beside its name.
+LONGEST_NAME = 240
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,7 @@ def find_blocks(source: Path, most: int | None) -> list[Block]:
         most: Files in a block; None: one block takes all. A row group is a block whatever it holds.
 
     Raises:
-        MelError: No such folder, nothing in it, both kinds in it, or two utterances of one name.
+        MelError: No such folder, nothing in it, both kinds in it, two utterances of one name, or a name too long for a file.
     """
     if not source.exists():
         raise MelError(f"{source} does not exist; --input is a folder of mels ({', '.join(SUFFIXES)}), or parquet.")
@@ -111,10 +113,20 @@ def find_blocks(source: Path, most: int | None) -> list[Block]:
         raise MelError(f"{source} holds {what}.")
     root = source if source.is_dir() else source.parent
     blocks = [block for path in tables for block in _row_groups(path, root)] if tables else _files(mels, root, most)
-    name, times = Counter(name for block in blocks for name in block.names).most_common(1)[0]
+    names = Counter(name for block in blocks for name in block.names)
+    if not names:
+        raise MelError(f"{source} has no row, so there is nothing to speak.")
+    longest = max((part for name in names for part in name.split("/")), key=_bytes)
+    if _bytes(longest) > LONGEST_NAME:
+        raise MelError(f"{source} has the name {longest!r}, {_bytes(longest)} bytes; at most {LONGEST_NAME} make a file's name. Rename it.")
+    name, times = names.most_common(1)[0]
     if times > 1:
         raise MelError(f"{source} has {times} utterances named {name!r}, and one would take the other's place; rename them.")
     return blocks
+
+
+def _bytes(name: str) -> int:
+    return len(name.encode(errors="surrogateescape"))
 
 
 def _files(mels: list[Path], root: Path, most: int | None) -> list[Block]:

@@ -151,4 +151,7 @@ def _send(sender: Any, audio: np.ndarray[Any, Any]) -> None:
 
 def _refuse(sender: Any, error: Exception) -> None:
     reason = pb_utils.TritonError(str(error), getattr(pb_utils.TritonError, error_code(error)))
-    sender.send(pb_utils.InferenceResponse(error=reason), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+    try:
+        sender.send(pb_utils.InferenceResponse(error=reason), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+    except Exception as unsent:  # the sequence's other requests must still be answered
+        pb_utils.Logger.log_error(f"melrt could not send a response: {unsent}")
