@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from melrt.bundle import Bundle
-from melrt.mel import MelSpec
+from melrt.mel.spec import MelSpec
+from melrt_export.assets import DEMO_VOICE
 from melrt_export.checkpoints import Checkpoint, native
-from melrt_export.config import GeneratorConfig
-from melrt_export.demo import DEMO_VOICE
 from melrt_export.export import ExportOptions, export_voice
+from melrt_export.generator.config import GeneratorConfig
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -144,7 +144,7 @@ def noise() -> np.random.Generator:
 @pytest.fixture
 def melrt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Run the command line in this process: (exit code, what it printed, what it complained of)."""
-    from melrt.__main__ import main
+    from melrt.cli.main import main
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["melrt", *map(str, arguments)])

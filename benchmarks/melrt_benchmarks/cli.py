@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from melrt.errors import MelrtError
-from melrt.files import whole_file
-from melrt_benchmarks.progress import steps
+from melrt.files.atomic import atomic_write
+from melrt_benchmarks.measure.progress import steps
 
 if TYPE_CHECKING:
-    from melrt_benchmarks.results import Report
+    from melrt_benchmarks.report.results import Report
 
 console = Console(highlight=False)
 # Lengths in seconds that memory is measured at: in windows, and in one run over the whole.
@@ -58,7 +58,7 @@ def bench(
         raise typer.Exit(_compare(*compare))
     if voice is None:
         raise MelrtError("give a VOICE.melrt to measure, or --compare OLD.json NEW.json.")
-    from melrt_benchmarks.bench import Plan, run_bench
+    from melrt_benchmarks.inference.bench import Plan, run_bench
 
     with steps() as tell:
         plan = Plan(
@@ -78,13 +78,13 @@ def bench(
 
 
 def _measure_streams(voice: Path, threads: int, tell: Callable[[str], None]) -> tuple[dict[str, Any], ...]:
-    from melrt_benchmarks.streams import Load, most_streams
+    from melrt_benchmarks.inference.streams import Load, most_streams
 
     return tuple(most_streams(str(voice), Load(), threads=threads, on_step=tell))
 
 
 def _measure_memory(voice: Path, tell: Callable[[str], None]) -> tuple[dict[str, Any], ...]:
-    from melrt_benchmarks.memory import peak_memory
+    from melrt_benchmarks.inference.memory import peak_memory
 
     rows = []
     for kind, lengths in MEMORY.items():
@@ -98,15 +98,15 @@ def _write(report: Report, json_file: Path | None, html_file: Path | None, pictu
     if json_file:
         report.save(json_file)
     if html_file:
-        from melrt_benchmarks.report import write_html
+        from melrt_benchmarks.report.html import write_html
 
         write_html(report, html_file)
     if pictures:
-        from melrt_benchmarks.figures import draw
+        from melrt_benchmarks.report.plots import draw
 
         pictures.mkdir(parents=True, exist_ok=True)
         for title, picture in draw(report).items():
-            with whole_file(pictures / f"{title.split(',')[0].lower().replace(' ', '-')}.png") as temporary:
+            with atomic_write(pictures / f"{title.split(',')[0].lower().replace(' ', '-')}.png") as temporary:
                 temporary.write_bytes(picture)
 
 
@@ -146,8 +146,8 @@ def _table(title: str, first: str, *heads: str) -> Table:
 
 
 def _compare(old: Path, new: Path) -> int:
-    from melrt_benchmarks.compare import compare
-    from melrt_benchmarks.results import Report
+    from melrt_benchmarks.report.compare import compare
+    from melrt_benchmarks.report.results import Report
 
     table = _table("", "contender", "audio s", "batch", "new / old time", "verdict")
     worse = 0

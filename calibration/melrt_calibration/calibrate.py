@@ -13,16 +13,16 @@ import onnx
 from melrt.backends.onnxruntime import OnnxModel
 from melrt.bundle import Artifact, Bundle
 from melrt.errors import CalibrationError
-from melrt.windows import GraphKind
-from melrt_calibration import clock
-from melrt_calibration.bias import corrected
+from melrt.planning.windows import GraphKind
+from melrt_calibration import timing
+from melrt_calibration.bias_correction import corrected
 from melrt_calibration.data import Data, Sampling, load, read
-from melrt_calibration.equalise import POWERS, tensors
-from melrt_calibration.judge import Budget, Judge, Quality
+from melrt_calibration.equalization import POWERS, tensors
+from melrt_calibration.evaluation import Budget, Evaluator, Quality
 from melrt_calibration.network import Network
 from melrt_calibration.qdq import Form
 from melrt_calibration.search import Point, Sensitivity, search, sensitivities
-from melrt_export.graph import GraphPrecision
+from melrt_export.graph.deploy import GraphPrecision
 from melrt_export.int8_plan import Plan
 from melrt_export.parity import Difference, inside, reference_pair
 
@@ -66,7 +66,7 @@ class Result:
     reference: Quality
     """Of FP32 on held-out speech."""
     powers: dict[str, float]
-    """Of the equalisation, by tensor."""
+    """Of the equalization, by tensor."""
     layers: list[Sensitivity]
     points: list[Point]
     chosen: Point
@@ -74,7 +74,7 @@ class Result:
     repairs: list[Repair]
     judged: dict[str, Quality]
     """On the speech given for judging (or else the held-out): `fp32`, `int8` and, where made, `int8-fp16`."""
-    judge: Judge
+    judge: Evaluator
     """Of that speech."""
     speedup: float
     """FP32's time over INT8's, one window on one thread."""
@@ -106,24 +106,24 @@ def calibrate(
     on_step("reading the speech")
     sources, graphs = float_graphs(bundle)
     data = load(speech, bundle.manifest, options.sampling)
-    final = Judge(read(judged, bundle.manifest, options.sampling.peak), bundle.manifest.spec) if judged else None
+    final = Evaluator(read(judged, bundle.manifest, options.sampling.peak), bundle.manifest.spec) if judged else None
     _refuse_overlap(data, final)
-    judge = Judge(data.held_out, bundle.manifest.spec)
+    judge = Evaluator(data.held_out, bundle.manifest.spec)
     on_step("observing")
     plain = Network.observed(graphs, data.windows)
     powers = _powers(plain, judge, on_step)
-    network = plain.equalised(powers)
-    mel = clock.window(max(data.held_out, key=lambda p: p.mel.shape[1]).mel)
+    network = plain.equalized(powers)
+    mel = timing.window(max(data.held_out, key=lambda p: p.mel.shape[1]).mel)
     network, layers = sensitivities(network, judge, mel, on_step)
     points, best = search(network, judge, options.budget, layers, mel, on_step)
     chosen = best or Point(network.names, judge.quality(network.model(network.names)))
-    network, chosen, repairs = _repair(plain, network, chosen, judge, on_step, equalised=any(powers.values()))
+    network, chosen, repairs = _repair(plain, network, chosen, judge, on_step, equalized=any(powers.values()))
     on_step("the last judgement")
     final = final or judge
     qualities = {"fp32": final.quality(network.model(())), "int8": final.quality(network.model(chosen.names))}
     if ("edge", "tensorrt") in graphs:
         qualities["int8-fp16"] = final.quality(network.model(chosen.names, form="tensorrt"))
-    seconds = clock.seconds(
+    seconds = timing.seconds(
         {"fp32": network.model((), "interior"), "int8": network.model(chosen.names, "interior")}, mel, rounds=FINAL_ROUNDS
     )
     speedup = float(np.median(seconds["fp32"] / seconds["int8"]))
@@ -156,23 +156,23 @@ def float_graphs(bundle: Bundle) -> tuple[dict[tuple[GraphKind, Form], Artifact]
     return sources, {key: onnx.load_from_string(bundle.read(entry)) for key, entry in sources.items()}
 
 
-def _refuse_overlap(data: Data, final: Judge | None) -> None:
+def _refuse_overlap(data: Data, final: Evaluator | None) -> None:
     if final is None:
         return
     if same := [piece.name for piece in final.pieces if piece.digest in data.digests]:
         raise CalibrationError(f"{', '.join(same)} is both to calibrate on and to be judged by; give other speech for one of them.")
 
 
-def _powers(plain: Network, judge: Judge, on_step: Step) -> dict[str, float]:
-    """How much to equalise, by stage: the power whose layers, alone in INT8, cost least."""
+def _powers(plain: Network, judge: Evaluator, on_step: Step) -> dict[str, float]:
+    """How much to equalize, by stage: the power whose layers, alone in INT8, cost least."""
     every = list(tensors(dict.fromkeys(plain.names)))
     made: dict[float, Network] = {}
     for power in POWERS:
-        on_step(f"equalising, power {power:g}")
-        made[power] = plain.equalised({t.takers[0]: power for t in every}) if power else plain
+        on_step(f"equalizing, power {power:g}")
+        made[power] = plain.equalized({t.takers[0]: power for t in every}) if power else plain
     best: dict[str, float] = {}
     for stage in dict.fromkeys(_stage(t.takers[0]) for t in every):
-        on_step(f"equalising {stage}")
+        on_step(f"equalizing {stage}")
         group = [t for t in every if _stage(t.takers[0]) == stage]
         layers = {name for t in group for name in (*t.makers, *t.takers)}
         errors = {power: judge.quality(network.model(layers)).log_mel_error for power, network in made.items()}
@@ -186,7 +186,7 @@ def _stage(name: str) -> str:
 
 
 def _repair(
-    plain: Network, network: Network, chosen: Point, judge: Judge, on_step: Step, *, equalised: bool
+    plain: Network, network: Network, chosen: Point, judge: Evaluator, on_step: Step, *, equalized: bool
 ) -> tuple[Network, Point, list[Repair]]:
     """Correct biases, keep them if that measures better, and tell what each repair brought."""
 
@@ -199,11 +199,11 @@ def _repair(
     repairs = [
         row("min-max ranges", minmax),
         row("mean-squared-error ranges", plain),
-        row("equalisation, ranges by measurement", network),
+        row("equalization, ranges by measurement", network),
         row("bias correction", fixed, fixed_all),
     ]
     kept = fixed if repairs[3].chosen.log_mel_error < repairs[2].chosen.log_mel_error else network
-    applied = {"equalisation": equalised, "bias correction": kept is fixed}
+    applied = {"equalization": equalized, "bias correction": kept is fixed}
     names = tuple(name for name, done in applied.items() if done)
     quality = repairs[3].chosen if kept is fixed else repairs[2].chosen
     return replace(kept, plan=replace(kept.plan, repairs=names)), replace(chosen, quality=quality), repairs

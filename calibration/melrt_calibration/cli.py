@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from melrt.bundle import Bundle
-from melrt.files import whole_file
+from melrt.files.atomic import atomic_write
 
 console = Console(highlight=False)
 
@@ -45,7 +45,7 @@ def calibrate(
     from melrt_calibration.calibrate import Options
     from melrt_calibration.calibrate import calibrate as run
     from melrt_calibration.data import Sampling
-    from melrt_calibration.judge import Budget
+    from melrt_calibration.evaluation import Budget
     from melrt_calibration.report import dumps, figures, page
 
     options = Options(Budget(budget, silence_budget), Sampling(windows, seed, peak), force)
@@ -56,12 +56,12 @@ def calibrate(
             on_step("writing the report")
             for path, text in ((report, page(result, options, bundle.manifest.name)),
                                (report.with_suffix(".json"), dumps(figures(result, options)))):  # fmt: skip
-                with whole_file(path) as temporary:
+                with atomic_write(path) as temporary:
                     temporary.write_text(text, encoding="utf-8")
     _tell(result.verdict, f"{len(result.chosen.names)} of {len(result.layers)} convolutions in INT8", written=result.written)
 
 
-def requantise(
+def requantize(
     voice: Voice,
     weights: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="What a training in INT8 with this voice's plan left.")],
     speech: Speech,
@@ -72,18 +72,18 @@ def requantise(
 ) -> None:
     """Give a voice's INT8 the weights that were trained in it, if it is then within the budget.
 
-    `melrt requantise lj.melrt runs/lj-int8/best recordings/`: layers and ranges stay those of the voice's plan, FP32 and FP16 keep
+    `melrt requantize lj.melrt runs/lj-int8/best recordings/`: layers and ranges stay those of the voice's plan, FP32 and FP16 keep
     the weights they have, and SPEECH, which should be none that was trained on, judges. If INT8 does not pay, nothing is written and
     the exit code is 1.
     """
     from melrt_calibration.calibrate import Options
     from melrt_calibration.data import Sampling
-    from melrt_calibration.judge import Budget
-    from melrt_calibration.learnt import take_weights
+    from melrt_calibration.evaluation import Budget
+    from melrt_calibration.requantize import requantize
 
     options = Options(Budget(budget, silence_budget), Sampling(peak=peak), force)
     with _steps() as on_step:
-        result = take_weights(Bundle.open(voice), weights, speech, options, on_step)
+        result = requantize(Bundle.open(voice), weights, speech, options, on_step)
     _tell(result.verdict, f"{len(result.names)} convolutions in INT8", written=result.written)
 
 

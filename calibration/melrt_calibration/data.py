@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from melrt.bundle import Manifest
 from melrt.errors import CalibrationError
-from melrt.mel import MelSpec
-from melrt.mel_check import MelCheck
-from melrt.mel_files import read_mel
+from melrt.files.mels import read_mel
+from melrt.mel.level_check import LevelCheck
+from melrt.mel.spec import MelSpec
 from melrt_calibration.metrics import silent_frames
-from melrt_export.mels import mel_from_audio, read_audio
+from melrt_export.audio_features import mel_from_audio, read_audio
 
 logger = logging.getLogger(__name__)
 Frames = NDArray[np.float32]
@@ -154,7 +154,7 @@ def _checked(path: Path, manifest: Manifest, peak: float | None) -> Frames:
     recorded = path.suffix.lower() in AUDIO and path.is_file()
     mel = mel_from_audio(_recording(path, spec, peak), spec) if recorded else read_mel(path, spec)
     frames = spec.check(mel, manifest.smallest_input)
-    if complaint := MelCheck(spec, manifest.levels, manifest.normalisation).judge(frames):
+    if complaint := LevelCheck(spec, manifest.levels, manifest.normalization).judge(frames):
         raise CalibrationError(f"{path}: {complaint}")
     return frames
 

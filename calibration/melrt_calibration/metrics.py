@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from melrt.mel import MelSpec
-from melrt_export.mels import mel_from_audio
+from melrt.mel.spec import MelSpec
+from melrt_export.audio_features import mel_from_audio
 
 Audio = NDArray[np.float32]
 Frames = NDArray[np.float32]

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from melrt.errors import CalibrationError
-from melrt.windows import GraphKind
-from melrt_calibration.equalise import FILTER_BANK, equalised, equalising_factors, planned_factors
-from melrt_calibration.observe import Statistics, observe
-from melrt_calibration.qdq import Form, Repairs, quantised
-from melrt_calibration.scales import METHODS, weight_scales
+from melrt.planning.windows import GraphKind
+from melrt_calibration.equalization import FILTER_BANK, equalized, equalizing_factors, planned_factors
+from melrt_calibration.qdq import Form, Repairs, quantized
+from melrt_calibration.ranges import METHODS, weight_scales
+from melrt_calibration.statistics import Statistics, observe
 from melrt_export.int8_plan import SIGNED_MAX, LayerPlan, Plan
 
 
@@ -48,25 +48,25 @@ class Network:
 
     @classmethod
     def planned(cls, graphs: Mapping[tuple[GraphKind, Form], onnx.ModelProto], plan: Plan) -> Network:
-        """Other weights for a plan: they take its ranges and its equalisation as they are, and have scales of their own.
+        """Other weights for a plan: they take its ranges and its equalization as they are, and have scales of their own.
 
         Raises:
             CalibrationError: The plan is not for this network.
         """
         factors = planned_factors(plan, (node.name for node in graphs["edge", "cpu"].graph.node if node.op_type == "Conv"))
-        graphs = {key: equalised(graph, factors) for key, graph in graphs.items()}
+        graphs = {key: equalized(graph, factors) for key, graph in graphs.items()}
         layers = (replace(layer, weight_scales=_scales_of_the_largest(graphs["edge", "cpu"], layer.name)) for layer in plan.layers)
-        return cls(graphs, {}, Plan(tuple(layers), tuple(name for name in plan.repairs if name == "equalisation")), ())
+        return cls(graphs, {}, Plan(tuple(layers), tuple(name for name in plan.repairs if name == "equalization")), ())
 
     @property
     def names(self) -> tuple[str, ...]:
         """Every convolution that could be in INT8."""
         return self.plan.names
 
-    def equalised(self, powers: Mapping[str, float], method: str = "mse", on_step: Callable[[], None] = lambda: None) -> Network:
+    def equalized(self, powers: Mapping[str, float], method: str = "mse", on_step: Callable[[], None] = lambda: None) -> Network:
         """The same function with its channels' ranges brought closer, observed anew."""
-        factors = equalising_factors(self.statistics, powers)
-        graphs = {key: equalised(graph, factors) for key, graph in self.graphs.items()}
+        factors = equalizing_factors(self.statistics, powers)
+        graphs = {key: equalized(graph, factors) for key, graph in self.graphs.items()}
         network = Network.observed(graphs, self.windows, method, on_step)
         layers = (
             replace(layer, input_factors=_told(factors[layer.name].input), output_factors=_told(factors[layer.name].output))
@@ -76,7 +76,7 @@ class Network:
 
     def model(self, names: Iterable[str], graph: GraphKind = "edge", form: Form = "cpu") -> onnx.ModelProto:
         """A graph with these layers in INT8; without any it is the float graph."""
-        return quantised(self.graphs[graph, form], self.plan.only(frozenset(names)), form, self.repairs)
+        return quantized(self.graphs[graph, form], self.plan.only(frozenset(names)), form, self.repairs)
 
 
 def _told(factors: NDArray[np.float64] | None) -> tuple[float, ...]:
@@ -97,7 +97,7 @@ def weight_of(model: onnx.ModelProto, name: str) -> NDArray[np.float32]:
     """
     node = next((n for n in model.graph.node if n.name == name and n.op_type == "Conv"), None)
     if node is None:
-        raise CalibrationError(f"the plan quantises {name}, which is no convolution of this voice; calibrate it anew.")
+        raise CalibrationError(f"the plan quantizes {name}, which is no convolution of this voice; calibrate it anew.")
     tensor = next(t for t in model.graph.initializer if t.name == node.input[1])
     return numpy_helper.to_array(tensor).astype(np.float32)
 

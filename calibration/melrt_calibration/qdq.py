@@ -31,7 +31,7 @@ class Repairs:
     """Added to the biases (C_out,), by layer."""
 
 
-def quantised(model: onnx.ModelProto, plan: Plan, form: Form, repairs: Repairs | None = None) -> onnx.ModelProto:
+def quantized(model: onnx.ModelProto, plan: Plan, form: Form, repairs: Repairs | None = None) -> onnx.ModelProto:
     """A deploy graph with Q/DQ around the plan's convolutions.
 
     Args:
@@ -46,7 +46,7 @@ def quantised(model: onnx.ModelProto, plan: Plan, form: Form, repairs: Repairs |
     wanted = {layer.name: layer for layer in plan.layers}
     convolutions = {node.name for node in model.graph.node if node.op_type == "Conv"}
     if unknown := sorted(set(wanted) - convolutions):
-        raise CalibrationError(f"the plan quantises {', '.join(unknown)}; the voice has {', '.join(sorted(convolutions))}.")
+        raise CalibrationError(f"the plan quantizes {', '.join(unknown)}; the voice has {', '.join(sorted(convolutions))}.")
     writer = _Writer(model, form, repairs or Repairs())
     for node in model.graph.node:
         layer = wanted.get(node.name)
@@ -71,8 +71,8 @@ class _Writer:
         weight = numpy_helper.to_array(self.constants[node.input[1]]).astype(np.float32)
         if len(layer.weight_scales) != len(weight):
             raise CalibrationError(f"the plan has {len(layer.weight_scales)} scales for {name}, which has {len(weight)} output channels.")
-        self._constant(node.input[1], layer.quantise(weight))
-        w = self._dequantise(f"{name}.weight", node.input[1], np.array(layer.weight_scales), np.zeros(len(weight), np.int8), axis=0)
+        self._constant(node.input[1], layer.quantize(weight))
+        w = self._dequantize(f"{name}.weight", node.input[1], np.array(layer.weight_scales), np.zeros(len(weight), np.int8), axis=0)
         before, x = self._pair(f"{name}.input", node.input[0], *self._grid(layer, "input"))
         bias = [self._bias(node, layer)] if len(node.input) > 2 else []
         conv = onnx.NodeProto()
@@ -104,17 +104,17 @@ class _Writer:
         scales = np.array(layer.weight_scales, np.float32) * np.float32(layer.input.affine[0])
         rounded = np.clip(np.rint(bias / scales), -(2**31) + 1, 2**31 - 129).astype(np.int32)
         self._constant(node.input[2], rounded)
-        return self._dequantise(f"{layer.name}.bias", node.input[2], scales, np.zeros(len(bias), np.int32), axis=0)
+        return self._dequantize(f"{layer.name}.bias", node.input[2], scales, np.zeros(len(bias), np.int32), axis=0)
 
     def _pair(self, name: str, x: str, scale: float, zero: NDArray[np.generic], result: str = "") -> tuple[list[onnx.NodeProto], str]:
         inputs = [self._constant(f"{name}.scale", np.array(scale, self.dtype)), self._constant(f"{name}.zero", zero)]
-        quantise = helper.make_node("QuantizeLinear", [x, *inputs], [f"{name}.bytes"], name=f"{name}.quantise")
+        quantize = helper.make_node("QuantizeLinear", [x, *inputs], [f"{name}.bytes"], name=f"{name}.quantize")
         result = result or f"{name}.values"
-        return [quantise, helper.make_node("DequantizeLinear", [f"{name}.bytes", *inputs], [result], name=f"{name}.dequantise")], result
+        return [quantize, helper.make_node("DequantizeLinear", [f"{name}.bytes", *inputs], [result], name=f"{name}.dequantize")], result
 
-    def _dequantise(self, name: str, data: str, scales: NDArray[np.floating], zero: NDArray[np.generic], axis: int) -> onnx.NodeProto:
+    def _dequantize(self, name: str, data: str, scales: NDArray[np.floating], zero: NDArray[np.generic], axis: int) -> onnx.NodeProto:
         inputs = [data, self._constant(f"{name}.scale", scales.astype(self.dtype)), self._constant(f"{name}.zero", zero)]
-        return helper.make_node("DequantizeLinear", inputs, [f"{name}.values"], name=f"{name}.dequantise", axis=axis)
+        return helper.make_node("DequantizeLinear", inputs, [f"{name}.values"], name=f"{name}.dequantize", axis=axis)
 
     def _constant(self, name: str, value: NDArray[np.generic]) -> str:
         self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from melrt import __version__
-from melrt.audio import write_wav
+from melrt.files.wav import write_wav
 from melrt_calibration.calibrate import Options, Result
-from melrt_calibration.hearing import heard
 from melrt_calibration.metrics import Measures
-from melrt_calibration.pictures import pareto, sensitivity_bars, spectrograms
+from melrt_calibration.perceptual_metrics import heard
+from melrt_calibration.plots import pareto, sensitivity_bars, spectrograms
 from melrt_calibration.search import front
 
 STYLE = """
@@ -47,7 +47,7 @@ def figures(result: Result, options: Options) -> dict[str, Any]:
         "judged": {name: asdict(q) | {"above_fp32": q.above(result.judged["fp32"])} for name, q in result.judged.items()},
         "signal": signal_measures(result),
         "speedup_one_window_one_thread": result.speedup,
-        "equalisation": result.powers,
+        "equalization": result.powers,
         "repairs": [asdict(repair) for repair in result.repairs],
         "layers": [asdict(layer) | {"cost": layer.alone.above(reference), "int8": layer.name in result.chosen.names}
                    for layer in result.layers],
@@ -91,7 +91,7 @@ def _sections(result: Result, options: Options, voice: str) -> Iterator[str]:
     names = [name for name in MEASURES if all(name in values for values in signal.values())]
     rows_of = [(graph, *(f"{values[name]:.3g}" for name in names)) for graph, values in signal.items()]
     yield _table(("against FP32, first piece", *(MEASURES[name] for name in names)), rows_of)
-    yield "<h2>Sound</h2>" + "".join(_players(result))
+    yield "<h2>OutputFormat</h2>" + "".join(_players(result))
     yield "<h2>Spectrograms</h2>" + _image(spectrograms(_audio(result)[:2], result.judge.spec))
     yield "<h2>Quality against time</h2>" + _image(pareto(result))
     yield "<h2>Each convolution alone in INT8, and in float among INT8</h2>" + _image(sensitivity_bars(result, options.budget.log_mel))
@@ -118,9 +118,9 @@ def _layers(result: Result) -> str:
 
 def _audio(result: Result) -> list[NDArray[np.float32]]:
     """The first judged piece by each judged graph, FP32 first."""
-    from melrt_calibration.judge import Judge
+    from melrt_calibration.evaluation import Evaluator
 
-    judge = Judge(result.judge.pieces[:1], result.judge.spec)
+    judge = Evaluator(result.judge.pieces[:1], result.judge.spec)
     models = {"fp32": result.network.model(()), "int8": result.network.model(result.chosen.names)}
     if "int8-fp16" in result.judged:
         models["int8-fp16"] = result.network.model(result.chosen.names, form="tensorrt")

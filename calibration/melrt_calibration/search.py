@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from melrt_calibration import clock
-from melrt_calibration.judge import Budget, Judge, Quality
+from melrt_calibration import timing
+from melrt_calibration.evaluation import Budget, Evaluator, Quality
 from melrt_calibration.network import Network
-from melrt_calibration.scales import METHODS
+from melrt_calibration.ranges import METHODS
 from melrt_export.int8_plan import LayerPlan, Plan
 
 Step = Callable[[str], None]
@@ -51,10 +51,10 @@ class Point:
     """Of one window on one thread."""
 
 
-def sensitivities(network: Network, judge: Judge, mel: NDArray[np.float32], on_step: Step) -> tuple[Network, list[Sensitivity]]:
+def sensitivities(network: Network, judge: Evaluator, mel: NDArray[np.float32], on_step: Step) -> tuple[Network, list[Sensitivity]]:
     """Measure every layer alone, by each method of choosing its ranges; the network comes back with the best for each."""
-    kernels = clock.kernel_seconds(network.model((), "interior"), mel)
-    int8_kernels = clock.kernel_seconds(network.model(network.names, "interior"), mel)
+    kernels = timing.kernel_seconds(network.model((), "interior"), mel)
+    int8_kernels = timing.kernel_seconds(network.model(network.names, "interior"), mel)
     layers, rows = [], []
     for layer in network.plan.layers:
         on_step(f"sensitivity of {layer.name}")
@@ -71,7 +71,7 @@ def sensitivities(network: Network, judge: Judge, mel: NDArray[np.float32], on_s
     return chosen, [_but_this(row, chosen, judge, on_step) for row in rows]
 
 
-def _but_this(row: Sensitivity, network: Network, judge: Judge, on_step: Step) -> Sensitivity:
+def _but_this(row: Sensitivity, network: Network, judge: Evaluator, on_step: Step) -> Sensitivity:
     on_step(f"all but {row.name}")
     return replace(row, but_this=judge.quality(network.model(set(network.names) - {row.name})))
 
@@ -93,7 +93,7 @@ def _alike(a: LayerPlan, b: LayerPlan) -> bool:
 
 
 def search(
-    network: Network, judge: Judge, budget: Budget, rows: Sequence[Sensitivity], mel: NDArray[np.float32], on_step: Step
+    network: Network, judge: Evaluator, budget: Budget, rows: Sequence[Sensitivity], mel: NDArray[np.float32], on_step: Step
 ) -> tuple[list[Point], Point | None]:
     """The fastest set within the budget.
 
@@ -140,12 +140,12 @@ def _price(row: Sensitivity, reference: Quality) -> float:
     return max(row.alone.above(reference), 1e-6) / (row.float_seconds - row.int8_seconds)
 
 
-def _measured(network: Network, judge: Judge, names: Sequence[str]) -> Point:
+def _measured(network: Network, judge: Evaluator, names: Sequence[str]) -> Point:
     ordered = tuple(name for name in network.names if name in set(names))
     return Point(ordered, judge.quality(network.model(ordered)))
 
 
 def _timed(network: Network, points: Sequence[Point], mel: NDArray[np.float32]) -> list[Point]:
     models = {str(i): network.model(point.names, "interior") for i, point in enumerate(points)}
-    seconds = clock.seconds(models, mel)  # the least of each: what a busy machine does to a run only adds
+    seconds = timing.seconds(models, mel)  # the least of each: what a busy machine does to a run only adds
     return [replace(point, seconds=float(seconds[str(i)].min())) for i, point in enumerate(points)]

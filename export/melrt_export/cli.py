@@ -1,4 +1,4 @@
-"""The commands that make and check artefacts: export, verify, build, mel, demo."""
+"""The commands that make and check artifacts: export, verify, build, mel, demo."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rich.table import Table
 
 from melrt.bundle import Bundle
 from melrt.errors import EngineBuildError
-from melrt.files import whole_file
+from melrt.files.atomic import atomic_write
 
 if TYPE_CHECKING:
-    from melrt_export.tune import Trial
+    from melrt_export.tensorrt.variant_search import Trial
 
 console = Console(highlight=False)
 
@@ -88,7 +88,7 @@ def verify(
 def build(
     voice: Voice,
     precision: Annotated[str, typer.Option(help="fp32, tf32, fp16, or int8 (after `melrt calibrate`).")] = "fp16",
-    flavour: Annotated[str, typer.Option(help="tensorrt, tensorrt_rtx, or auto: the first that is installed.")] = "auto",
+    flavor: Annotated[str, typer.Option(help="tensorrt, tensorrt_rtx, or auto: the first that is installed.")] = "auto",
     portable: Annotated[bool, typer.Option("--portable/--this-gpu", help="tensorrt_rtx: for every GPU, or for this machine's.")] = True,
     graph: Annotated[str, typer.Option(help="interior (windows of one length), edge (ends, short utterances), or both.")] = "both",
     batch: Annotated[str, typer.Option(help="Smallest,best,largest batch.")] = "1,4,16",
@@ -113,11 +113,11 @@ def build(
     engines are for; with `tensorrt_rtx` it also runs without a GPU, and the engines are portable. `--tune` needs the GPU: it builds,
     checks and times some eight engines, and keeps the fastest and all times.
     """
-    from melrt_export.engine import EngineOptions
-    from melrt_export.tune import build_engines
+    from melrt_export.tensorrt.options import EngineOptions
+    from melrt_export.tensorrt.variant_search import build_engines
 
     options = EngineOptions(
-        precision=precision, flavour=flavour, portable=portable, batch=_span("batch", batch),
+        precision=precision, flavor=flavor, portable=portable, batch=_span("batch", batch),
         frames=None if frames is None else _span("frames", frames), optimization_level=optimization_level, timing_cache=timing_cache,
         workspace=workspace, compatible=compatible, refittable=refittable, cached=cached,  # type: ignore[arg-type]  # checked there
     )  # fmt: skip
@@ -152,7 +152,7 @@ def refit(
 
     The engines must have been built with `melrt build --refittable`, and the GPU that they are for is needed.
     """
-    from melrt_export.refit import refit_engines
+    from melrt_export.tensorrt.refit import refit_engines
 
     for entry in refit_engines(Bundle.open(voice), Bundle.open(donor)):
         console.print(f"{voice / entry.file}  SNR {entry.quality['snr_db']} dB against FP32", markup=False)
@@ -167,10 +167,10 @@ def mel(
 
     `melrt mel voice.melrt recording.wav -o mel.npy`
     """
-    from melrt_export.mels import mel_from_audio_file
+    from melrt_export.audio_features import mel_from_audio_file
 
     frames = mel_from_audio_file(audio, Bundle.open(voice).manifest.spec)
-    with whole_file(out) as temporary, temporary.open("xb") as stream:
+    with atomic_write(out) as temporary, temporary.open("xb") as stream:
         np.save(stream, frames)
     console.print(f"{out}: {frames.shape[0]} bands, {frames.shape[1]} frames", markup=False)
 

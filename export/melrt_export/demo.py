@@ -10,17 +10,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from melrt.audio import write_wav
 from melrt.errors import ParityError
-from melrt.files import whole_file
+from melrt.files.atomic import atomic_write
+from melrt.files.wav import write_wav
 from melrt.vocoder import Vocoder
+from melrt_export.assets import DEMO_VOICE, RECORDING
+from melrt_export.audio_features import mel_from_audio, read_audio
 from melrt_export.checkpoints import load_checkpoint
 from melrt_export.export import ExportOptions, Step, export_voice
-from melrt_export.mels import mel_from_audio, read_audio
 from melrt_export.parity import Difference, pytorch_audio, verify
-
-DEMO_VOICE = Path(__file__).parent / "demo_voice"
-RECORDING = DEMO_VOICE / "LJ001-0032.wav"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +47,7 @@ class DemoResult:
 
 
 def run_demo(folder: Path, on_step: Step = lambda _: None) -> DemoResult:
-    """Export the demo voice, verify it, synthesise LJ001-0032 from its mel, and draw it beside the recording.
+    """Export the demo voice, verify it, synthesize LJ001-0032 from its mel, and draw it beside the recording.
 
     Args:
         folder: Made if missing; `lj.melrt`, `LJ001-0032.wav` and `LJ001-0032.png` in it are replaced.
@@ -95,5 +93,5 @@ def draw(path: Path, recording: NDArray[np.float32], synthesis: NDArray[np.float
         axis.set_ylabel("mel band")
     axes[-1].set_xlabel("seconds")
     figure.colorbar(image, ax=axes, label=f"magnitude ({spec.log})")
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=120)

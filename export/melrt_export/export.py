@@ -14,12 +14,12 @@ from melrt import __version__
 from melrt.backends.onnxruntime import OnnxModel
 from melrt.bundle import Artifact, Bundle, Manifest
 from melrt.errors import CheckpointError, ParityError
-from melrt.mel_check import Levels
-from melrt.windows import GraphKind
+from melrt.mel.level_check import Levels
+from melrt.planning.windows import GraphKind
 from melrt_export.checkpoints import Checkpoint, load_checkpoint
-from melrt_export.graph import OPSET, GraphPrecision, deploy_graph
+from melrt_export.generator.receptive_field import end_reach, receptive_field
+from melrt_export.graph.deploy import OPSET, GraphPrecision, deploy_graph
 from melrt_export.parity import PROBE_FRAMES, Difference, inside, probe_mel, pytorch_audio, reference_files
-from melrt_export.receptive_field import end_reach, receptive_field
 
 PRECISIONS: tuple[GraphPrecision, ...] = ("fp32", "fp16")
 GRAPHS: tuple[GraphKind, ...] = ("edge", "interior")
@@ -89,7 +89,7 @@ def export_voice(
     manifest = Manifest(
         name=name, spec=checkpoint.spec, architecture=checkpoint.config.to_dict(), receptive_field=field,
         smallest_input=checkpoint.config.smallest_input, end_reach=end_reach(checkpoint.config), edges=checkpoint.edges,
-        normalisation=checkpoint.normalisation, levels=_levels(checkpoint), parameters=checkpoint.config.parameters,
+        normalization=checkpoint.normalization, levels=_levels(checkpoint), parameters=checkpoint.config.parameters,
         flop_per_second=checkpoint.config.flop_per_frame * checkpoint.spec.sample_rate / checkpoint.spec.hop, provenance=provenance,
     )  # fmt: skip
     return Bundle.create(out, manifest, [*files, *reference_files(mel, reference)], overwrite=options.overwrite)
@@ -97,15 +97,19 @@ def export_voice(
 
 def _levels(checkpoint: Checkpoint) -> Levels | None:
     if checkpoint.lacks_statistics:
-        return Levels(0.0, 1.0, normalised=True)
+        return Levels(0.0, 1.0, normalized=True)
     if not checkpoint.spec.unit:
         return None  # magnitudes without a logarithm have no level to go by
-    return Levels.of(checkpoint.spec, checkpoint.normalisation)
+    return Levels.of(checkpoint.spec, checkpoint.normalization)
 
 
 def _graph_file(checkpoint: Checkpoint, graph: GraphKind, precision: GraphPrecision, provenance: dict[str, str]) -> tuple[Artifact, bytes]:
     metadata = {f"melrt.{key}": value for key, value in provenance.items()}
-    metadata |= {"melrt.graph": graph, "melrt.precision": precision, "melrt.mel": json.dumps(checkpoint.spec.to_dict(), sort_keys=True)}
+    metadata |= {
+        "melrt.graph": graph,
+        "melrt.precision": precision,
+        "melrt.mel": json.dumps(checkpoint.spec.to_dict(), sort_keys=True),
+    }
     model = deploy_graph(checkpoint.config, checkpoint.weights, precision, graph, metadata).SerializeToString(deterministic=True)
     file = f"{graph}.{precision}.onnx"
     quality = _check(file, model, checkpoint, graph, precision)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from melrt.bundle import Bundle
 from melrt.errors import CalibrationError
 
-# 2: with the factors of equalisation.
+# 2: with the factors of equalization.
 SCHEMA = 2
 # A symmetric signed byte: -128 is not used, so that a value and its negative are both exact.
 SIGNED_MAX = 127
@@ -75,7 +75,7 @@ class LayerPlan:
     weight_scales: tuple[float, ...]
     """One for each output channel of the deploy graph; signed, zero point 0."""
     input_factors: tuple[float, ...] = ()
-    """What equalisation divided each input channel by (C_in,); empty: nothing. Ranges and scales are those after it."""
+    """What equalization divided each input channel by (C_in,); empty: nothing. Ranges and scales are those after it."""
     output_factors: tuple[float, ...] = ()
     """What it divided each output channel by, (C_out,), an upsampling's once for all its phases; empty: nothing."""
 
@@ -83,9 +83,9 @@ class LayerPlan:
         if not self.weight_scales or not all(np.isfinite(s) and s > 0 for s in self.weight_scales):
             raise CalibrationError(f"{self.name}: weight scales are finite and above 0, one for each output channel.")
         if not all(np.isfinite(f) and f > 0 for f in (*self.input_factors, *self.output_factors)):
-            raise CalibrationError(f"{self.name}: factors of equalisation are finite and above 0, one for each channel.")
+            raise CalibrationError(f"{self.name}: factors of equalization are finite and above 0, one for each channel.")
 
-    def quantise(self, weight: NDArray[np.floating]) -> NDArray[np.int8]:
+    def quantize(self, weight: NDArray[np.floating]) -> NDArray[np.int8]:
         """The nearest bytes of a weight (C_out, ...)."""
         scales = np.array(self.weight_scales).reshape(-1, *[1] * (weight.ndim - 1))
         return np.asarray(np.clip(np.rint(weight / scales), -SIGNED_MAX, SIGNED_MAX), np.int8)
@@ -98,7 +98,7 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     """In the order of the network; what is not named stays in floating point."""
     repairs: tuple[str, ...] = ()
-    """What else was done to the graph: `equalisation`, `bias correction`."""
+    """What else was done to the graph: `equalization`, `bias correction`."""
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Parity: how far an artefact's output is from PyTorch's, and how far it may be."""
+"""Parity: how far an artifact's output is from PyTorch's, and how far it may be."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from melrt.backends.onnxruntime import OnnxModel
 from melrt.bundle import Artifact, Bundle
 from melrt.errors import BundleError
-from melrt.mel import MelSpec
+from melrt.mel.spec import MelSpec
 from melrt_export.checkpoints import Checkpoint
-from melrt_export.config import GeneratorConfig
+from melrt_export.generator.config import GeneratorConfig
 
 Audio = NDArray[np.float32]
 
@@ -95,8 +95,8 @@ def probe_mel(spec: MelSpec, frames: int = PROBE_FRAMES, seed: int = 0) -> NDArr
     band = np.linspace(0, 1, spec.n_mels)[:, None]
     time = np.arange(frames)[None] + 40 * seed
     level = -0.6 - 1.8 * band + 0.25 * noise.standard_normal((spec.n_mels, frames))  # log10 of magnitude
-    for centre, drift, period in ((0.12, 0.06, 31), (0.35, 0.12, 47), (0.6, 0.1, 23)):
-        level += 0.9 * np.exp(-(((band - centre - drift * np.sin(time / period * 2 * np.pi)) / 0.06) ** 2))
+    for center, drift, period in ((0.12, 0.06, 31), (0.35, 0.12, 47), (0.6, 0.1, 23)):
+        level += 0.9 * np.exp(-(((band - center - drift * np.sin(time / period * 2 * np.pi)) / 0.06) ** 2))
     voiced = np.sin(time / 37 * 2 * np.pi) > -0.7
     # A recording's pauses stand at 1e-5 and little below, however low the floor: frames of 1e-10 are nothing that a training saw.
     level = np.where(voiced, level, -5.2)
@@ -116,7 +116,7 @@ def pytorch_audio(checkpoint: Checkpoint, mel: NDArray[np.float32], *, half: boo
     """
     import torch
 
-    from melrt_export.generator import Generator
+    from melrt_export.generator.network import Generator
 
     generator = Generator.from_weights(checkpoint.config, {k: torch.from_numpy(v) for k, v in checkpoint.weights.items()})
     frames = torch.from_numpy(mel)
@@ -154,7 +154,7 @@ def reference_files(mel: NDArray[np.float32], audio: Audio) -> Iterator[tuple[Ar
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One artefact of `melrt verify`."""
+    """One artifact of `melrt verify`."""
 
     file: str
     precision: str

@@ -1,9 +1,9 @@
 """melrt runs MelGAN voices: `Vocoder.load("voice.melrt")(mel)` gives the waveform."""
 
-from melrt.audio import write_wav
 from melrt.bundle import Bundle
 from melrt.errors import MelrtError
-from melrt.mel import MelSpec
+from melrt.files.wav import write_wav
+from melrt.mel.spec import MelSpec
 from melrt.vocoder import Vocoder
 
 __all__ = ["Bundle", "MelSpec", "MelrtError", "Vocoder", "write_wav"]

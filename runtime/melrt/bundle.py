@@ -17,16 +17,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from melrt.edges import Edges
 from melrt.errors import BundleError
-from melrt.files import whole_file, whole_folder
-from melrt.mel import MelSpec
-from melrt.mel_check import Levels
-from melrt.normalisation import Normalisation
+from melrt.files.atomic import atomic_folder, atomic_write
+from melrt.mel.level_check import Levels
+from melrt.mel.normalization import Normalization
+from melrt.mel.spec import MelSpec
+from melrt.planning.edges import Edges
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-# Real manifests are under 20 KB and real artefacts under 50 MB; what is far beyond is refused before it is read.
+# Real manifests are under 20 KB and real artifacts under 50 MB; what is far beyond is refused before it is read.
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_ARTIFACT_BYTES = 2 << 30
 # The widest published network sees 30 frames on either side.
@@ -48,11 +48,11 @@ class Artifact:
     sha256: str
     """Of the whole file, hexadecimal."""
     graph: str = ""
-    """Which graph it computes: `edge` is the network as trained, `interior` has zero padding; see `melrt.windows`."""
+    """Which graph it computes: `edge` is the network as trained, `interior` has zero padding; see `melrt.planning.windows`."""
     precision: str = ""
     """`fp32`, `tf32`, `fp16` or `int8`."""
     target: Mapping[str, Any] = field(default_factory=dict)
-    """What it can run on; of an engine: flavour, version, compute capability, profile."""
+    """What it can run on; of an engine: flavor, version, compute capability, profile."""
     quality: Mapping[str, float] = field(default_factory=dict)
     """What was measured against PyTorch when it was made."""
 
@@ -97,8 +97,8 @@ class Manifest:
     """How the voice's own project treats the ends of an utterance."""
     provenance: Mapping[str, str]
     """Where the weights come from: source, sha256, format, tool, command."""
-    normalisation: Normalisation | None = None
-    """What the training took off its mels; it is part of the graphs, and tells a mel that was normalised by mistake."""
+    normalization: Normalization | None = None
+    """What the training took off its mels; it is part of the graphs, and tells a mel that was normalized by mistake."""
     levels: Levels | None = None
     """What a mel of speech amounts to; one far from it gets a warning."""
     parameters: int = 0
@@ -125,7 +125,7 @@ class Manifest:
     def dumps(self) -> bytes:
         """The file's content; the same manifest gives the same bytes."""
         values = {"schema": SCHEMA} | asdict(self) | {"spec": self.spec.to_dict()}
-        values["normalisation"] = self.normalisation.to_dict() if self.normalisation else None
+        values["normalization"] = self.normalization.to_dict() if self.normalization else None
         return (json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
     @classmethod
@@ -151,8 +151,8 @@ class Manifest:
             artifacts = tuple(Artifact(**entry) for entry in values.pop("artifacts"))
             left, right = values.pop("receptive_field")
             edges = Edges(**values.pop("edges"))
-            given = values.pop("normalisation", None)
-            values["normalisation"] = None if given is None else Normalisation.from_dict(given)
+            given = values.pop("normalization", None)
+            values["normalization"] = None if given is None else Normalization.from_dict(given)
             levels = values.pop("levels", None)
             values["levels"] = None if levels is None else Levels(**levels)
             return cls(spec=spec, artifacts=artifacts, receptive_field=(left, right), edges=edges, **values)
@@ -198,7 +198,7 @@ class Bundle:
         cls.check_place(path, overwrite=overwrite)
         contents = list(files)
         manifest = replace(manifest, artifacts=tuple(entry for entry, _ in contents))
-        with whole_folder(path) as folder:
+        with atomic_folder(path) as folder:
             for entry, data in contents:
                 (folder / entry.file).write_bytes(data)
             (folder / MANIFEST).write_bytes(manifest.dumps())
@@ -248,9 +248,9 @@ class Bundle:
         """New files, and then the manifest that lists them."""
         try:
             for entry, data in files:
-                with whole_file(self.path / entry.file) as temporary:
+                with atomic_write(self.path / entry.file) as temporary:
                     temporary.write_bytes(data)
-            with whole_file(self.path / MANIFEST) as temporary:
+            with atomic_write(self.path / MANIFEST) as temporary:
                 temporary.write_bytes(manifest.dumps())
         except BaseException:
             listed = Bundle.open(self.path).manifest.artifacts  # they are, if only the folder's sync failed

@@ -11,6 +11,10 @@ class MelError(MelrtError, ValueError):
     """A mel that this voice cannot take."""
 
 
+class ConfigError(MelrtError, ValueError):
+    """A setting outside what is allowed."""
+
+
 class BundleError(MelrtError, ValueError):
     """A bundle that is missing, damaged, or newer than this melrt."""
 
@@ -24,7 +28,7 @@ class CheckpointError(MelrtError, ValueError):
 
 
 class ParityError(MelrtError, ArithmeticError):
-    """An artefact whose output differs from PyTorch's by more than its limit."""
+    """An artifact whose output differs from PyTorch's by more than its limit."""
 
 
 class EngineBuildError(MelrtError, RuntimeError):

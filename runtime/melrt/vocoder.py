@@ -15,19 +15,22 @@ from typing import Any, Self, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from melrt.arrays import on_gpu
-from melrt.audio import SAMPLE_FORMATS, SampleFormat
-from melrt.backends import Backend, Choice, DeviceBackend, open_backend
+from melrt.backends.base import Backend, DeviceBackend
+from melrt.backends.select import BackendChoice, open_backend
 from melrt.bundle import Bundle
-from melrt.counters import Stats
-from melrt.edges import Edges
 from melrt.errors import AudioError, MelError
-from melrt.inflight import InFlight, Limits, Request, Sound
-from melrt.mel import MelSpec
-from melrt.mel_check import MelCheck
-from melrt.stream import OpenStreams, Stream, StreamPace, Synthesis, stream, stream_async
-from melrt.tuning import recorded
-from melrt.windows import Field, Policy, Span, plan
+from melrt.files.wav import SAMPLE_FORMATS, SampleFormat
+from melrt.mel.arrays import on_gpu
+from melrt.mel.level_check import LevelCheck
+from melrt.mel.spec import MelSpec
+from melrt.planning.edges import Edges
+from melrt.planning.windows import Policy, ReceptiveField, Span, plan
+from melrt.scheduling.limits import Limits
+from melrt.scheduling.policy_tuning import recorded
+from melrt.scheduling.queue import RequestQueue
+from melrt.scheduling.request import OutputFormat, Request
+from melrt.scheduling.stats import Stats
+from melrt.scheduling.stream import OpenStreams, Stream, StreamPace, Synthesis, stream, stream_async
 
 Audio = NDArray[Any]
 
@@ -60,12 +63,12 @@ class Vocoder:
         self.backend = backend
         self.options = options or Options()
         manifest = bundle.manifest
-        self.field = Field(*manifest.receptive_field, manifest.smallest_input, manifest.end_reach)
+        self.field = ReceptiveField(*manifest.receptive_field, manifest.smallest_input, manifest.end_reach)
         self.policy = self.options.policy or recorded(bundle, backend) or backend.policy
         self.policy.check(self.field)
-        self.inflight = InFlight(backend, self.policy, self.options.limits)
-        self._sound = Sound(manifest.spec.hop, self.options.sample_format)
-        mel_check = MelCheck(manifest.spec, manifest.levels, manifest.normalisation)
+        self.inflight = RequestQueue(backend, self.policy, self.options.limits)
+        self._sound = OutputFormat(manifest.spec.hop, self.options.sample_format)
+        mel_check = LevelCheck(manifest.spec, manifest.levels, manifest.normalization)
         self._synthesis = Synthesis(manifest.spec, self._sound, self.field, self.options.edges, self.inflight, mel_check)
         self._streams = OpenStreams(self.options.limits.max_streams)
         # The vocoder and its streams hold on to this, the workers do not: once all of them are dropped, and what was asked of them
@@ -83,7 +86,7 @@ class Vocoder:
         threads: int | None = None,
         options: Options | None = None,
     ) -> Self:
-        """Load the best artefact of a bundle that this machine can run.
+        """Load the best artifact of a bundle that this machine can run.
 
         Args:
             bundle: A voice.melrt folder.
@@ -98,7 +101,7 @@ class Vocoder:
             BackendError: What was asked for cannot run here; the text says why.
         """
         options = options or Options()
-        choice = Choice(device, precision, backend, threads, options.sample_format)
+        choice = BackendChoice(device, precision, backend, threads, options.sample_format)
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         return cls(bundle, open_backend(bundle, choice), options)
 
@@ -216,7 +219,7 @@ class Vocoder:
         extended = edges.extend(frames)
         total = extended.shape[1]
         windows = plan(Span(edges.left, total - edges.right, total, ended=True), self.field, self.policy)
-        return Request(extended, 0, windows, self._sound, time.monotonic() + self.options.limits.patience)
+        return Request(extended, 0, windows, self._sound, time.monotonic() + self.options.limits.default_deadline)
 
     def _fewest(self) -> int:
         return max(self.field.smallest - self.edges.left - self.edges.right, 1)

@@ -12,15 +12,15 @@ import onnx
 import pytest
 
 from melrt import Bundle, Vocoder
-from melrt_benchmarks import contenders
-from melrt_benchmarks.bench import Plan, run_bench
-from melrt_benchmarks.gpu_meter import Reading
-from melrt_benchmarks.memory import peak_memory
-from melrt_benchmarks.profile import WINDOW
-from melrt_benchmarks.report import write_html
-from melrt_benchmarks.results import Latency, Report
-from melrt_benchmarks.timing import Timing, interleave, median_interval, noise_note, warm_up
-from melrt_export.config import GeneratorConfig
+from melrt.timing import Timing, interleave, median_interval, noise_note, warm_up
+from melrt_benchmarks.inference import contenders
+from melrt_benchmarks.inference.bench import Plan, run_bench
+from melrt_benchmarks.inference.memory import peak_memory
+from melrt_benchmarks.inference.roofline import WINDOW
+from melrt_benchmarks.measure.gpu_meter import Reading
+from melrt_benchmarks.report.html import write_html
+from melrt_benchmarks.report.results import Latency, Report
+from melrt_export.generator.config import GeneratorConfig
 
 
 def test_every_contender_runs_once_per_round_in_changing_order() -> None:
@@ -166,7 +166,7 @@ def test_a_wrong_contender_is_shown_as_wrong(melrt, tiny_bundle_path: Path, monk
         yield contenders.Contender("fails", "fp32", lambda mel: mel.no_such_thing)
         yield contenders.Contender("as long as it likes", "fp32", lambda mel: np.zeros((len(mel), 7), np.float32))
 
-    monkeypatch.setattr("melrt_benchmarks.bench.contenders", planted)
+    monkeypatch.setattr("melrt_benchmarks.inference.bench.contenders", planted)
     code, out, _ = melrt("bench", tiny_bundle_path, "--seconds", "0.5", "--rounds", "3", "--no-start-up", "--no-profile")
     assert (code, out.count("WRONG")) == (1, 2)
     assert "not run: fails: failed on mels of shape (1, 80, 43)" in out
@@ -214,15 +214,15 @@ def test_the_gpu_s_own_figures_come_through(tiny_bundle_path: Path, monkeypatch:
             made = contenders._melrt(bench, "onnxruntime", "fp32")
             yield replace(made, name=name, on_gpu=on_gpu)
 
-    monkeypatch.setattr("melrt_benchmarks.bench.contenders", planted)
-    monkeypatch.setattr("melrt_benchmarks.bench.open_meter", Meter)
+    monkeypatch.setattr("melrt_benchmarks.inference.bench.contenders", planted)
+    monkeypatch.setattr("melrt_benchmarks.inference.bench.open_meter", Meter)
     rows = run_bench(Plan(tiny_bundle_path, seconds=(0.5,), rounds=3, profiled=False, started=False)).latencies
     assert [(row.contender, row.device_ms, row.joules) for row in rows] == [("host", None, None), ("device", 1.25, 0.5)]
 
 
 def test_streams_rise_until_too_many(melrt, tiny_bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a listener who has next to nothing in hand, even one stream is too many; with plenty, few are held."""
-    from melrt_benchmarks.streams import Load, measure
+    from melrt_benchmarks.inference.streams import Load, measure
 
     with Vocoder.load(tiny_bundle_path) as vocoder:
         vocoder(np.zeros((80, 200)))

@@ -9,10 +9,10 @@ import pytest
 
 from melrt.bundle import Bundle
 from melrt.errors import BackendError, MelrtError
-from melrt.inflight import Limits
-from melrt.serving.triton_voice import probe_mel
+from melrt.scheduling.limits import Limits
+from melrt.serving.triton.voice import probe_mel
 from melrt.vocoder import Options, Vocoder
-from melrt_benchmarks.serving import LONGEST, SHORTEST, closed, mixed, offered
+from melrt_benchmarks.serving.load import LONGEST, SHORTEST, closed, mixed, offered
 
 RATE, SECONDS = 500.0, 0.4
 

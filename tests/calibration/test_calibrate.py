@@ -18,14 +18,14 @@ from melrt.errors import CalibrationError, MelrtError
 from melrt_calibration import calibrate as module
 from melrt_calibration.calibrate import Options, calibrate
 from melrt_calibration.data import Sampling
-from melrt_calibration.judge import Budget
+from melrt_calibration.evaluation import Budget
 from melrt_calibration.report import dumps, figures, page
-from melrt_export.config import GeneratorConfig
-from melrt_export.demo import RECORDING
-from melrt_export.engine import EngineOptions, build_engine
+from melrt_export.assets import RECORDING
+from melrt_export.audio_features import mel_from_audio, read_audio
+from melrt_export.generator.config import GeneratorConfig
 from melrt_export.int8_plan import Plan
-from melrt_export.mels import mel_from_audio, read_audio
 from melrt_export.parity import Difference, probe_mel, verify
+from melrt_export.tensorrt.build import EngineOptions, build_engine
 
 # Random weights say nothing of quality: anything is within this budget.
 ANY = Options(Budget(10.0, 100.0), Sampling(windows=16))
@@ -60,7 +60,7 @@ def int8_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """On networks this small nothing pays: each INT8 layer takes a tenth off the clock."""
 
     def rounded(model: onnx.ModelProto) -> set[str]:
-        return {n.name.removesuffix(".input.quantise") for n in model.graph.node if n.name.endswith(".input.quantise")}
+        return {n.name.removesuffix(".input.quantize") for n in model.graph.node if n.name.endswith(".input.quantize")}
 
     def seconds(models: Mapping[str, onnx.ModelProto], mel: object, rounds: int = 0) -> dict[str, np.ndarray]:
         return {name: np.array([0.9 ** len(rounded(model))]) for name, model in models.items()}

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from melrt import MelSpec, Vocoder
-from melrt_calibration.hearing import heard
 from melrt_calibration.metrics import log_mel_error, lsd_db, si_snr_db, silence_level_db, snr_db, stft_distance
-from melrt_export.demo import RECORDING
+from melrt_calibration.perceptual_metrics import heard
+from melrt_export.assets import RECORDING
+from melrt_export.audio_features import mel_from_audio, read_audio
 from melrt_export.export import export_voice
-from melrt_export.mels import mel_from_audio, read_audio
 
 SPEC = MelSpec()
 

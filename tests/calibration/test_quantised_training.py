@@ -1,4 +1,4 @@
-"""Quantisation-aware training: the same rounding as the INT8 graph's, and weights that learn to live with it."""
+"""Quantization-aware training: the same rounding as the INT8 graph's, and weights that learn to live with it."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from melrt.bundle import Artifact, Bundle
 from melrt.errors import MelrtError, TrainingError
 from melrt_calibration.calibrate import PLAN_FILE, SOURCES, Options
 from melrt_calibration.data import Sampling
-from melrt_calibration.equalise import tensors
-from melrt_calibration.judge import Budget
-from melrt_calibration.learnt import take_weights
+from melrt_calibration.equalization import tensors
+from melrt_calibration.evaluation import Budget
 from melrt_calibration.network import Network
-from melrt_calibration.qdq import Form, quantised
+from melrt_calibration.qdq import Form, quantized
+from melrt_calibration.requantize import requantize
+from melrt_export.audio_features import mel_from_audio, read_audio
 from melrt_export.checkpoints import Checkpoint, load_checkpoint
-from melrt_export.config import GeneratorConfig
 from melrt_export.demo import DEMO_VOICE, RECORDING
-from melrt_export.generator import Generator
+from melrt_export.generator.config import GeneratorConfig
+from melrt_export.generator.network import Generator
 from melrt_export.int8_plan import SIGNED_MAX, LayerPlan, Plan, Range, read_plan
-from melrt_export.mels import mel_from_audio, read_audio
 from melrt_export.parity import Difference, probe_mel, verify
 from melrt_export.training.config import TrainingConfig, read_config
-from melrt_export.training.quantised import quantise
+from melrt_export.training.quantized import quantize
 from melrt_export.training.trainer import Trainer
 from melrt_export.training.voice import TrainableVoice
 
@@ -46,7 +46,7 @@ SMALL = GeneratorConfig(in_channels=8, channels=32, upsample_scales=(4, 3), stac
 CONFIG = """
 run = "run"
 start_from = "{start}"
-[quantisation]
+[quantization]
 voice = "{voice}"
 [data]
 train = "{wav}"
@@ -72,7 +72,7 @@ def observed(bundle: Bundle, windows: list[np.ndarray]) -> Network:
         for form, precision in SOURCES.items()
     }
     plain = Network.observed(graphs, windows)  # type: ignore[arg-type]
-    return plain.equalised({t.takers[0]: 1.0 for t in tensors(dict.fromkeys(plain.names))})
+    return plain.equalized({t.takers[0]: 1.0 for t in tensors(dict.fromkeys(plain.names))})
 
 
 def following(network: Network) -> Plan:
@@ -103,10 +103,10 @@ def test_training_rounds_as_the_int8_graph_does(form: Form, causal: bool, make_v
     for layer in plan.layers:
         alone = Plan((layer,))
         voice = trainable(checkpoint)
-        quantise(voice, alone, form)
+        quantize(voice, alone, form)
         with torch.no_grad():
             trained = voice.generator(torch.from_numpy(mel)).squeeze(1).numpy()
-        exported = OnnxModel(quantised(graph, alone, form).SerializeToString()).run(mel)
+        exported = OnnxModel(quantized(graph, alone, form).SerializeToString()).run(mel)
         noise, mismatch = Difference.between(plain, exported).snr_db, Difference.between(exported, trained).snr_db
         assert mismatch > noise + MARGIN_DB[form], layer.name
 
@@ -150,7 +150,7 @@ def test_training_mends_what_rounding_breaks(calibrated: Bundle, tmp_path: Path)
 
     planned = read_plan(calibrated).names
     floats = [calibrated.read(entry) for entry in calibrated.find("onnx", precision="fp32")]
-    learnt = take_weights(calibrated, outcome.best, [tmp_path / "wavs"], Options(Budget(10, 100), Sampling(peak=0.95), force=True))
+    learnt = requantize(calibrated, outcome.best, [tmp_path / "wavs"], Options(Budget(10, 100), Sampling(peak=0.95), force=True))
     assert learnt.judged["int8"].log_mel_error == pytest.approx(after, rel=SAME), "what was trained is what speaks"
     bundle = Bundle.open(calibrated.path)
     assert [bundle.read(entry) for entry in bundle.find("onnx", precision="fp32")] == floats, "in float the voice is as it was"
@@ -162,17 +162,17 @@ def test_there_is_no_float_voice_to_export(calibrated: Bundle, tmp_path: Path, m
     settings(tmp_path, DEMO_VOICE, calibrated.path)
     code, _, err = melrt("train", tmp_path / "x.toml", "--export", tmp_path / "new.melrt")
     assert code == 2
-    assert "melrt requantise" in err
+    assert "melrt requantize" in err
     assert not (tmp_path / "run").exists()
 
 
 def test_weights_of_another_voice(calibrated: Bundle, tiny_bundle: Bundle, tiny_checkpoint: Path, tmp_path: Path, melrt) -> None:
     before = sorted(path.name for path in calibrated.path.iterdir())
-    code, _, err = melrt("requantise", calibrated.path, tiny_checkpoint, RECORDING)
+    code, _, err = melrt("requantize", calibrated.path, tiny_checkpoint, RECORDING)
     assert code == 2
     assert "has another architecture" in err
     assert sorted(path.name for path in calibrated.path.iterdir()) == before
-    code, _, err = melrt("requantise", tiny_bundle.path, tiny_checkpoint, RECORDING)
+    code, _, err = melrt("requantize", tiny_bundle.path, tiny_checkpoint, RECORDING)
     assert code == 2
     assert "has no INT8 plan" in err
 
@@ -192,9 +192,9 @@ def test_a_plan_of_another_network(make_voice, tmp_path: Path) -> None:
     _, other = make_voice(SMALL, tmp_path)
     layer = LayerPlan("first", Range(-1.0, 1.0, "minmax"), Range(-1.0, 1.0, "minmax"), (0.1,) * 64)
     with pytest.raises(TrainingError, match="the INT8 plan has 64 weight_scales for first, which has 32 such channels"):
-        quantise(trainable(other), Plan((layer,)), "cpu")
+        quantize(trainable(other), Plan((layer,)), "cpu")
     with pytest.raises(TrainingError, match="a layer stages.9.upsample; this generator has first"):
-        quantise(trainable(other), Plan((replace(layer, name="stages.9.upsample"),)), "cpu")
+        quantize(trainable(other), Plan((replace(layer, name="stages.9.upsample"),)), "cpu")
 
 
 def trainable(checkpoint: Checkpoint) -> TrainableVoice:

@@ -1,4 +1,4 @@
-"""Statistics, ranges and equalisation hold what they promise."""
+"""Statistics, ranges and equalization hold what they promise."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import pytest
 
 from melrt.backends.onnxruntime import OnnxModel
 from melrt.bundle import Bundle
-from melrt_calibration.equalise import tensors
+from melrt_calibration.equalization import tensors
 from melrt_calibration.network import Network
-from melrt_calibration.observe import Histogram
-from melrt_calibration.scales import METHODS, rounding_error
+from melrt_calibration.ranges import METHODS, rounding_error
+from melrt_calibration.statistics import Histogram
 from melrt_export.parity import FP32_MAX_ABS, probe_mel
 
 
@@ -22,7 +22,7 @@ def test_a_histogram_of_growing_values_is_exact(noise: np.random.Generator) -> N
     values = np.concatenate(pieces)
     assert histogram.counts.sum() == len(values)
     assert (histogram.low, histogram.high) == (values.min(), values.max())
-    mean = (histogram.counts * histogram.centres).sum() / len(values)
+    mean = (histogram.counts * histogram.centers).sum() / len(values)
     assert mean == pytest.approx(values.mean(), abs=histogram.width)
 
 
@@ -38,11 +38,11 @@ def test_each_method_does_what_it_is_for(noise: np.random.Generator) -> None:
     assert errors["mse"] < 0.8 * errors["minmax"]
 
 
-def test_equalisation_changes_ranges_and_nothing_else(tiny_bundle: Bundle) -> None:
+def test_equalization_changes_ranges_and_nothing_else(tiny_bundle: Bundle) -> None:
     graphs = {(graph, "cpu"): _model(tiny_bundle, graph) for graph in ("edge", "interior")}
     mel = probe_mel(tiny_bundle.manifest.spec)
     network = Network.observed(graphs, [mel])
-    equal = network.equalised({t.takers[0]: 1.0 for t in tensors(dict.fromkeys(network.names))})
+    equal = network.equalized({t.takers[0]: 1.0 for t in tensors(dict.fromkeys(network.names))})
     for key in graphs:
         truth, made = (OnnxModel(g.graphs[key].SerializeToString()).run(mel[None]) for g in (network, equal))
         assert np.abs(made - truth).max() < FP32_MAX_ABS

@@ -71,12 +71,12 @@ def with_config(folder: Path, change) -> Path:
     return folder
 
 
-def test_normalisation_folds_exactly(folder: Path, tmp_path: Path, published) -> None:
-    """The network of a checkpoint with a normalisation takes plain mels, and does what the trained one does to normalised ones."""
+def test_normalization_folds_exactly(folder: Path, tmp_path: Path, published) -> None:
+    """The network of a checkpoint with a normalization takes plain mels, and does what the trained one does to normalized ones."""
     native.save(tmp_path / "own", load_checkpoint(folder))
     noise = np.random.default_rng(0)
     mean, scale = noise.standard_normal(80), noise.uniform(0.5, 2, 80)
-    with_config(tmp_path / "own", lambda c: c.update(normalisation={"mean": mean.tolist(), "scale": scale.tolist()}))
+    with_config(tmp_path / "own", lambda c: c.update(normalization={"mean": mean.tolist(), "scale": scale.tolist()}))
     mel = noise.standard_normal((1, 80, 20)).astype(np.float32)
     with torch.inference_mode():
         expected = published(torch.from_numpy(((mel - mean[:, None]) / scale[:, None]).astype(np.float32))).numpy()[:, 0]
@@ -183,17 +183,17 @@ def test_args_of_another_training_are_noticed(folder: Path) -> None:
     [
         (lambda c: c.update(version=2), "pip install --upgrade melrt"),
         (lambda c: c.pop("mel"), "lacks a section"),
-        (lambda c: c["generator"].update(colour="red"), "unknown fields"),
+        (lambda c: c["generator"].update(color="red"), "unknown fields"),
         (lambda c: c["generator"].update(channels=10**9), "channels is 1000000000"),
         (lambda c: c["mel"].update(n_mels=40), "takes 80 bands"),
         (lambda c: c.update(generator=[]), "generator|section"),
-        (lambda c: c.update(normalisation={"mean": [0.0] * 80}), "each of 80 bands"),
-        (lambda c: c.update(normalisation={"mean": [0.0] * 80, "scale": [0.0] * 80}), "each is above 0"),
-        (lambda c: c["mel"].update(normalisation={"mean": [0.0] * 80, "scale": [1.0] * 80}), "beside generator and mel"),
+        (lambda c: c.update(normalization={"mean": [0.0] * 80}), "each of 80 bands"),
+        (lambda c: c.update(normalization={"mean": [0.0] * 80, "scale": [0.0] * 80}), "each is above 0"),
+        (lambda c: c["mel"].update(normalization={"mean": [0.0] * 80, "scale": [1.0] * 80}), "beside generator and mel"),
         (lambda c: c["mel"].update(f_max=10**400), "f_max"),
         (lambda c: c["mel"].update(hop=10**400), "hop"),
         (lambda c: c["generator"].update(negative_slope=10**400), "negative_slope"),
-        (lambda c: c.update(normalisation={"mean": [10**400] * 80, "scale": [1.0] * 80}), "each of 80 bands"),
+        (lambda c: c.update(normalization={"mean": [10**400] * 80, "scale": [1.0] * 80}), "each of 80 bands"),
         (lambda c: c.update(edges={"left": -1}), "left is -1"),
     ],
 )

@@ -9,11 +9,11 @@ import pytest
 
 from melrt.bundle import Bundle
 from melrt.errors import BundleError, EngineBuildError, MissingExtraError
-from melrt.machine import find_gpu
-from melrt_export import engine
-from melrt_export.audit import audit_layers
-from melrt_export.config import GeneratorConfig
-from melrt_export.engine import EngineOptions, build_engine
+from melrt.system import find_gpu
+from melrt_export.generator.config import GeneratorConfig
+from melrt_export.tensorrt import build as engine
+from melrt_export.tensorrt.audit import audit_layers
+from melrt_export.tensorrt.build import EngineOptions, build_engine
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed here")
 
@@ -30,7 +30,7 @@ def test_an_engine_joins_the_bundle(tiny_bundle: Bundle, precision: str, graph: 
     assert entry.target["source"] == source.sha256
     frames = (4, 32, 256) if graph == "edge" else (256, 256, 256)
     assert entry.target["profile"] == [[batch, 80, length] for batch, length in zip((1, 4, 16), frames, strict=True)]
-    assert (entry.target["flavour"], entry.target["compute_capability"]) == ("tensorrt_rtx", "portable")
+    assert (entry.target["flavor"], entry.target["compute_capability"]) == ("tensorrt_rtx", "portable")
     assert seen
     assert all(0 <= done <= total for _, done, total in seen)
     assert len(bundle.find("onnx")) == 4, "what was there stays"
@@ -70,7 +70,7 @@ def test_ctrl_c_stops_the_builder_and_leaves_the_bundle(tiny_bundle: Bundle) -> 
     ("wrong", "message"),
     [
         ({"precision": "int4"}, "precision is 'int4'; it is one of fp32, tf32, fp16"),
-        ({"flavour": "tvm"}, "flavour is 'tvm'"),
+        ({"flavor": "tvm"}, "flavor is 'tvm'"),
         ({"graph": "middle"}, "graph is 'middle'"),
         ({"batch": (4, 1, 2)}, "rising order"),
         ({"frames": (1, 8, 16)}, "at least 4"),
@@ -99,7 +99,7 @@ def test_an_engine_for_this_gpu_needs_one(tiny_bundle: Bundle) -> None:
     if find_gpu():
         pytest.skip("this machine has a GPU")
     with pytest.raises(EngineBuildError, match="none works here.*portable"):
-        build_engine(tiny_bundle, EngineOptions(portable=False, flavour="tensorrt_rtx"))
+        build_engine(tiny_bundle, EngineOptions(portable=False, flavor="tensorrt_rtx"))
 
 
 def test_the_same_engine_is_built_once(tiny_bundle: Bundle, cache: Path) -> None:
@@ -126,12 +126,12 @@ def test_a_cache_that_cannot_be_written_is_no_error(tiny_bundle: Bundle, monkeyp
     assert build_engine(tiny_bundle, EngineOptions()).size > 10_000
 
 
-def test_a_missing_flavour_names_its_extra(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_flavor_names_its_extra(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(MissingExtraError, match=r'pip install "melrt\[tensorrt\]"'):
-        build_engine(tiny_bundle, EngineOptions(flavour="tensorrt"))
+        build_engine(tiny_bundle, EngineOptions(flavor="tensorrt"))
 
 
 def inspected(datatype: str) -> str:

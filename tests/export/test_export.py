@@ -16,9 +16,9 @@ from melrt.bundle import Bundle
 from melrt.errors import ParityError
 from melrt.vocoder import Vocoder
 from melrt_export import export as export_module
+from melrt_export.audio_features import mel_from_audio, read_audio
 from melrt_export.checkpoints import load_checkpoint
 from melrt_export.export import ExportOptions, export_voice
-from melrt_export.mels import mel_from_audio, read_audio
 from melrt_export.parity import FP16_MIN_SNR_DB, FP32_MAX_ABS, Difference, pytorch_audio, verify
 
 
@@ -112,7 +112,7 @@ def test_disk_full_during_export_leaves_nothing(tiny_checkpoint: Path, tmp_path:
     """The kernel refuses to write past 200 KB, in the middle of the first model."""
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "from melrt.__main__ import main; import melrt_export.export, torch, onnx, onnxruntime;"
+        "from melrt.cli.main import main; import melrt_export.export, torch, onnx, onnxruntime;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
         f"sys.argv = ['melrt', 'export', {str(tiny_checkpoint)!r}, '-o', {str(tmp_path / 'x.melrt')!r}]; main()"
     )

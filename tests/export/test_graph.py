@@ -9,16 +9,16 @@ import torch
 
 from melrt.backends.onnxruntime import OnnxModel
 from melrt.errors import CheckpointError
-from melrt_export.config import GeneratorConfig
-from melrt_export.fusion import Fusion
-from melrt_export.generator import Generator
-from melrt_export.graph import deploy_graph
-from melrt_export.receptive_field import end_reach, receptive_field
+from melrt_export.generator.config import GeneratorConfig
+from melrt_export.generator.mrf import MrfConfig
+from melrt_export.generator.network import Generator
+from melrt_export.generator.receptive_field import end_reach, receptive_field
+from melrt_export.graph.deploy import deploy_graph
 
 # Summing in another order moves a sample by some 1e-6.
 TOLERANCE = 2e-5
 SMALL = {"in_channels": 8, "channels": 32}
-HIFIGAN_V3 = Fusion((3, 5, 7), ((1, 2), (2, 6), (3, 12)), paired=False)
+HIFIGAN_V3 = MrfConfig((3, 5, 7), ((1, 2), (2, 6), (3, 12)), paired=False)
 FAMILY = {
     "published": GeneratorConfig(in_channels=80, channels=64),
     "four stacks": GeneratorConfig(**SMALL, upsample_scales=(8, 4, 2), stacks=4),
@@ -29,14 +29,14 @@ FAMILY = {
     "channels that do not halve evenly": GeneratorConfig(in_channels=8, channels=30, upsample_scales=(4, 2), stacks=2),
     "TensorFlow's crop": GeneratorConfig(**SMALL, upsample_scales=(5, 4, 3), stacks=2, crop="early"),
     "clipped": GeneratorConfig(**SMALL, upsample_scales=(4, 2), stacks=1, input_clip=(-0.5, 1.0)),
-    "clipped and normalised, zero padding": GeneratorConfig(
+    "clipped and normalized, zero padding": GeneratorConfig(
         **SMALL, upsample_scales=(4, 2), stacks=1, input_clip=(-0.5, 1.0), input_affine=True, padding_mode="zeros"
     ),
     "zero padding, no bias, no tanh": GeneratorConfig(**SMALL, padding_mode="zeros", bias=False, final_tanh=False, negative_slope=0.1),
     "replication": GeneratorConfig(**SMALL, upsample_scales=(4, 2), padding_mode="replicate"),
     "causal": GeneratorConfig(**SMALL, upsample_scales=(4, 3), causal=True),
     "causal, zero padding": GeneratorConfig(**SMALL, upsample_scales=(4, 2), causal=True, padding_mode="zeros"),
-    "HiFi-GAN": GeneratorConfig(**SMALL, upsample_scales=(4, 2), fusion=Fusion(), padding_mode="zeros", last_slope=0.01),
+    "HiFi-GAN": GeneratorConfig(**SMALL, upsample_scales=(4, 2), fusion=MrfConfig(), padding_mode="zeros", last_slope=0.01),
     "HiFi-GAN V3": GeneratorConfig(
         **SMALL, upsample_scales=(8, 8, 4), fusion=HIFIGAN_V3, padding_mode="zeros", negative_slope=0.1, last_slope=0.01
     ),
@@ -117,7 +117,7 @@ def test_smallest_input_is_where_pytorch_begins_to_work() -> None:
         (GeneratorConfig(channels=384, upsample_scales=(5, 5, 3), stacks=4, out_channels=4, pqmf_taps=62), (14, 15)),
         (GeneratorConfig(channels=384, upsample_scales=(8, 4, 4), stacks=4, out_channels=4, pqmf_taps=62), (11, 11)),
         (GeneratorConfig(channels=384, upsample_scales=(2, 4, 8), stacks=4, out_channels=4, pqmf_taps=62), (30, 30)),
-        (GeneratorConfig(fusion=Fusion(), padding_mode="zeros"), (13, 13)),
+        (GeneratorConfig(fusion=MrfConfig(), padding_mode="zeros"), (13, 13)),
         (GeneratorConfig(upsample_scales=(8, 8, 4), fusion=HIFIGAN_V3, padding_mode="zeros"), (11, 11)),
     ],
 )
@@ -178,7 +178,7 @@ def test_half_graph_is_half_between_float_ends() -> None:
         {"channels": 15}, {"causal": "no"}, {"bias": 1}, {"final_tanh": None}, {"input_clip": (1, 0)},
         {"crop": "middle"}, {"kernel_size": 6}, {"upsample_scales": ()}, {"upsample_scales": (999, 999)}, {"channels": 1 << 40},
         {"stacks": 0}, {"padding_mode": "circular"}, {"pqmf_taps": 61}, {"negative_slope": 2.0}, {"channels": 512.0}, {"in_channels": True},
-        {"fusion": Fusion()}, {"last_slope": "0.01"},
+        {"fusion": MrfConfig()}, {"last_slope": "0.01"},
     ],
 )  # fmt: skip
 def test_impossible_shapes_are_refused(wrong: dict) -> None:

@@ -16,12 +16,12 @@ from torch.nn import functional as F
 
 from melrt.errors import CheckpointError
 from melrt.vocoder import Vocoder
+from melrt_export.assets import RECORDING
+from melrt_export.audio_features import mel_from_audio, read_audio
 from melrt_export.checkpoints import load_checkpoint
-from melrt_export.demo import RECORDING
-from melrt_export.engine import EngineOptions, build_engine
 from melrt_export.export import ExportOptions, export_voice
-from melrt_export.mels import mel_from_audio, read_audio
 from melrt_export.parity import FP16_MIN_SNR_DB, FP32_MAX_ABS, probe_mel
+from melrt_export.tensorrt.build import EngineOptions, build_engine
 
 V1: dict[str, Any] = {
     "resblock": "1", "upsample_rates": [8, 8, 2, 2], "upsample_kernel_sizes": [16, 16, 4, 4], "upsample_initial_channel": 32,

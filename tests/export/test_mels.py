@@ -13,10 +13,10 @@ import soundfile
 import torch
 
 from melrt.errors import AudioError, MelError, MissingExtraError
-from melrt.mel import MelSpec
-from melrt.mel_files import read_mel
-from melrt_export.demo import RECORDING
-from melrt_export.mels import mel_from_audio, mel_from_torch_file, read_audio
+from melrt.files.mels import read_mel
+from melrt.mel.spec import MelSpec
+from melrt_export.assets import RECORDING
+from melrt_export.audio_features import mel_from_audio, mel_from_torch_file, read_audio
 
 SPEC = MelSpec()
 
@@ -35,7 +35,7 @@ def test_the_formula_of_melgan_neurips() -> None:
 
 
 def librosa_mel(audio: np.ndarray, f_min: float, f_max: float) -> np.ndarray:
-    """Centred, mirrored, magnitude: what ParallelWaveGAN, TensorFlowTTS and Coqui TTS begin with."""
+    """Centerd, mirrored, magnitude: what ParallelWaveGAN, TensorFlowTTS and Coqui TTS begin with."""
     spectrum = np.abs(librosa.stft(audio, n_fft=1024, hop_length=256, win_length=1024, window="hann", pad_mode="reflect"))
     return librosa.filters.mel(sr=22050, n_fft=1024, n_mels=80, fmin=f_min, fmax=f_max) @ spectrum
 

@@ -20,12 +20,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from melrt.bundle import Bundle
-from melrt.edges import Edges
+from melrt.planning.edges import Edges
 from melrt.vocoder import Options, Vocoder
 from melrt_export.checkpoints import load_checkpoint
-from melrt_export.engine import EngineOptions, build_engine
 from melrt_export.export import ExportOptions, export_voice
 from melrt_export.parity import FP32_MAX_ABS, probe_mel
+from melrt_export.tensorrt.build import EngineOptions, build_engine
 
 FP32 = ExportOptions(precisions=("fp32",))
 FIXTURES = ("coqui_melgan", "coqui_multiband", "descript", "parallel_wavegan_melgan", "parallel_wavegan_multiband", "seungwonpark")
@@ -47,7 +47,7 @@ def test_what_the_project_s_own_code_gave(shared: Path, tmp_path: Path, name: st
     manifest = bundle.manifest
     mel = case["mel"]
     if name.startswith("coqui"):  # its case is what its network takes; the voice takes plain decibels
-        mel = manifest.normalisation.undo(mel.astype(np.float64)).astype(np.float32)
+        mel = manifest.normalization.undo(mel.astype(np.float64)).astype(np.float32)
         assert manifest.edges == Edges(2, 2)
         hop = manifest.spec.hop
         expected = case["inference"].reshape(-1)[2 * hop : -2 * hop]
@@ -275,7 +275,7 @@ def test_parallel_wavegan(tmp_path: Path, case: str) -> None:
 
     manifest = check(folder, reference, tmp_path).manifest
     assert (manifest.spec.log, manifest.spec.floor, manifest.spec.framing) == ("log10", 1e-10, "center")
-    assert manifest.levels.normalised == (stats == "none")
+    assert manifest.levels.normalized == (stats == "none")
 
 
 def test_a_published_archive(tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ COQUI = {
     "melgan, new": (Shape(), RANGE, "new"),
     "fullband, legacy": (Shape(scales=(4, 2, 2), stacks=3), {**RANGE, "symmetric_norm": False, "max_norm": 1.0}, "legacy"),
     "multi-band, statistics": (Shape(outputs=4), {"signal_norm": True, "stats_path": "/data/elsewhere/scale_stats.npy"}, "new"),
-    "not normalised, natural": (Shape(), {"signal_norm": False, "log_func": "np.log", "spec_gain": 1.0, "preemphasis": 0.98}, "legacy"),
+    "not normalized, natural": (Shape(), {"signal_norm": False, "log_func": "np.log", "spec_gain": 1.0, "preemphasis": 0.98}, "legacy"),
     "clipped where speech is": (Shape(), {**RANGE, "min_level_db": -60, "ref_level_db": -20}, "new"),
 }
 
@@ -312,7 +312,7 @@ def write_coqui(folder: Path, shape: Shape, audio: dict, layout: str, state: dic
         np.save(folder / "scale_stats.npy", np.array(stats, dtype=object), allow_pickle=True)
 
 
-def coqui_normalise(mel: np.ndarray, audio: dict) -> np.ndarray:
+def coqui_normalize(mel: np.ndarray, audio: dict) -> np.ndarray:
     """`AudioProcessor.normalize`."""
     if not audio["signal_norm"]:
         return mel
@@ -341,7 +341,7 @@ def test_coqui(tmp_path: Path, case: str) -> None:
     write_coqui(folder, shape, audio, layout, state)
 
     def reference(mel: np.ndarray) -> torch.Tensor:
-        out = net(torch.from_numpy(coqui_normalise(mel.astype(np.float64), audio).astype(np.float32)))
+        out = net(torch.from_numpy(coqui_normalize(mel.astype(np.float64), audio).astype(np.float32)))
         if shape.outputs == 1:
             return out
         spread = torch.zeros(1, 4, 4 * out.shape[2])
@@ -352,7 +352,7 @@ def test_coqui(tmp_path: Path, case: str) -> None:
     assert (manifest.edges, manifest.spec.floor) == (Edges(2, 2), 1e-8)
     assert (manifest.spec.log, manifest.spec.preemphasis) == (("ln", 0.98) if "natural" in case else ("dB", 0.0))
     if "clipped" in case:
-        assert manifest.normalisation.clip == (-80.0, -20.0)
+        assert manifest.normalization.clip == (-80.0, -20.0)
 
 
 @pytest.mark.parametrize("shape", [Shape(scales=(8, 8, 2, 2), stacks=3, channels=64, mels=80), Shape(scales=(4, 3), stacks=4)])

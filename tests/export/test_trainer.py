@@ -21,14 +21,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from melrt.bundle import Bundle
-from melrt.edges import Edges
 from melrt.errors import TrainingError
+from melrt.planning.edges import Edges
+from melrt_export.assets import RECORDING
+from melrt_export.audio_features import read_audio
 from melrt_export.checkpoints import load_checkpoint, native
-from melrt_export.checkpoints.pqmf import FilterDesign
-from melrt_export.demo import RECORDING
-from melrt_export.mels import read_audio
+from melrt_export.generator.pqmf import FilterDesign
 from melrt_export.training.config import TrainingConfig, read_config
-from melrt_export.training.processes import Processes
+from melrt_export.training.distributed import Processes
 from melrt_export.training.state import FILE
 from melrt_export.training.trainer import Trainer
 from melrt_export.training.voice import first_voice
@@ -358,7 +358,7 @@ def test_a_config_that_does_not_go_together(folder: Path, melrt) -> None:
         "hop": (("stacks = 1", "stacks = 1\nupsample_scales = [8, 8]"), "it must give 1 channel with the mel's hop, 256"),
         "segment": (("segment = 4096", "segment = 5000"), r"segment is 5000; it is a multiple of the hop 256 and at least \d+. Take 5120"),
         "bands": (("stacks = 1", "stacks = 1\nin_channels = 40"), "in_channels is 40"),
-        "normalised": (("[schedule]", f"[mel.normalisation]\nmean = {[0.0] * 80}\nscale = {[1.0] * 80}\n[schedule]"), "Remove it"),
+        "normalized": (("[schedule]", f"[mel.normalization]\nmean = {[0.0] * 80}\nscale = {[1.0] * 80}\n[schedule]"), "Remove it"),
         "bank": (("stacks = 1", "stacks = 1\npqmf_taps = 40\nout_channels = 4"), "designed for 4 sub-bands and 62 taps"),
     }
     for change, message in cases.values():

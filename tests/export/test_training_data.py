@@ -139,7 +139,7 @@ def test_a_file_that_goes_away_during_the_training_is_named(folder: Path) -> Non
     [
         ('run = "r', "is not TOML"),
         ('run = "r"', "data is missing"),
-        ('run = "r"\ncolour = 1\n[data]\ntrain = "x"', "colour is not known here; known are run, data"),
+        ('run = "r"\ncolor = 1\n[data]\ntrain = "x"', "color is not known here; known are run, data"),
         ('run = "r"\n[data]\ntrain = "x"\nsegmnt = 1', r"\[data\]: segmnt is not known here"),
         ('run = "r"\n[data]\nsegment = 8192', r"\[data\]: train is missing"),
         ('run = "r"\n[data]\ntrain = "x"\nsegment = "8192"', "segment is '8192'; it is a whole number"),

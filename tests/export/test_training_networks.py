@@ -13,16 +13,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from melrt.mel import MelSpec
-from melrt_export.config import GeneratorConfig
-from melrt_export.demo import RECORDING
-from melrt_export.generator import Generator
-from melrt_export.mels import mel_from_audio, read_audio
+from melrt.mel.spec import MelSpec
+from melrt_export.assets import RECORDING
+from melrt_export.audio_features import mel_from_audio, read_audio
+from melrt_export.generator.config import GeneratorConfig
+from melrt_export.generator.network import Generator
 from melrt_export.training.config import DataConfig, DiscriminatorConfig, LossConfig, TrainingConfig
 from melrt_export.training.discriminator import Discriminator
+from melrt_export.training.distributed import Processes
 from melrt_export.training.losses import StftLoss, adversarial_loss, discriminator_loss, feature_matching_loss
 from melrt_export.training.mel import LogMel
-from melrt_export.training.processes import Processes
 from melrt_export.training.step import AdversarialStep
 from melrt_export.training.voice import first_voice
 from melrt_export.training.weight_norm import add_weight_norm, folded_weights

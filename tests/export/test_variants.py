@@ -18,12 +18,14 @@ from melrt.backends.onnxruntime import OnnxModel
 from melrt.bundle import Bundle
 from melrt.errors import EngineBuildError
 from melrt.vocoder import Vocoder
-from melrt_export import cli, engine, tune
-from melrt_export.config import GeneratorConfig
-from melrt_export.engine import EngineOptions, build_engine
-from melrt_export.fusion import Fusion
+from melrt_export import cli
+from melrt_export.generator.config import GeneratorConfig
+from melrt_export.generator.mrf import MrfConfig
+from melrt_export.graph.rewrites import CHOICES, Variant, rewritten
 from melrt_export.parity import FP32_MAX_ABS, Difference, inside, probe_mel
-from melrt_export.variants import CHOICES, Variant, rewritten
+from melrt_export.tensorrt import build as engine
+from melrt_export.tensorrt import variant_search as tune
+from melrt_export.tensorrt.build import EngineOptions, build_engine
 
 VARIANTS = [Variant(*choice) for choice in itertools.product(*CHOICES.values())]  # type: ignore[arg-type]
 SMALL = {"in_channels": 8, "channels": 32, "upsample_scales": (4, 3), "stacks": 2}
@@ -33,7 +35,7 @@ CONFIGS = {
     "causal": GeneratorConfig(**SMALL, causal=True, padding_mode="zeros"),
     "multi-band": GeneratorConfig(**SMALL, out_channels=4, pqmf_taps=62),
     "replicated": GeneratorConfig(**SMALL, padding_mode="replicate"),
-    "fusion": GeneratorConfig(**SMALL, padding_mode="zeros", fusion=Fusion(kernel_sizes=(3, 5), dilations=((1, 2), (2,)))),
+    "fusion": GeneratorConfig(**SMALL, padding_mode="zeros", fusion=MrfConfig(kernel_sizes=(3, 5), dilations=((1, 2), (2,)))),
 }
 
 
@@ -160,7 +162,7 @@ def cli_app():
 
 
 def test_without_a_gpu_there_is_nothing_to_time(tiny_bundle: Bundle) -> None:
-    from melrt.machine import find_gpu
+    from melrt.system import find_gpu
 
     if find_gpu():
         pytest.skip("this machine has a GPU")

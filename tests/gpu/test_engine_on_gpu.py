@@ -11,34 +11,34 @@ import numpy as np
 import pytest
 
 from melrt import Bundle, Vocoder
-from melrt.audio import to_int16
-from melrt.machine import find_gpu
+from melrt.files.wav import to_int16
+from melrt.system import find_gpu
 from melrt.vocoder import Options
-from melrt_export.engine import EngineOptions, build_engine
-from melrt_export.gate import FP32_MAX_ABS
 from melrt_export.parity import FP16_MIN_SNR_DB, Difference, probe_mel
-from melrt_export.tune import tune_engine
+from melrt_export.tensorrt.accuracy_check import FP32_MAX_ABS
+from melrt_export.tensorrt.build import EngineOptions, build_engine
+from melrt_export.tensorrt.variant_search import tune_engine
 
 pytestmark = pytest.mark.gpu
-FLAVOURS = ("tensorrt", "tensorrt_rtx")
+FLAVORS = ("tensorrt", "tensorrt_rtx")
 
 
-@pytest.fixture(scope="module", params=[(f, p) for f in FLAVOURS for p in ("fp32", "tf32", "fp16")], ids="-".join)
+@pytest.fixture(scope="module", params=[(f, p) for f in FLAVORS for p in ("fp32", "tf32", "fp16")], ids="-".join)
 def voice(request: pytest.FixtureRequest, demo_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, str, str]:
-    """The demo voice with both engines of a flavour and precision."""
-    flavour, precision = request.param
+    """The demo voice with both engines of a flavor and precision."""
+    flavor, precision = request.param
     if find_gpu() is None:
         pytest.skip("no NVIDIA GPU: no driver (libcuda.so.1) that finds a device")
-    if importlib.util.find_spec(flavour) is None:
-        pytest.skip(f"{flavour} is not installed here")
+    if importlib.util.find_spec(flavor) is None:
+        pytest.skip(f"{flavor} is not installed here")
     bundle = Bundle.open(shutil.copytree(demo_bundle.path, tmp_path_factory.mktemp("gpu") / "lj.melrt"))
     for graph in ("edge", "interior"):
-        entry = build_engine(bundle, EngineOptions(precision=precision, flavour=flavour, portable=False, graph=graph))
+        entry = build_engine(bundle, EngineOptions(precision=precision, flavor=flavor, portable=False, graph=graph))
         assert find_gpu().name == entry.target["gpu"]
         # TensorRT's inspector names every layer's type; TensorRT-RTX's only says so of what is compiled ahead
-        assert entry.target["audited"] == "engine" or flavour == "tensorrt_rtx"
+        assert entry.target["audited"] == "engine" or flavor == "tensorrt_rtx"
         assert entry.quality["snr_db"] > FP16_MIN_SNR_DB
-    return Bundle.open(bundle.path), flavour, precision
+    return Bundle.open(bundle.path), flavor, precision
 
 
 def load(voice: tuple[Bundle, str, str], **options: object) -> Vocoder:
@@ -107,7 +107,7 @@ def _library(name: str):
 def test_the_second_start_finds_compiled_kernels(voice: tuple[Bundle, str, str]) -> None:
     if voice[1] != "tensorrt_rtx":
         pytest.skip("only TensorRT-RTX compiles at run time")
-    from melrt.files import user_cache
+    from melrt.files.atomic import user_cache
 
     load(voice).close()
     kept = {artifact.sha256[:16] for artifact in voice[0].find("engine")}
@@ -115,10 +115,10 @@ def test_the_second_start_finds_compiled_kernels(voice: tuple[Bundle, str, str])
 
 
 def test_every_rewrite_of_the_graph_is_right_and_the_fastest_is_kept(voice: tuple[Bundle, str, str]) -> None:
-    bundle, flavour, precision = voice
+    bundle, flavor, precision = voice
     if precision != "fp16":
         pytest.skip("tuned in one precision; a tune builds eight engines")
-    draft, trials = tune_engine(bundle, EngineOptions(precision=precision, flavour=flavour, portable=False))
+    draft, trials = tune_engine(bundle, EngineOptions(precision=precision, flavor=flavor, portable=False))
     for trial in trials:
         print(trial.to_dict())
     assert [trial.verdict for trial in trials if trial.verdict not in ("fastest", "slower")] == []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from melrt import Bundle, Vocoder
-from melrt.doctor import examine
+from melrt.system import examine
 from melrt_export.parity import FP16_MIN_SNR_DB, Difference, probe_mel
 
 pytestmark = pytest.mark.gpu

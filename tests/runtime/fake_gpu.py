@@ -1,6 +1,6 @@
 """A GPU for tests on machines without one: the parts of cuda-core and TensorRT that melrt uses, with their rules of order and lifetime.
 
-Work that is queued on a stream happens when the stream is synchronised, and not before: who reads early reads what was there, who
+Work that is queued on a stream happens when the stream is synchronized, and not before: who reads early reads what was there, who
 overwrites early spoils what is queued. Memory that was given back, a missing address, a shape outside the profile, scratch memory in use
 on two streams and a context that changed after its capture are errors.
 """

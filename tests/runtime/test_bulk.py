@@ -17,7 +17,7 @@ import pytest
 import soundfile
 
 from melrt import Bundle, Vocoder
-from melrt.audio import to_int16
+from melrt.files.wav import to_int16
 from melrt_export.parity import probe_mel
 
 BAD = {"bands": "40 bands", "nan": "finite", "empty": "empty", "text": "cannot be read"}
@@ -241,4 +241,4 @@ def speakers(driver: int) -> list[int]:
             pid = parents[pid]
         return pid == driver
 
-    return [pid for pid, name in names.items() if name.startswith("ray::") and "Speaker" in name and descends(pid)]
+    return [pid for pid, name in names.items() if name.startswith("ray::") and "SynthesisActor" in name and descends(pid)]

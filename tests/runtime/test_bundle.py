@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from melrt.bundle import MANIFEST, Artifact, Bundle, Manifest
-from melrt.edges import Edges
 from melrt.errors import BundleError
-from melrt.mel import MelSpec
+from melrt.mel.spec import MelSpec
+from melrt.planning.edges import Edges
 
 SPEC = MelSpec()
 
@@ -60,7 +60,7 @@ def edit(bundle: Bundle, change) -> Path:
         (lambda m: m.update(schema=2), "newer melrt.*pip install --upgrade melrt"),
         (lambda m: m.update(schema="1"), "schema '1'"),
         (lambda m: m.pop("spec"), "damaged"),
-        (lambda m: m.update(colour="red"), "damaged.*colour"),
+        (lambda m: m.update(color="red"), "damaged.*color"),
         (lambda m: m["artifacts"][0].update(file="../../etc/passwd"), "only plain names"),
         (lambda m: m["artifacts"][0].update(file=MANIFEST), "only plain names"),
         (lambda m: m["artifacts"][0].update(size=1 << 50), "at most"),

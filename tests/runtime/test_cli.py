@@ -12,7 +12,7 @@ import soundfile
 import torch
 
 from melrt import Bundle, MelSpec
-from melrt_export.demo import RECORDING
+from melrt_export.assets import RECORDING
 from melrt_export.parity import probe_mel
 
 
@@ -46,7 +46,7 @@ def test_from_checkpoint_to_sound(melrt, tiny_checkpoint: Path, tmp_path: Path) 
 
 def test_build_adds_an_engine(melrt, tiny_bundle: Bundle) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed here")
-    code, out, _ = melrt("build", tiny_bundle.path, "--precision", "fp16", "--flavour", "tensorrt_rtx", "--frames", "8,64,128")
+    code, out, _ = melrt("build", tiny_bundle.path, "--precision", "fp16", "--flavor", "tensorrt_rtx", "--frames", "8,64,128")
     assert code == 0
     assert out.count("portable.engine") == 2
     edge, interior = Bundle.open(tiny_bundle.path).find("engine")

@@ -20,8 +20,8 @@ import pytest
 import soundfile
 from tests.runtime.triton_server import free_ports
 
-from melrt.audio import to_int16
 from melrt.bundle import Bundle
+from melrt.files.wav import to_int16
 from melrt.vocoder import Vocoder
 from melrt_export.parity import probe_mel
 

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from melrt import Vocoder
-from melrt.edges import Edges
 from melrt.errors import ClosedError, MelError
-from melrt.stream import StreamPace
+from melrt.planning.edges import Edges
+from melrt.planning.windows import Policy, Span, plan
+from melrt.scheduling.stream import StreamPace
 from melrt.vocoder import Options
-from melrt.windows import Policy, Span, plan
+from melrt_export.audio_features import mel_from_audio, read_audio
 from melrt_export.checkpoints import Checkpoint, load_checkpoint
-from melrt_export.config import GeneratorConfig
 from melrt_export.demo import DEMO_VOICE, RECORDING
 from melrt_export.export import ExportOptions, export_voice
-from melrt_export.mels import mel_from_audio, read_audio
+from melrt_export.generator.config import GeneratorConfig
 from melrt_export.parity import FP32_MAX_ABS, probe_mel, pytorch_audio
 
 POLICIES = {

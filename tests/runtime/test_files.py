@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from melrt.files import whole_file
+from melrt.files.atomic import atomic_write
 
 
 def write(path: Path, content: str) -> None:
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(content)
 
 

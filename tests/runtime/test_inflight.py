@@ -19,9 +19,9 @@ import torch
 from melrt import Vocoder
 from melrt.bundle import Bundle
 from melrt.errors import BackendError, ClosedError, MelError, OverdueError, QueueFullError
-from melrt.inflight import Limits
+from melrt.planning.windows import Policy
+from melrt.scheduling.limits import Limits
 from melrt.vocoder import Options
-from melrt.windows import Policy
 
 
 class Echo:
@@ -79,7 +79,7 @@ def test_urgent_windows_go_first(tiny_bundle_path: Path) -> None:
 
 
 def test_windows_of_one_shape_share_a_run(tiny_bundle_path: Path) -> None:
-    vocoder, echo = load(tiny_bundle_path, BATCHED, hold=0)
+    vocoder, echo = load(tiny_bundle_path, BATCHED, max_batch_delay=0)
     echo.go.clear()
     first = vocoder.submit(constant(0))
     assert echo.started.acquire(timeout=5)
@@ -95,19 +95,19 @@ def test_windows_of_one_shape_share_a_run(tiny_bundle_path: Path) -> None:
 
 
 def test_a_held_run_waits_for_mates_but_not_for_ever(tiny_bundle_path: Path) -> None:
-    vocoder, echo = load(tiny_bundle_path, BATCHED, hold=60)
+    vocoder, echo = load(tiny_bundle_path, BATCHED, max_batch_delay=60)
     futures = [vocoder.submit(constant(value)) for value in range(4)]
     for future in futures:
         future.result(10)  # a full batch is not held
     assert echo.runs == [(4, 20)]
-    vocoder.inflight.limits = Limits(hold=0.01)
+    vocoder.inflight.limits = Limits(max_batch_delay=0.01)
     vocoder.submit(constant(5)).result(10)
     assert echo.runs[-1] == (1, 20)
     vocoder.close()
 
 
 def test_one_failure_touches_no_other(tiny_bundle_path: Path) -> None:
-    vocoder, _ = load(tiny_bundle_path, BATCHED, hold=0.2)
+    vocoder, _ = load(tiny_bundle_path, BATCHED, max_batch_delay=0.2)
     futures = [vocoder.submit(constant(value)) for value in (1, 99, 2)]
     with pytest.raises(RuntimeError, match="planted"):
         futures[1].result(5)

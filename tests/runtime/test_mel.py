@@ -11,12 +11,12 @@ import pytest
 
 from melrt.bundle import Bundle, Manifest
 from melrt.errors import BundleError, MelError
-from melrt.mel import MelSpec
-from melrt.mel_check import Levels, MelCheck
-from melrt.normalisation import Normalisation
+from melrt.mel.level_check import LevelCheck, Levels
+from melrt.mel.normalization import Normalization
+from melrt.mel.spec import MelSpec
 from melrt.vocoder import Vocoder
-from melrt_export.demo import RECORDING
-from melrt_export.mels import mel_from_audio, read_audio
+from melrt_export.assets import RECORDING
+from melrt_export.audio_features import mel_from_audio, read_audio
 
 SPEC = MelSpec(f_min=80.0, f_max=7600.0, floor=1e-10, framing="center")
 
@@ -32,8 +32,8 @@ def speech(audio: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def trained(speech: np.ndarray) -> Normalisation:
-    return Normalisation(tuple(speech.mean(axis=1).tolist()), tuple(speech.std(axis=1).tolist()))
+def trained(speech: np.ndarray) -> Normalization:
+    return Normalization(tuple(speech.mean(axis=1).tolist()), tuple(speech.std(axis=1).tolist()))
 
 
 @pytest.mark.parametrize("change", [
@@ -50,16 +50,16 @@ def test_a_converted_mel_is_the_one_that_the_audio_gives(audio: np.ndarray, spee
         assert np.abs(SPEC.convert(expected, other) - speech).max() < 2e-4
 
 
-def test_normalised_mels_convert_both_ways(speech: np.ndarray, trained: Normalisation) -> None:
-    normalised = replace(SPEC, normalisation=trained)
-    there = normalised.convert(speech[None], SPEC)
+def test_normalized_mels_convert_both_ways(speech: np.ndarray, trained: Normalization) -> None:
+    normalized = replace(SPEC, normalization=trained)
+    there = normalized.convert(speech[None], SPEC)
     assert abs(float(there.mean())) < 1e-3
     assert abs(float(there.std()) - 1) < 1e-3
-    assert np.abs(SPEC.convert(there, normalised)[0] - speech).max() < 1e-5
-    assert MelSpec.from_dict(normalised.to_dict()) == normalised
+    assert np.abs(SPEC.convert(there, normalized)[0] - speech).max() < 1e-5
+    assert MelSpec.from_dict(normalized.to_dict()) == normalized
 
 
-def test_what_cannot_be_exact_is_refused(speech: np.ndarray, trained: Normalisation) -> None:
+def test_what_cannot_be_exact_is_refused(speech: np.ndarray, trained: Normalization) -> None:
     with pytest.raises(MelError, match=r"f_max 7600.0 for 8000.0.*melrt mel"):
         replace(SPEC, f_max=8000.0).convert(speech, SPEC)
     with pytest.raises(MelError, match=r"power 1.0 for 2.0, preemphasis 0.0 for 0.97"):
@@ -70,7 +70,7 @@ def test_what_cannot_be_exact_is_refused(speech: np.ndarray, trained: Normalisat
         SPEC.convert(cut, shallow)
     above = np.maximum(cut, shallow.silence + 0.1)
     assert np.array_equal(SPEC.convert(above, shallow), above), "nothing at the limit, nothing lost"
-    clipped = replace(SPEC, normalisation=replace(trained, clip=(-4.0, -1.0)))
+    clipped = replace(SPEC, normalization=replace(trained, clip=(-4.0, -1.0)))
     with pytest.raises(MelError, match="smallest magnitude, 0.0001"):
         SPEC.convert(clipped.convert(speech, SPEC), clipped)
     with pytest.raises(MelError, match="largest magnitude, 0.1"):
@@ -79,8 +79,8 @@ def test_what_cannot_be_exact_is_refused(speech: np.ndarray, trained: Normalisat
         SPEC.convert(speech[:40], SPEC)
 
 
-def test_each_mistake_is_named_with_what_mends_it(speech: np.ndarray, trained: Normalisation) -> None:
-    check = MelCheck(SPEC, Levels.of(SPEC, trained), trained)
+def test_each_mistake_is_named_with_what_mends_it(speech: np.ndarray, trained: Normalization) -> None:
+    check = LevelCheck(SPEC, Levels.of(SPEC, trained), trained)
     part = speech[:, 100:180]
     assert check.judge(part) is None
     assert check.judge(part - 1.0) is None, "a quiet speaker"
@@ -90,12 +90,12 @@ def test_each_mistake_is_named_with_what_mends_it(speech: np.ndarray, trained: N
         warning = check.judge(source.convert(part, SPEC))
         assert f'It looks like {name}. Mend it with spec.convert(mel, replace(spec, log="{log}"))' in warning
     twice = check.judge(trained.apply(part.astype(np.float64)).astype(np.float32))
-    assert "normalised already" in twice
-    assert "normalisation=bundle.manifest.normalisation" in twice
+    assert "normalized already" in twice
+    assert "normalization=bundle.manifest.normalization" in twice
     natural = replace(SPEC, log="ln")
-    assert "log10 magnitudes" in MelCheck(natural, Levels.of(natural), None).judge(part)
-    unknown = MelCheck(SPEC, Levels(0.0, 1.0, normalised=True), None)
-    assert "not normalised" in unknown.judge(part)
+    assert "log10 magnitudes" in LevelCheck(natural, Levels.of(natural), None).judge(part)
+    unknown = LevelCheck(SPEC, Levels(0.0, 1.0, normalized=True), None)
+    assert "not normalized" in unknown.judge(part)
     assert unknown.judge(trained.apply(part).astype(np.float32)) is None
 
 
@@ -123,9 +123,9 @@ def test_one_warning_for_each_voice_streamed_or_whole(tiny_bundle: Bundle, audio
 def test_bundles_of_before_are_read(tiny_bundle: Bundle) -> None:
     """A manifest without the fields that came later, as the first versions wrote it."""
     values = json.loads((tiny_bundle.path / "manifest.json").read_text())
-    for name in ("levels", "normalisation", "parameters", "flop_per_second"):
+    for name in ("levels", "normalization", "parameters", "flop_per_second"):
         values.pop(name)
-    for name in ("gain", "padding", "preemphasis", "normalisation"):
+    for name in ("gain", "padding", "preemphasis", "normalization"):
         values["spec"].pop(name)
     manifest = Manifest.loads(json.dumps(values).encode())
     assert manifest.spec == tiny_bundle.manifest.spec
@@ -137,13 +137,13 @@ def test_bundles_of_before_are_read(tiny_bundle: Bundle) -> None:
     [
         (lambda m: m.update(levels={"mean": 1, "deviation": 0}), "deviation of 0"),
         (lambda m: m.update(levels={"mean": "x", "deviation": 1}), "mean of 'x'"),
-        (lambda m: m.update(normalisation={"mean": [1.0], "scale": [-1.0]}), "scale of -1"),
-        (lambda m: m.update(normalisation={"mean": [1.0]}), "object with mean, scale"),
-        (lambda m: m.update(normalisation={"mean": [1.0], "scale": [1.0], "clip": [2, 1]}), "lower first"),
+        (lambda m: m.update(normalization={"mean": [1.0], "scale": [-1.0]}), "scale of -1"),
+        (lambda m: m.update(normalization={"mean": [1.0]}), "object with mean, scale"),
+        (lambda m: m.update(normalization={"mean": [1.0], "scale": [1.0], "clip": [2, 1]}), "lower first"),
         (lambda m: m.update(parameters=-1), "parameters is -1"),
         (lambda m: m["spec"].update(gain=0.0), "gain is 0.0"),
         (lambda m: m["spec"].update(preemphasis=1.5), "preemphasis is 1.5"),
-        (lambda m: m["spec"].update(normalisation={"mean": [1.0], "scale": [1.0]}), "1 bands for a mel of 80"),
+        (lambda m: m["spec"].update(normalization={"mean": [1.0], "scale": [1.0]}), "1 bands for a mel of 80"),
         (lambda m: m["spec"].update(floor=10**400), "floor"),
     ],
 )

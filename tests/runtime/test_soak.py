@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from melrt import Vocoder
-from melrt.backends import Choice, open_backend
+from melrt.backends.select import BackendChoice, open_backend
 from melrt.bundle import Bundle
 from melrt.errors import BackendError
+from melrt.planning.windows import Policy
 from melrt.vocoder import Options
-from melrt.windows import Policy
 from melrt_export.checkpoints import load_checkpoint
 from melrt_export.parity import FP32_MAX_ABS, probe_mel, pytorch_audio
 
@@ -37,7 +37,7 @@ class Unreliable:
     """The real backend, but for the runs that it drops."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self.real = open_backend(bundle, Choice(device="cpu"))
+        self.real = open_backend(bundle, BackendChoice(device="cpu"))
         self.name, self.device, self.precision = "unreliable", self.real.device, self.real.precision
         self.policy = Policy(96, static=True, batch=4, workers=2)
         self.runs = 0

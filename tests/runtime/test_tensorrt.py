@@ -12,22 +12,22 @@ import pytest
 from tests.runtime.fake_gpu import VERSION, Gpu, engine_bytes, install, install_cupy
 
 from melrt import Vocoder
-from melrt.audio import to_int16
 from melrt.bundle import Artifact, Bundle
-from melrt.edges import Edges
 from melrt.errors import BackendError, BundleError, EngineBuildError, MelError, MelrtError, MissingExtraError
+from melrt.files.wav import to_int16
+from melrt.planning.edges import Edges
 from melrt.vocoder import Options
 from melrt_export.checkpoints import load_checkpoint, native
-from melrt_export.config import GeneratorConfig
 from melrt_export.export import export_voice
-from melrt_export.gate import speak_on_gpu
+from melrt_export.generator.config import GeneratorConfig
 from melrt_export.parity import FP32_MAX_ABS, probe_mel
-from melrt_export.refit import refit_engines
+from melrt_export.tensorrt.accuracy_check import check_accuracy
+from melrt_export.tensorrt.refit import refit_engines
 
 WINDOW, BATCH = 48, 4
 TARGET: dict[str, object] = {
     "refittable": False,
-    "flavour": "tensorrt_rtx",
+    "flavor": "tensorrt_rtx",
     "version": VERSION,
     "compute_capability": "9.0",
     "gpu": "Fake GPU",
@@ -159,7 +159,7 @@ def test_arrays_on_the_gpu_that_cannot_be_taken(gpu: Gpu, voice: Bundle, monkeyp
     [
         ({"version": "1.0"}, f"built by tensorrt_rtx 1.0, here is {VERSION}. Build it anew: melrt build .* --precision fp32"),
         ({"compute_capability": "8.6"}, "for compute capability 8.6, and Fake GPU has 9.0.*--this-gpu"),
-        ({"flavour": "tensorrt_8"}, "engines are for one of tensorrt, tensorrt_rtx"),
+        ({"flavor": "tensorrt_8"}, "engines are for one of tensorrt, tensorrt_rtx"),
         ({"names": ["mel", "sound"]}, r"takes and gives \['mel', 'sound'\]"),
     ],
 )
@@ -224,7 +224,7 @@ def test_an_engine_speaks_before_it_is_kept(gpu: Gpu, tiny_bundle: Bundle) -> No
         last.CopyFrom(onnx.numpy_helper.from_array(np.float32(gain) * onnx.numpy_helper.to_array(last), last.name))
         plan = engine_bytes(model.SerializeToString(), (1, 80, smallest), (BATCH, 80, WINDOW))
         entry = Artifact.of("x.engine", plan, "engine", graph=graph, precision="fp16", target=TARGET)
-        return speak_on_gpu(tiny_bundle, entry, plan, graph)
+        return check_accuracy(tiny_bundle, entry, plan, graph)
 
     assert speak("edge", 4)["max_abs"] < FP32_MAX_ABS
     assert speak("interior", WINDOW)["max_abs"] < FP32_MAX_ABS

@@ -22,8 +22,8 @@ from tritonclient.grpc import model_config_pb2 as pb
 from tritonclient.utils import InferenceServerException
 
 from melrt.bundle import Bundle
-from melrt.serving.triton import add_voice, use_version
-from melrt.serving.triton_voice import Serving
+from melrt.serving.triton.repository import add_voice, use_version
+from melrt.serving.triton.voice import Serving
 from melrt.vocoder import Vocoder
 
 # The server computes what `Vocoder` computes, with another NumPy and perhaps other windows.
@@ -125,7 +125,7 @@ def client(server: Server) -> Iterator[grpc.InferenceServerClient]:
 @pytest.fixture(scope="module")
 def speech(demo_bundle: Bundle) -> np.ndarray:
     """A speech-like mel as long as any test needs, (80, LONGEST + 1)."""
-    from melrt.serving.triton_voice import probe_mel
+    from melrt.serving.triton.voice import probe_mel
 
     probe = probe_mel(demo_bundle)
     return np.tile(probe, (1, LONGEST // probe.shape[1] + 1))[:, : LONGEST + 1]

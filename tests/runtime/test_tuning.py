@@ -12,9 +12,9 @@ import pytest
 from melrt import Vocoder
 from melrt.bundle import Bundle
 from melrt.errors import BackendError, BundleError
-from melrt.tuning import record, recorded, tune
+from melrt.planning.windows import Policy
+from melrt.scheduling.policy_tuning import record, recorded, tune
 from melrt.vocoder import Options
-from melrt.windows import Policy
 
 POLICY = Policy(48, static=False, batch=1, workers=2)
 
@@ -55,7 +55,7 @@ def test_the_cheapest_window_is_chosen_kept_and_used(tiny_bundle: Bundle) -> Non
 
 
 def test_of_windows_as_good_the_shorter_wins() -> None:
-    from melrt.tuning import Trial, _ranked
+    from melrt.scheduling.policy_tuning import Trial, _ranked
 
     trials = [Trial(replace(Priced.policy, frames=frames), cost) for frames, cost in ((48, 130.0), (96, 101.0), (128, 100.0))]
     assert _ranked(trials)[0] is trials[1]

@@ -11,9 +11,9 @@ import pytest
 import soundfile
 
 from melrt import Vocoder, write_wav
-from melrt.audio import to_int16
 from melrt.bundle import Bundle
 from melrt.errors import AudioError, BackendError, BundleError, MelError
+from melrt.files.wav import to_int16
 from melrt_export.parity import probe_mel
 
 
@@ -70,7 +70,7 @@ def test_mels_that_cannot_be(vocoder: Vocoder, mel: np.ndarray, message: str) ->
         ({"device": "tpu"}, "device is 'tpu'"),
         ({"backend": "tvm"}, "backend is 'tvm'"),
         ({"threads": 0}, "threads is 0"),
-        ({"precision": "int8"}, "has no int8 artefact; it has fp16 onnx, fp32 onnx"),
+        ({"precision": "int8"}, "has no int8 artifact; it has fp16 onnx, fp32 onnx"),
     ],
 )
 def test_wishes_that_cannot_be(tiny_bundle_path: Path, wish: dict, message: str) -> None:

@@ -7,19 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from melrt.errors import BackendError
-from melrt.windows import Field, Policy, Span, Window, look_back, plan, ready
+from melrt.planning.windows import Policy, ReceptiveField, Span, Window, look_back, plan, ready
 
 
 @st.composite
-def networks(draw: st.DrawFn) -> tuple[Field, Policy]:
+def networks(draw: st.DrawFn) -> tuple[ReceptiveField, Policy]:
     left, right = draw(st.integers(0, 14)), draw(st.integers(0, 14))
-    field = Field(left, right, draw(st.integers(1, 9)), draw(st.integers(max(left, right) + 1, left + right + 1)))
+    field = ReceptiveField(left, right, draw(st.integers(1, 9)), draw(st.integers(max(left, right) + 1, left + right + 1)))
     least = max(left + right + 1, field.edge)
     frames = draw(st.integers(least, least + 80))
     return field, Policy(frames, static=draw(st.booleans()), batch=draw(st.integers(1, 8)), workers=draw(st.integers(1, 5)))
 
 
-def check(window: Window, span: Span, field: Field, policy: Policy) -> None:
+def check(window: Window, span: Span, field: ReceptiveField, policy: Policy) -> None:
     """What makes a window exact."""
     assert 0 <= window.start <= window.keep_start < window.keep_stop <= window.stop <= span.received
     whole = window.start == 0 and window.stop == span.received and span.ended
@@ -38,7 +38,7 @@ def check(window: Window, span: Span, field: Field, policy: Policy) -> None:
 
 @settings(max_examples=400)
 @given(networks(), st.integers(1, 700))
-def test_a_whole_utterance(network: tuple[Field, Policy], total: int) -> None:
+def test_a_whole_utterance(network: tuple[ReceptiveField, Policy], total: int) -> None:
     field, policy = network
     span = Span(0, total, total, ended=True)
     windows = list(plan(span, field, policy))
@@ -54,7 +54,7 @@ def test_a_whole_utterance(network: tuple[Field, Policy], total: int) -> None:
 
 @settings(max_examples=400)
 @given(networks(), st.lists(st.integers(0, 120), min_size=1, max_size=12), st.integers(0, 40))
-def test_a_stream_in_any_pieces(network: tuple[Field, Policy], pieces: list[int], least: int) -> None:
+def test_a_stream_in_any_pieces(network: tuple[ReceptiveField, Policy], pieces: list[int], least: int) -> None:
     """Frames come in any pieces, and go out whenever at least so many are ready."""
     field, policy = network
     received = done = held = 0
@@ -83,7 +83,7 @@ def test_a_stream_in_any_pieces(network: tuple[Field, Policy], pieces: list[int]
 
 def test_the_published_generator() -> None:
     """Context 6 and 6: one static window of 64 keeps 52 frames; each end is 12 frames long and keeps 6."""
-    field = Field(6, 6, 4, 7)
+    field = ReceptiveField(6, 6, 4, 7)
     policy = Policy(frames=64, static=True, batch=8, workers=1)
     assert list(plan(Span(0, 120, 120, True), field, policy)) == [
         Window("edge", 0, 12, 0, 6), Window("interior", 0, 64, 6, 58), Window("interior", 52, 116, 58, 110),
@@ -97,6 +97,6 @@ def test_the_published_generator() -> None:
 
 def test_windows_that_keep_nothing_are_refused() -> None:
     with pytest.raises(BackendError, match=r"windows of 12 frames leave nothing.*at least 13"):
-        Policy(12, static=True, batch=1, workers=1).check(Field(6, 6, 4, 7))
+        Policy(12, static=True, batch=1, workers=1).check(ReceptiveField(6, 6, 4, 7))
     with pytest.raises(BackendError, match="workers is 0"):
         Policy(64, static=True, batch=1, workers=0)

@@ -25,7 +25,7 @@ class Layout(Protocol):
     PATTERNS: tuple[str, ...]
     """Names that the project gives to its files, the preferred first."""
 
-    def recognises(self, opened: Opened) -> bool:
+    def recognizes(self, opened: Opened) -> bool:
         """Whether this file is one of this project's, from what is in it."""
         ...
 
@@ -59,7 +59,7 @@ def load_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
 def _load(path: Path, shown: Path) -> Checkpoint:
     """Read the one checkpoint at this path; `shown` is what the user called it."""
     opened = [Opened(file) for file in _candidates(path)]
-    found = [(layout, one) for one in opened for layout in _LAYOUTS if layout.recognises(one)]
+    found = [(layout, one) for one in opened for layout in _LAYOUTS if layout.recognizes(one)]
     if not found:
         accepted = "; ".join(f"{layout.NAME}: {layout.FILES}" for layout in _LAYOUTS)
         raise CheckpointError(f"{shown} holds no checkpoint that melrt knows. It reads {accepted}.")

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from melrt.edges import Edges
 from melrt.errors import BundleError, CheckpointError
-from melrt.mel import MelSpec
-from melrt.normalisation import Normalisation
-from melrt_export.config import GeneratorConfig
+from melrt.mel.normalization import Normalization
+from melrt.mel.spec import MelSpec
+from melrt.planning.edges import Edges
+from melrt_export.generator.config import GeneratorConfig
 
 State = Mapping[str, np.ndarray]
 
@@ -39,13 +39,13 @@ class Checkpoint:
     weights: dict[str, np.ndarray]
     """Folded float32 tensors, named as `config.tensors()` names them."""
     spec: MelSpec
-    """The mel convention of the input: plain log-mels, a normalisation of the project is part of config and weights."""
+    """The mel convention of the input: plain log-mels, a normalization of the project is part of config and weights."""
     edges: Edges = field(default_factory=Edges)
     """What the project does at the ends of an utterance."""
-    normalisation: Normalisation | None = None
+    normalization: Normalization | None = None
     """What the training took off its mels."""
     lacks_statistics: bool = False
-    """The training took something off its mels, and the checkpoint does not say what: the voice takes normalised mels."""
+    """The training took something off its mels, and the checkpoint does not say what: the voice takes normalized mels."""
 
 
 def fold_weight_norm(state: State) -> dict[str, np.ndarray]:
@@ -126,8 +126,8 @@ def named_tensors(state: State, names: Mapping[str, str], config: GeneratorConfi
     return {ours: state[name] for name, (ours, _) in expected.items()}
 
 
-def with_normalisation(
-    config: GeneratorConfig, weights: State, normalisation: Normalisation | None
+def with_normalization(
+    config: GeneratorConfig, weights: State, normalization: Normalization | None
 ) -> tuple[GeneratorConfig, dict[str, np.ndarray]]:
     """The generator that takes plain log-mels: clipping becomes a node, and the affine map part of the first convolution.
 
@@ -137,19 +137,19 @@ def with_normalisation(
     Args:
         config: The generator's shape.
         weights: Folded weights under melrt's names; not changed.
-        normalisation: What the project does to its log-mels.
+        normalization: What the project does to its log-mels.
 
     Raises:
         CheckpointError: It is of another number of bands, or the second one.
     """
-    if normalisation is None:
+    if normalization is None:
         return config, dict(weights)
-    mean, scale = np.array(normalisation.mean), np.array(normalisation.scale)
+    mean, scale = np.array(normalization.mean), np.array(normalization.scale)
     if len(mean) != config.in_channels:
-        raise CheckpointError(f"the normalisation is of {len(mean)} bands, the generator takes {config.in_channels}.")
+        raise CheckpointError(f"the normalization is of {len(mean)} bands, the generator takes {config.in_channels}.")
     if config.input_affine:
-        raise CheckpointError("the generator normalises its input already (input_affine), and a second normalisation is given.")
-    config = replace(config, input_clip=normalisation.clip or config.input_clip)
+        raise CheckpointError("the generator normalizes its input already (input_affine), and a second normalization is given.")
+    config = replace(config, input_clip=normalization.clip or config.input_clip)
     if config.padding_mode == "zeros" or not config.bias:
         affine = {"input.mean": mean.astype(np.float32), "input.scale": scale.astype(np.float32)}
         return replace(config, input_affine=True), {**weights, **affine}
@@ -159,7 +159,7 @@ def with_normalisation(
     return config, {**weights, **folded}
 
 
-def read_normalisation(mean: Any, scale: Any, path: Path, bands: int) -> Normalisation:
+def read_normalization(mean: Any, scale: Any, path: Path, bands: int) -> Normalization:
     """A mean and a scale per band, from arrays of any shape with that many numbers.
 
     Raises:
@@ -167,9 +167,9 @@ def read_normalisation(mean: Any, scale: Any, path: Path, bands: int) -> Normali
     """
     try:
         means, scales = (np.asarray(values, np.float64).reshape(bands).tolist() for values in (mean, scale))
-        return Normalisation(tuple(means), tuple(scales))
+        return Normalization(tuple(means), tuple(scales))
     except (TypeError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"{path}: normalisation is not a mean and a scale for each of {bands} bands ({error}).") from error
+        raise CheckpointError(f"{path}: normalization is not a mean and a scale for each of {bands} bands ({error}).") from error
 
 
 def mel_spec(values: Mapping[str, Any], path: Path) -> MelSpec:

@@ -12,19 +12,19 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from melrt.edges import Edges
 from melrt.errors import CheckpointError
-from melrt.mel import MelSpec
-from melrt.normalisation import Normalisation
+from melrt.mel.normalization import Normalization
+from melrt.mel.spec import MelSpec
+from melrt.planning.edges import Edges
 from melrt_export.checkpoints.checkpoint import (
     Checkpoint,
     fold_weight_norm,
     mel_spec,
     named_tensors,
-    read_normalisation,
+    read_normalization,
     sha256_of,
     sub_state,
-    with_normalisation,
+    with_normalization,
 )
 from melrt_export.checkpoints.naming import Naming
 from melrt_export.checkpoints.reading import Opened, arrays, check_settings, read_json, read_npy_dict
@@ -38,7 +38,7 @@ _GENERATORS = ("melgan_generator", "melgan_fb_generator", "fullband_melgan_gener
 EDGES = Edges(left=2, right=2)
 
 
-def recognises(opened: Opened) -> bool:
+def recognizes(opened: Opened) -> bool:
     """Whether this file is one of this project's."""
     return opened.has("layers.", "model") or opened.has("model_g.", "model")
 
@@ -70,11 +70,11 @@ def load(opened: Opened) -> Checkpoint:
     if not isinstance(audio, dict):
         raise CheckpointError(f"{path} has no audio section; the mel convention stands there.")
     spec = _spec(audio, path)
-    normalisation = _normalisation(audio, spec, path)
-    config, weights = with_normalisation(config, weights, normalisation)
+    normalization = _normalization(audio, spec, path)
+    config, weights = with_normalization(config, weights, normalization)
     return Checkpoint(
         name=file.resolve().parent.name, format=NAME, source=file, sha256=sha256_of(file), config=config, weights=weights,
-        spec=spec, edges=EDGES, normalisation=normalisation,
+        spec=spec, edges=EDGES, normalization=normalization,
     )  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def _compare(params: object, scales: tuple[int, ...], stacks: int, path: Path) -
 
 
 def _spec(audio: Mapping[str, Any], path: Path) -> MelSpec:
-    """`AudioProcessor.melspectrogram`: gain · log(max(1e-8, mel)) of the magnitude, centred; librosa's own filters."""
+    """`AudioProcessor.melspectrogram`: gain · log(max(1e-8, mel)) of the magnitude, centerd; librosa's own filters."""
     base = audio.get("log_func", "np.log10")
     if base not in ("np.log10", "np.log") or audio.get("do_amp_to_db_mel", True) is not True:
         raise CheckpointError(f"{path}: log_func is {str(base)[:40]!r}, do_amp_to_db_mel {audio.get('do_amp_to_db_mel', True)!r}; "
@@ -134,7 +134,7 @@ def _number(value: object) -> float:
     return float(value) if isinstance(value, int | float) and abs(value) < 1e6 else float("nan")
 
 
-def _normalisation(audio: Mapping[str, Any], spec: MelSpec, path: Path) -> Normalisation | None:
+def _normalization(audio: Mapping[str, Any], spec: MelSpec, path: Path) -> Normalization | None:
     """`AudioProcessor.normalize`: mean and deviation from `scale_stats.npy`, or a range of decibels to ±max_norm or 0..max_norm."""
     if not audio.get("signal_norm"):
         return None
@@ -142,14 +142,14 @@ def _normalisation(audio: Mapping[str, Any], spec: MelSpec, path: Path) -> Norma
         # the path is the training machine's: the file stands beside the checkpoint
         file = path.parent / PurePosixPath(str(named)[:1000].replace("\\", "/")).name
         values = read_npy_dict(file)
-        return read_normalisation(values.get("mel_mean"), values.get("mel_std"), file, spec.n_mels)
+        return read_normalization(values.get("mel_mean"), values.get("mel_std"), file, spec.n_mels)
     floor, level, largest = (_number(audio.get(name)) for name in ("min_level_db", "ref_level_db", "max_norm"))
     largest = 1.0 if audio.get("max_norm") is None else largest
     if not (floor < 0 < largest and abs(level) < 1e6):
         given = ", ".join(f"{name} {str(audio.get(name))[:40]}" for name in ("min_level_db", "ref_level_db", "max_norm"))
-        raise CheckpointError(f"{path}: a range normalisation of {given}; min_level_db lies below 0, max_norm above, all are numbers.")
+        raise CheckpointError(f"{path}: a range normalization of {given}; min_level_db lies below 0, max_norm above, all are numbers.")
     symmetric = bool(audio.get("symmetric_norm"))
     scale = -floor / (2 * largest if symmetric else largest)
     mean = level + (floor / 2 if symmetric else floor)
     clip = (level + floor, level) if audio.get("clip_norm", True) else None
-    return Normalisation((mean,) * spec.n_mels, (scale,) * spec.n_mels, clip)
+    return Normalization((mean,) * spec.n_mels, (scale,) * spec.n_mels, clip)

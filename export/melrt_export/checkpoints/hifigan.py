@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from melrt.errors import CheckpointError
-from melrt.mel import MelSpec
+from melrt.mel.spec import MelSpec
 from melrt_export.checkpoints.checkpoint import Checkpoint, fold_weight_norm, mel_spec, named_tensors, sha256_of
 from melrt_export.checkpoints.reading import Opened, arrays, read_json
-from melrt_export.config import GeneratorConfig
-from melrt_export.fusion import Fusion
+from melrt_export.generator.config import GeneratorConfig
+from melrt_export.generator.mrf import MrfConfig
 
 NAME = "HiFi-GAN"
 FILES = "g_<steps> or generator_v1 with config.json"
@@ -31,7 +31,7 @@ _TRAINING = (
 )  # fmt: skip
 
 
-def recognises(opened: Opened) -> bool:
+def recognizes(opened: Opened) -> bool:
     """Whether this file is one of this project's."""
     return opened.has("conv_pre.", "generator")
 
@@ -66,7 +66,7 @@ def _config(values: Mapping[str, Any], path: Path) -> GeneratorConfig:
     rates, kernels = values["upsample_rates"], values["upsample_kernel_sizes"]
     config = GeneratorConfig(
         in_channels=values["num_mels"], channels=values["upsample_initial_channel"], upsample_scales=rates,
-        fusion=Fusion(values["resblock_kernel_sizes"], values["resblock_dilation_sizes"], paired=values["resblock"] == "1"),
+        fusion=MrfConfig(values["resblock_kernel_sizes"], values["resblock_dilation_sizes"], paired=values["resblock"] == "1"),
         negative_slope=0.1, last_slope=0.01,  # LRELU_SLOPE, but PyTorch's default before conv_post
         padding_mode="zeros",
     )  # fmt: skip

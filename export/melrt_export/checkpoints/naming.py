@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from melrt.errors import CheckpointError
-from melrt_export.config import GeneratorConfig
+from melrt_export.generator.config import GeneratorConfig
 
 
 @dataclass(frozen=True, slots=True)

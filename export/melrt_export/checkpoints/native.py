@@ -1,6 +1,6 @@
 """melrt's own checkpoints: `model.safetensors` with folded weights, and `config.json` beside it.
 
-`config.json` may hold `normalisation`, a `mean` and a `scale` for each band that the training took off the mel; it is folded into
+`config.json` may hold `normalization`, a `mean` and a `scale` for each band that the training took off the mel; it is folded into
 the first convolution as the checkpoint is read, so that callers hand over plain log-mels.
 """
 
@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from melrt.edges import Edges
 from melrt.errors import BundleError, CheckpointError
-from melrt.files import whole_folder
-from melrt.mel import MelSpec
-from melrt_export.checkpoints.checkpoint import Checkpoint, named_tensors, read_normalisation, sha256_of, with_normalisation
+from melrt.files.atomic import atomic_folder
+from melrt.mel.spec import MelSpec
+from melrt.planning.edges import Edges
+from melrt_export.checkpoints.checkpoint import Checkpoint, named_tensors, read_normalization, sha256_of, with_normalization
 from melrt_export.checkpoints.reading import Opened, read_json, read_safetensors
-from melrt_export.config import GeneratorConfig
+from melrt_export.generator.config import GeneratorConfig
 
 NAME = "melrt"
 FILES = "model.safetensors with config.json"
@@ -26,7 +26,7 @@ PATTERNS: tuple[str, ...] = ("model.safetensors",)
 VERSION = 1
 
 
-def recognises(opened: Opened) -> bool:
+def recognizes(opened: Opened) -> bool:
     """Whether this file is one of this project's."""
     return opened.file.suffix == ".safetensors"
 
@@ -50,20 +50,20 @@ def load(opened: Opened) -> Checkpoint:
         edges = Edges(**values.get("edges", {}))
     except (KeyError, TypeError, AttributeError, BundleError) as error:
         raise CheckpointError(f"{path} lacks a section or has a wrong one: {error}") from error
-    if spec.normalisation is not None:
-        raise CheckpointError(f"{path}: mel has a normalisation; a voice takes plain log-mels. Give it beside generator and mel.")
+    if spec.normalization is not None:
+        raise CheckpointError(f"{path}: mel has a normalization; a voice takes plain log-mels. Give it beside generator and mel.")
     if spec.n_mels != config.in_channels:
         raise CheckpointError(f"{path}: the generator takes {config.in_channels} bands, the mel convention has {spec.n_mels}.")
     state = {name: value.astype(np.float32) for name, value in read_safetensors(file).items()}
     weights = named_tensors(state, {name: name for name, _ in config.convolutions()}, config)
-    normalisation = None
-    if "normalisation" in values:
-        given = values["normalisation"] if isinstance(values["normalisation"], dict) else {}
-        normalisation = read_normalisation(given.get("mean"), given.get("scale"), path, config.in_channels)
-        config, weights = with_normalisation(config, weights, normalisation)
+    normalization = None
+    if "normalization" in values:
+        given = values["normalization"] if isinstance(values["normalization"], dict) else {}
+        normalization = read_normalization(given.get("mean"), given.get("scale"), path, config.in_channels)
+        config, weights = with_normalization(config, weights, normalization)
     return Checkpoint(
         name=str(values.get("name", file.stem)), format=NAME, source=file, sha256=sha256_of(file), config=config, weights=weights,
-        spec=spec, edges=edges, normalisation=normalisation,
+        spec=spec, edges=edges, normalization=normalization,
     )  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def save(folder: Path, checkpoint: Checkpoint, dtype: type[np.floating] = np.flo
         "format": NAME, "version": VERSION, "name": checkpoint.name,
         "generator": checkpoint.config.to_dict(), "mel": checkpoint.spec.to_dict(), "edges": asdict(checkpoint.edges),
     }  # fmt: skip
-    with whole_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         weights = {name: np.ascontiguousarray(value, dtype) for name, value in sorted(checkpoint.weights.items())}
         (temporary / "model.safetensors").write_bytes(encode(weights))
         (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n")

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from melrt.errors import CheckpointError
-from melrt.mel import MelSpec
+from melrt.mel.spec import MelSpec
 from melrt_export.checkpoints.checkpoint import Checkpoint, fold_weight_norm, named_tensors, sha256_of
 from melrt_export.checkpoints.naming import Naming
 from melrt_export.checkpoints.reading import Opened, arrays, read_yaml
-from melrt_export.config import GeneratorConfig
+from melrt_export.generator.config import GeneratorConfig
 
 NAME = "melgan-neurips"
 FILES = "best_netG.pt or netG.pt (with or without args.yml), or any *.pt with a bare state dict"
@@ -23,7 +23,7 @@ PATTERNS: tuple[str, ...] = ("best_netG.pt", "netG.pt")
 NAMING = Naming(NAME, prefix="model")
 
 
-def recognises(opened: Opened) -> bool:
+def recognizes(opened: Opened) -> bool:
     """Whether this file is one of this project's."""
     return opened.has("model.1.")
 

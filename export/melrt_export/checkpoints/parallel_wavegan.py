@@ -16,22 +16,22 @@ from typing import Any
 import numpy as np
 
 from melrt.errors import CheckpointError
-from melrt.mel import MelSpec
-from melrt.normalisation import Normalisation
+from melrt.mel.normalization import Normalization
+from melrt.mel.spec import MelSpec
 from melrt_export.checkpoints.checkpoint import (
     Checkpoint,
     fold_weight_norm,
     mel_spec,
     named_tensors,
-    read_normalisation,
+    read_normalization,
     sha256_of,
-    with_normalisation,
+    with_normalization,
 )
 from melrt_export.checkpoints.hdf5 import read_hdf5
 from melrt_export.checkpoints.naming import Naming
-from melrt_export.checkpoints.pqmf import FilterDesign
 from melrt_export.checkpoints.reading import Opened, arrays, read_npy, read_yaml
-from melrt_export.config import GeneratorConfig, PaddingMode
+from melrt_export.generator.config import GeneratorConfig, PaddingMode
+from melrt_export.generator.pqmf import FilterDesign
 
 NAME = "ParallelWaveGAN"
 FILES = "checkpoint-<n>steps.pkl with config.yml, and stats.h5 or stats.npy"
@@ -47,7 +47,7 @@ _PADDING: dict[str, PaddingMode] = {
 _LOGS = {"10": "log10", "10.0": "log10", "2": "log2", "2.0": "log2", "None": "ln"}
 
 
-def recognises(opened: Opened) -> bool:
+def recognizes(opened: Opened) -> bool:
     """Whether this file is one of this project's."""
     return opened.has("", "model", "generator") or opened.has("melgan.")
 
@@ -77,11 +77,11 @@ def load(opened: Opened) -> Checkpoint:
         state["pqmf.weight"] = design.filters(config.out_channels) if filters is None else filters.reshape(config.out_channels, -1)
     naming = Naming(NAME, prefix="melgan", block="stack", shortcut="skip_layer", causal=config.causal)
     weights = named_tensors(state, naming.names(config), config)
-    normalisation = statistics(file.parent, config.in_channels, stored)
-    config, weights = with_normalisation(config, weights, normalisation)
+    normalization = statistics(file.parent, config.in_channels, stored)
+    config, weights = with_normalization(config, weights, normalization)
     return Checkpoint(
         name=file.resolve().parent.name, format=NAME, source=file, sha256=sha256_of(file), config=config, weights=weights,
-        spec=_spec(values, path), normalisation=normalisation, lacks_statistics=normalisation is None,
+        spec=_spec(values, path), normalization=normalization, lacks_statistics=normalization is None,
     )  # fmt: skip
 
 
@@ -132,25 +132,25 @@ def _version(text: object) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d{1,6}", str(text)[:40])[:3])
 
 
-def statistics(folder: Path, bands: int, stored: Mapping[str, np.ndarray] = MappingProxyType({})) -> Normalisation | None:
+def statistics(folder: Path, bands: int, stored: Mapping[str, np.ndarray] = MappingProxyType({})) -> Normalization | None:
     """Mean and scale from `stats.h5`, `stats.npy` or the state dict (register_stats); None, and a warning, if they are nowhere."""
     hdf5, npy = folder / "stats.h5", folder / "stats.npy"
     if hdf5.is_file():
         data = read_hdf5(hdf5)
-        return read_normalisation(data.get("mean"), data.get("scale"), hdf5, bands)
+        return read_normalization(data.get("mean"), data.get("scale"), hdf5, bands)
     if npy.is_file():
         rows = read_npy(npy)
         if rows.shape != (2, bands):
             raise CheckpointError(f"{npy} has shape {rows.shape}; expected (2, {bands}), means and scales.")
-        return read_normalisation(rows[0], rows[1], npy, bands)
+        return read_normalization(rows[0], rows[1], npy, bands)
     if stored.keys() >= {"mean", "scale"}:
-        return read_normalisation(stored["mean"], stored["scale"], folder, bands)
-    logger.warning("%s has no stats.h5 or stats.npy: this voice takes mels that are normalised as its training's were", folder.name)
+        return read_normalization(stored["mean"], stored["scale"], folder, bands)
+    logger.warning("%s has no stats.h5 or stats.npy: this voice takes mels that are normalized as its training's were", folder.name)
     return None
 
 
 def _spec(values: Mapping[str, Any], path: Path) -> MelSpec:
-    """`logmelfilterbank` of bin/preprocess.py: magnitude, librosa's own filters, centred and mirrored, floor 1e-10."""
+    """`logmelfilterbank` of bin/preprocess.py: magnitude, librosa's own filters, centerd and mirrored, floor 1e-10."""
     rate, n_fft = values.get("sampling_rate"), values.get("fft_size")
     base = str(values.get("log_base", 10))[:40]
     if base not in _LOGS:

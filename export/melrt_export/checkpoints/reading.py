@@ -17,7 +17,7 @@ import numpy as np
 
 from melrt.errors import CheckpointError
 
-# The largest published generator has 13 M weights, 53 MB; with optimiser states and discriminators under 1 GB.
+# The largest published generator has 13 M weights, 53 MB; with optimizer states and discriminators under 1 GB.
 MAX_WEIGHTS_BYTES = 4 << 30
 MAX_CONFIG_BYTES = 1 << 20
 MAX_STATISTICS_BYTES = 16 << 20

@@ -1,4 +1,4 @@
-"""seungwonpark/melgan: `<name>_<githash>_<epoch>.pt` with `model_g`, the discriminator, the optimisers and the config as text.
+"""seungwonpark/melgan: `<name>_<githash>_<epoch>.pt` with `model_g`, the discriminator, the optimizers and the config as text.
 
 Source: `model/generator.py`, `model/res_stack.py`, `utils/stft.py` and `inference.py` of that project. Its forward takes
 (mel + 5) / 5, and its inference appends ten frames of silence and cuts their audio off.
@@ -6,16 +6,16 @@ Source: `model/generator.py`, `model/res_stack.py`, `utils/stft.py` and `inferen
 
 from __future__ import annotations
 
-from melrt.edges import Edges
 from melrt.errors import CheckpointError
+from melrt.planning.edges import Edges
 from melrt_export.checkpoints.checkpoint import (
     Checkpoint,
     fold_weight_norm,
     mel_spec,
     named_tensors,
-    read_normalisation,
+    read_normalization,
     sha256_of,
-    with_normalisation,
+    with_normalization,
 )
 from melrt_export.checkpoints.naming import Naming
 from melrt_export.checkpoints.reading import Opened, arrays, parse_yaml
@@ -28,7 +28,7 @@ NAMING = Naming(NAME, prefix="generator", nested=True)
 SILENCE = -11.5129
 
 
-def recognises(opened: Opened) -> bool:
+def recognizes(opened: Opened) -> bool:
     """Whether this file is one of this project's."""
     return opened.has("generator.", "model_g")
 
@@ -44,7 +44,7 @@ def load(opened: Opened) -> Checkpoint:
     state = fold_weight_norm(arrays(file, opened.content["model_g"]))
     config = NAMING.infer(state, file)
     weights = named_tensors(state, NAMING.names(config), config)
-    normalisation = read_normalisation([-5.0] * config.in_channels, [5.0] * config.in_channels, file, config.in_channels)
+    normalization = read_normalization([-5.0] * config.in_channels, [5.0] * config.in_channels, file, config.in_channels)
     audio = _audio(opened)
     if audio.get("n_mel_channels", config.in_channels) != config.in_channels:
         raise CheckpointError(f"{file}: hp_str says {audio['n_mel_channels']!r} mel channels, the weights take {config.in_channels}.")
@@ -57,10 +57,10 @@ def load(opened: Opened) -> Checkpoint:
         if theirs in audio
     }  # fmt: skip
     spec = mel_spec({"n_mels": config.in_channels, "log": "ln", "f_max": 8000.0, "framing": "center", **given}, file)
-    config, weights = with_normalisation(config, weights, normalisation)
+    config, weights = with_normalization(config, weights, normalization)
     return Checkpoint(
         name=file.stem, format=NAME, source=file, sha256=sha256_of(file), config=config, weights=weights, spec=spec,
-        edges=Edges(right=10, value=SILENCE), normalisation=normalisation,
+        edges=Edges(right=10, value=SILENCE), normalization=normalization,
     )  # fmt: skip
 
 

@@ -20,13 +20,13 @@ from melrt_export.checkpoints.checkpoint import (
     mel_spec,
     named_tensors,
     sha256_of,
-    with_normalisation,
+    with_normalization,
 )
 from melrt_export.checkpoints.hdf5 import read_hdf5
 from melrt_export.checkpoints.parallel_wavegan import statistics
-from melrt_export.checkpoints.pqmf import FilterDesign
 from melrt_export.checkpoints.reading import Opened, read_yaml
-from melrt_export.config import GeneratorConfig, PaddingMode
+from melrt_export.generator.config import GeneratorConfig, PaddingMode
+from melrt_export.generator.pqmf import FilterDesign
 
 NAME = "TensorFlowTTS"
 FILES = "generator-<n>.h5 or model.h5 with config.yml, and stats.npy"
@@ -38,10 +38,10 @@ _SECTIONS = ("generator_params", "melgan_generator_params", "multiband_melgan_ge
 _PADDING: dict[str, PaddingMode] = {"REFLECT": "reflect", "CONSTANT": "zeros"}
 # The first versions of the project took the analysis filters for the synthesis too, with another cutoff and phase; what they trained
 # names its section `generator_params`.
-_FIRST_FILTERS = {"cutoff_ratio": 0.15, "centred": False, "analysis": True}
+_FIRST_FILTERS = {"cutoff_ratio": 0.15, "centerd": False, "analysis": True}
 
 
-def recognises(opened: Opened) -> bool:
+def recognizes(opened: Opened) -> bool:
     """Whether this file is one of this project's."""
     return opened.file.suffix in (".h5", ".hdf5") and not opened.file.name.startswith("stats")
 
@@ -65,7 +65,7 @@ def load(opened: Opened) -> Checkpoint:
     if config.pqmf_taps:
         state["pqmf.weight"] = design.filters(config.out_channels)
     weights = named_tensors(state, {}, config)
-    normalisation = statistics(file.parent, config.in_channels)
+    normalization = statistics(file.parent, config.in_channels)
     rate = values.get("sampling_rate", 22050)
     if "fft_size" not in values:  # the preprocessing's settings are in another file, preprocess/*.yaml
         logger.warning("%s lacks fft_size, win_length, fmin and fmax: 1024, 1024, 80 and 7600 are taken, as for LJSpeech", path.name)
@@ -77,10 +77,10 @@ def load(opened: Opened) -> Checkpoint:
         },
         path,
     )  # fmt: skip
-    config, weights = with_normalisation(config, weights, normalisation)
+    config, weights = with_normalization(config, weights, normalization)
     return Checkpoint(
         name=file.resolve().parent.name, format=NAME, source=file, sha256=sha256_of(file), config=config, weights=weights,
-        spec=spec, normalisation=normalisation, lacks_statistics=normalisation is None,
+        spec=spec, normalization=normalization, lacks_statistics=normalization is None,
     )  # fmt: skip
 
 

@@ -35,19 +35,19 @@ def train(
     `torchrun --nproc-per-node 4 -m melrt train lj.toml`. Curves, sound and spectrograms: `tensorboard --logdir RUN`.
     """
     from melrt_export.training.config import read_config
-    from melrt_export.training.processes import joined
+    from melrt_export.training.distributed import init_distributed
     from melrt_export.training.trainer import Trainer
 
     settings = read_config(config)
     if export is not None and export.exists():
         raise TrainingError(f"{export} exists; give --export another name, so that the training does not end in vain.")
-    if export is not None and settings.quantisation.voice:
-        voice = settings.quantisation.voice
+    if export is not None and settings.quantization.voice:
+        voice = settings.quantization.voice
         raise TrainingError(
             f"weights trained in INT8 are worth nothing in float, so that there is no voice to --export; afterwards, "
-            f"melrt requantise {voice} {Path(settings.run) / 'best'} SPEECH gives them to the INT8 of {voice}."
+            f"melrt requantize {voice} {Path(settings.run) / 'best'} SPEECH gives them to the INT8 of {voice}."
         )
-    with joined(settings.machine) as processes, _stop_signals() as stopped:
+    with init_distributed(settings.machine) as processes, _stop_signals() as stopped:
         with Console(stderr=True).status("reading every recording once, building the networks"):
             trainer = Trainer(settings, resume=resume, processes=processes)
         outcome = _run(trainer, stopped) if processes.rank == 0 else trainer.run(should_stop=stopped.is_set)
@@ -61,11 +61,11 @@ def train(
 
 
 def _run(trainer: Trainer, stopped: threading.Event) -> Outcome:
-    from melrt_export.training.board import Board
+    from melrt_export.training.tensorboard import TensorBoardLogger
 
     for reason in trainer.corpus.skipped:
         console.print(f"skipped: {reason}", markup=False)
-    board = Board(trainer.run_folder, trainer.voice.spec, trainer.history.step)
+    board = TensorBoardLogger(trainer.run_folder, trainer.voice.spec, trainer.history.step)
     with contextlib.closing(board), Bar(trainer.history.step, trainer.config.schedule.steps) as bar:
         trainer.watchers = [bar, board]
         return trainer.run(should_stop=stopped.is_set)
@@ -80,7 +80,7 @@ def _finish(trainer: Trainer, outcome: Outcome, export: Path | None, teacher: fl
         before = outcome.history.errors[0][1]
         mended = f"; {(before - error) / (before - teacher):.0%} of what rounding cost is mended" if before > teacher else ""
         console.print(f"in float it began with {teacher:.4f}, in INT8 with {before:.4f}{mended}", markup=False)
-        console.print(f"next: melrt requantise {trainer.config.quantisation.voice} {outcome.best} SPEECH", markup=False)
+        console.print(f"next: melrt requantize {trainer.config.quantization.voice} {outcome.best} SPEECH", markup=False)
     if export is None:
         return
     facts = {

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from melrt.errors import BundleError, CheckpointError, TrainingError
-from melrt.mel import MelSpec
-from melrt_export.config import GeneratorConfig
+from melrt.mel.spec import MelSpec
+from melrt_export.generator.config import GeneratorConfig
 
 MAX_CONFIG_BYTES = 1 << 20
 Int8Form = Literal["cpu", "tensorrt"]
@@ -121,7 +121,7 @@ class LossConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class QuantisationConfig:
+class QuantizationConfig:
     """Fine-tuning in INT8, so that the weights learn to live with its rounding."""
 
     voice: str = ""
@@ -170,7 +170,7 @@ class MachineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: a GPU if there is one."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the networks' arithmetic (autocast); weights, losses and optimiser stay in float32."""
+    """Of the networks' arithmetic (autocast); weights, losses and optimizer stay in float32."""
     compile: bool = False
     """Compile the networks with `torch.compile`: slow first steps, faster others."""
 
@@ -210,15 +210,15 @@ class TrainingConfig:
     mel: MelSpec = field(default_factory=MelSpec)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     losses: LossConfig = field(default_factory=LossConfig)
-    quantisation: QuantisationConfig = field(default_factory=QuantisationConfig)
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     def __post_init__(self) -> None:
         _require(self, "seed", 0, 1 << 62)
-        if self.quantisation.voice and not self.start_from:
-            raise TrainingError("[quantisation] mends what rounding does to a trained voice; name its checkpoint as start_from.")
+        if self.quantization.voice and not self.start_from:
+            raise TrainingError("[quantization] mends what rounding does to a trained voice; name its checkpoint as start_from.")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -249,8 +249,8 @@ def read_config(path: Path) -> TrainingConfig:
         return str(here / text) if text else ""
 
     data = replace(config.data, train=located(config.data.train), validation=located(config.data.validation))
-    quantisation = replace(config.quantisation, voice=located(config.quantisation.voice))
-    return replace(config, run=located(config.run), start_from=located(config.start_from), data=data, quantisation=quantisation)
+    quantization = replace(config.quantization, voice=located(config.quantization.voice))
+    return replace(config, run=located(config.run), start_from=located(config.start_from), data=data, quantization=quantization)
 
 
 def _read(kind: type[Any], values: Any, where: str) -> Any:

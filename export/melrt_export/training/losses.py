@@ -1,4 +1,4 @@
-"""What the two networks minimise.
+"""What the two networks minimize.
 
 Hinge loss and feature matching after Kumar et al. (NeurIPS 2019, equations 1, 2 and 4), multi-resolution STFT after Yamamoto et al.
 (ICASSP 2020). All are means over the batch, so that the gradients of several processes, averaged, are those of one with their joint batch.
@@ -26,7 +26,7 @@ QUIET = 0.01
 def discriminator_loss(real: Features, fake: Features) -> Tensor:
     """Hinge loss, summed over scales: mean max(0, 1 - D(recording)) + mean max(0, 1 + D(synthesis)).
 
-    The paper's equation 1 prints min where it minimises; with it the loss would have no bound below.
+    The paper's equation 1 prints min where it minimizes; with it the loss would have no bound below.
     """
     terms = [F.relu(1 - r[-1].float()).mean() + F.relu(1 + f[-1].float()).mean() for r, f in zip(real, fake, strict=True)]
     return torch.stack(terms).sum()

@@ -1,4 +1,4 @@
-"""A training on disk: both networks and their optimisers in one safetensors file, which is replaced in one step.
+"""A training on disk: both networks and their optimizers in one safetensors file, which is replaced in one step.
 
 Nothing in it is ever executed, and a process that is killed while it writes leaves the file of before.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from melrt.errors import CheckpointError, TrainingError
-from melrt.files import whole_file
+from melrt.files.atomic import atomic_write
 from melrt_export.checkpoints.reading import read_safetensors
 from melrt_export.training.step import AdversarialStep
 
@@ -45,7 +45,7 @@ def save_state(run: Path, step: AdversarialStep, history: History, voice: Mappin
 
     Args:
         run: The run's folder.
-        step: Networks and optimisers.
+        step: Networks and optimizers.
         history: How far it is.
         voice: Shape and mel convention, plain values: a run is resumed only with the same.
     """
@@ -56,12 +56,12 @@ def save_state(run: Path, step: AdversarialStep, history: History, voice: Mappin
         "scaler": step.scaler.state_dict(),
     }  # fmt: skip
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(step)}
-    with whole_file(run / FILE) as temporary:
+    with atomic_write(run / FILE) as temporary:
         temporary.write_bytes(encode(tensors, {"melrt": json.dumps(header)}))
 
 
 def load_state(run: Path, step: AdversarialStep, voice: Mapping[str, Any]) -> History:
-    """Put a run's state into these networks and optimisers.
+    """Put a run's state into these networks and optimizers.
 
     Raises:
         TrainingError: No state there, a damaged one, or one of another network or voice; what differs is named.
@@ -128,7 +128,7 @@ def _load_network(path: Path, prefix: str, network: nn.Module, tensors: dict[str
 
 
 def _load_optimizer(path: Path, prefix: str, network: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """An optimiser that has not stepped yet has no state, which is one too."""
+    """An optimizer that has not stepped yet has no state, which is one too."""
     if not any(name.startswith(f"{prefix}_optimizer.") for name in tensors):
         return
     names = {id(parameter): name for name, parameter in network.named_parameters()}

@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from melrt_export.training.config import TrainingConfig
 from melrt_export.training.discriminator import Discriminator, Features
+from melrt_export.training.distributed import Processes
 from melrt_export.training.losses import StftLoss, adversarial_loss, discriminator_loss, feature_matching_loss
 from melrt_export.training.mel import LogMel
-from melrt_export.training.processes import Processes
 from melrt_export.training.voice import TrainableVoice
 
 
@@ -36,7 +36,7 @@ ExtraLoss = Callable[[Synthesis], Tensor]
 
 
 class AdversarialStep:
-    """Both networks with their optimisers; a call is one step of each.
+    """Both networks with their optimizers; a call is one step of each.
 
     As melgan-neurips: the generator runs once; the discriminators learn first; the generator then follows the discriminators just
     updated, while the recording's features are those from before the update. Both halves of the discriminators' batch, recording and

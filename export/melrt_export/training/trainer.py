@@ -16,11 +16,11 @@ from torch import Tensor
 from melrt.bundle import Bundle
 from melrt.errors import TrainingError
 from melrt_export.checkpoints import native
-from melrt_export.generator import Generator
+from melrt_export.generator.network import Generator
 from melrt_export.int8_plan import read_plan
 from melrt_export.training.config import TrainingConfig
-from melrt_export.training.processes import Processes
-from melrt_export.training.quantised import Distillation, quantise
+from melrt_export.training.distributed import Processes
+from melrt_export.training.quantized import Distillation, quantize
 from melrt_export.training.recordings import Corpus, find_corpus
 from melrt_export.training.segments import Segments, Share, batches
 from melrt_export.training.state import FILE, History, load_state, save_state
@@ -33,7 +33,7 @@ BEST = "best"
 ASK_EVERY = 10
 
 
-class Watcher(Protocol):
+class TrainingCallback(Protocol):
     """Told of a training as it goes on, in the first process."""
 
     def on_step(self, step: int) -> None:
@@ -85,12 +85,12 @@ class Trainer:
         self._check(resume)
         self.voice = first_voice(config)
         self.corpus: Corpus = self.processes.from_first(lambda: find_corpus(config.data, self.voice.spec.sample_rate))
-        self.teacher = self._quantised()
+        self.teacher = self._quantized()
         self.step = AdversarialStep(config, self.voice, self.processes, {**self._distillation(), **(extra or {})})
         self._shape = {"generator": self.voice.config.to_dict(), "mel": self.voice.spec.to_dict()}
         self.history = load_state(self.run_folder, self.step, self._shape) if resume else History()
         self.step.share()
-        self.watchers: list[Watcher] = []
+        self.watchers: list[TrainingCallback] = []
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._since = (self.history.step, time.perf_counter())
 
@@ -131,16 +131,16 @@ class Trainer:
         assert self.teacher is not None
         return validate(self.teacher, self.step.log_mel, self.corpus.validation, self.config.data.peak, self.processes)[0]
 
-    def _quantised(self) -> Generator | None:
-        quantisation = self.config.quantisation
-        if not quantisation.voice:
+    def _quantized(self) -> Generator | None:
+        quantization = self.config.quantization
+        if not quantization.voice:
             return None
-        return quantise(self.voice, read_plan(Bundle.open(Path(quantisation.voice))), quantisation.form).to(self.processes.device)
+        return quantize(self.voice, read_plan(Bundle.open(Path(quantization.voice))), quantization.form).to(self.processes.device)
 
     def _distillation(self) -> dict[str, ExtraLoss]:
         if self.teacher is None:
             return {}
-        return {"distillation": Distillation(self.teacher, self.config.quantisation.distillation)}
+        return {"distillation": Distillation(self.teacher, self.config.quantization.distillation)}
 
     def _check(self, resume: bool) -> None:
         count, batch = self.processes.count, self.config.data.batch
@@ -241,7 +241,7 @@ class Trainer:
             return should_stop()
         return self.history.step % ASK_EVERY == 0 and self.processes.sum(float(should_stop()))[0] > 0
 
-    def _tell(self, say: Callable[[Watcher], None]) -> None:
+    def _tell(self, say: Callable[[TrainingCallback], None]) -> None:
         if self._is_first:
             for watcher in self.watchers:
                 say(watcher)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from melrt_export.training.distributed import Processes
 from melrt_export.training.mel import LogMel
-from melrt_export.training.processes import Processes
 from melrt_export.training.recordings import Recording, read_recording
 
 # Utterances that are kept to be heard and seen.
@@ -45,7 +45,7 @@ class Validation:
 def validate(
     generator: nn.Module, log_mel: LogMel, recordings: Sequence[Recording], peak: float, processes: Processes
 ) -> tuple[float, tuple[Sample, ...]]:
-    """Synthesise whole recordings from their mels; the work is shared among the processes.
+    """Synthesize whole recordings from their mels; the work is shared among the processes.
 
     Args:
         generator: As it is trained.

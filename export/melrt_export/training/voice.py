@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from melrt.edges import Edges
 from melrt.errors import TrainingError
-from melrt.mel import MelSpec
+from melrt.mel.spec import MelSpec
+from melrt.planning.edges import Edges
 from melrt_export.checkpoints import Checkpoint, load_checkpoint
-from melrt_export.checkpoints.pqmf import FilterDesign
-from melrt_export.config import GeneratorConfig
-from melrt_export.generator import FilterBank, Generator
+from melrt_export.generator.config import GeneratorConfig
+from melrt_export.generator.network import FilterBank, Generator
+from melrt_export.generator.pqmf import FilterDesign
 from melrt_export.training.config import TrainingConfig
 from melrt_export.training.weight_norm import add_weight_norm, folded_weights
 
@@ -51,7 +51,7 @@ def first_voice(config: TrainingConfig) -> TrainableVoice:
         generator = Generator.from_weights(checkpoint.config, {n: torch.from_numpy(w) for n, w in checkpoint.weights.items()})
         if checkpoint.lacks_statistics:
             raise TrainingError(
-                f"{config.start_from} takes mels that were normalised, and lacks the statistics to make such; "
+                f"{config.start_from} takes mels that were normalized, and lacks the statistics to make such; "
                 "put its stats.h5 or stats.npy beside it."
             )
         shape, spec, edges = checkpoint.config, checkpoint.spec, checkpoint.edges
@@ -78,8 +78,8 @@ def _drawn(shape: GeneratorConfig, seed: int) -> Generator:
 
 
 def _check(shape: GeneratorConfig, spec: MelSpec, config: TrainingConfig) -> None:
-    if spec.normalisation is not None:
-        raise TrainingError("[mel] has a normalisation; a voice takes plain log-mels, and learns what to make of their level. Remove it.")
+    if spec.normalization is not None:
+        raise TrainingError("[mel] has a normalization; a voice takes plain log-mels, and learns what to make of their level. Remove it.")
     if shape.in_channels != spec.n_mels:
         raise TrainingError(f"[generator] in_channels is {shape.in_channels}, [mel] n_mels {spec.n_mels}; make them the same.")
     if shape.hop != spec.hop or shape.out_channels != shape.subbands:

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from melrt.errors import BackendError, MissingExtraError
-from melrt.machine import cpu_name, find_gpu
-from melrt.windows import GraphKind, Policy
+from melrt.planning.windows import GraphKind, Policy
+from melrt.system import cpu_name, find_gpu
 
 _ERRORS_ONLY = 3
 # Measured per kept frame (docs/windows.md): shorter windows recompute more context, longer ones fall out of the cache.
@@ -38,7 +38,7 @@ class OnnxModel:
         """Load a model.
 
         Args:
-            model: Serialised ONNX, verified by the caller.
+            model: Serialized ONNX, verified by the caller.
             device: `cpu`, or `cuda:0`, `cuda:1`, ...
             threads: CPU threads that share one run; 0 for one per physical core.
             blocked: Let ONNX Runtime use its blocked layout: faster on one thread, slower where several share a run (docs/windows.md).
@@ -87,7 +87,7 @@ class OnnxRuntime:
         """Load both graphs; errors as `OnnxModel`'s.
 
         Args:
-            models: Serialised ONNX of `edge` and `interior`, verified by the caller.
+            models: Serialized ONNX of `edge` and `interior`, verified by the caller.
             precision: Of the models.
             device: `cpu`, or `cuda:0`, `cuda:1`, ...
             threads: CPU threads in all; one per usable core if None.

@@ -1,1 +1,1 @@
-"""Voices past one process: bulk synthesis, here and on a Ray cluster. Nothing of it is imported by `import melrt`."""
+"""Serving: bulk synthesis and the Triton Inference Server. Nothing else in melrt imports this package."""

@@ -1,0 +1,48 @@
+"""Peak memory of a synthesis, each in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from melrt.bundle import Bundle
+from melrt.errors import BackendError
+from melrt_export.parity import probe_mel
+
+# The kernel's own high-water mark of the process: a parent's getrusage would also count the parent, as it was at the fork.
+_REPORT = """
+import atexit, pathlib
+atexit.register(lambda: print(pathlib.Path("/proc/self/status").read_text()))
+"""
+_WINDOWED = "from melrt.cli.main import main; import sys; sys.argv = ['melrt', 'synth', {voice!r}, {mel!r}, '-o', {wav!r}]; main()"
+_WHOLE = """
+import numpy as np
+from melrt import Bundle, write_wav
+from melrt.backends.onnxruntime import OnnxModel
+bundle = Bundle.open({voice!r})
+audio = OnnxModel(bundle.read(bundle.find("onnx", graph="edge", precision="fp32")[0])).run(np.load({mel!r})[None])[0]
+write_wav({wav!r}, audio, bundle.manifest.spec.sample_rate)
+"""
+
+
+def peak_memory(voice: Path, seconds: float, *, whole: bool) -> float:
+    """Peak resident memory of `melrt synth`, or of one run over the whole utterance, in MiB.
+
+    Raises:
+        BackendError: The process failed (a whole utterance of some minutes needs more memory than there is).
+    """
+    spec = Bundle.open(voice).manifest.spec
+    frames = round(seconds * spec.sample_rate / spec.hop)
+    with tempfile.TemporaryDirectory() as folder:
+        mel, wav = Path(folder) / "mel.npy", Path(folder) / "out.wav"
+        piece = probe_mel(spec, 1000)
+        np.save(mel, np.tile(piece, (1, -(-frames // 1000)))[:, :frames])
+        code = _REPORT + (_WHOLE if whole else _WINDOWED).format(voice=str(voice), mel=str(mel), wav=str(wav))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise BackendError(f"synthesis of {seconds:g} s {'whole' if whole else 'in windows'} ended with code {done.returncode}.")
+        return int(done.stdout.rpartition("VmHWM:")[2].split()[0]) / 1024

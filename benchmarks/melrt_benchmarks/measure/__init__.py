@@ -1,0 +1,1 @@
+"""What a measurement needs: the environment record, the GPU meter, progress."""

@@ -1,0 +1,1 @@
+"""Result files, comparison, plots and the HTML report."""

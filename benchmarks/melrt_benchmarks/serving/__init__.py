@@ -1,0 +1,1 @@
+"""Benchmarks of serving: request load on Vocoder and on Triton."""

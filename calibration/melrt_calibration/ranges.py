@@ -1,0 +1,91 @@
+"""Ranges from histograms, by four methods, and scales of weights. Each tensor takes the method that measures best.
+
+- min-max: nothing is clipped.
+- percentile: all but 1 in 100,000 values (Wu et al. 2020, "Integer Quantization for Deep Learning Inference", 4.2: 99.999 %).
+- entropy: least Kullback-Leibler divergence of the quantized histogram (Migacz 2017, TensorRT's calibrator), over shares of the range.
+- mean-squared error: least squared error of rounding and clipping together, over clipped shares of the range.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from melrt_calibration.statistics import Histogram
+from melrt_export.int8_plan import SIGNED_MAX, UNSIGNED_MAX, Range
+
+PERCENTILE = 99.999
+# Clipped shares of the range that are tried.
+SHARES = np.linspace(1.0, 0.3, 36)
+
+
+def minmax(histogram: Histogram) -> Range:
+    """All that was seen."""
+    return _range(histogram.low, histogram.high, "minmax")
+
+
+def percentile(histogram: Histogram) -> Range:
+    """All but the outermost values, on each side."""
+    cumulated: NDArray[np.float64] = np.cumsum(histogram.counts) / histogram.counts.sum()
+    tail = (100 - PERCENTILE) / 100
+    edges = np.append(histogram.centers - histogram.width / 2, histogram.centers[-1] + histogram.width / 2)
+    first, last = int(np.searchsorted(cumulated, tail)), min(int(np.searchsorted(cumulated, 1 - tail)) + 1, len(edges) - 1)
+    return _range(max(float(edges[first]), histogram.low), min(float(edges[last]), histogram.high), "percentile")
+
+
+def mse(histogram: Histogram) -> Range:
+    """Least squared error, each end clipped on its own."""
+    low = min(SHARES, key=lambda share: rounding_error(histogram, _range(share * histogram.low, histogram.high, "mse")))
+    high = min(SHARES, key=lambda share: rounding_error(histogram, _range(low * histogram.low, share * histogram.high, "mse")))
+    return _range(low * histogram.low, high * histogram.high, "mse")
+
+
+def entropy(histogram: Histogram) -> Range:
+    """Least information lost."""
+    share = min(SHARES, key=lambda share: _divergence(histogram, _range(share * histogram.low, share * histogram.high, "entropy")))
+    return _range(share * histogram.low, share * histogram.high, "entropy")
+
+
+METHODS: dict[str, Callable[[Histogram], Range]] = {"minmax": minmax, "percentile": percentile, "entropy": entropy, "mse": mse}
+
+
+def rounding_error(histogram: Histogram, chosen: Range) -> float:
+    """Mean squared error of this range on the values that were seen."""
+    scale, zero = chosen.affine
+    bytes_ = np.clip(np.rint(histogram.centers / scale) + zero, 0, UNSIGNED_MAX)
+    error = (bytes_ - zero) * scale - histogram.centers
+    # inside a step the error is the step's own noise, which bins as wide as the step would hide
+    return float((histogram.counts * error**2).sum() / histogram.counts.sum())
+
+
+def _divergence(histogram: Histogram, chosen: Range) -> float:
+    """Kullback-Leibler divergence of the histogram from what its bytes can tell of it, the clipped values on the outermost bins."""
+    scale, zero = chosen.affine
+    index = np.clip(np.rint(histogram.centers / scale) + zero, 0, UNSIGNED_MAX).astype(np.int64)
+    seen = histogram.counts > 0
+    inside = seen & (histogram.centers >= chosen.low) & (histogram.centers <= chosen.high)
+    per_byte = np.bincount(index[inside], weights=histogram.counts[inside], minlength=UNSIGNED_MAX + 1)
+    bins = np.bincount(index[inside], minlength=UNSIGNED_MAX + 1)
+    told = np.where(inside, (per_byte / np.maximum(bins, 1))[index], 0.0)
+    p = histogram.counts / histogram.counts.sum()
+    q = told / max(told.sum(), 1e-300)
+    return float((p[seen] * np.log(p[seen] / np.maximum(q[seen], 1e-12))).sum())
+
+
+def weight_scales(weight: NDArray[np.floating]) -> NDArray[np.float64]:
+    """A scale for each output channel: the clipped share of its largest weight with the least squared error."""
+    rows = np.asarray(weight, np.float64).reshape(len(weight), -1)
+    largest = np.maximum(np.abs(rows).max(axis=1), 1e-8)
+    best, least = largest / SIGNED_MAX, np.full(len(rows), np.inf)
+    for share in SHARES:
+        scales = share * largest / SIGNED_MAX
+        error = ((np.clip(np.rint(rows / scales[:, None]), -SIGNED_MAX, SIGNED_MAX) * scales[:, None] - rows) ** 2).sum(axis=1)
+        best, least = np.where(error < least, scales, best), np.minimum(error, least)
+    return np.asarray(best)
+
+
+def _range(low: float, high: float, method: str) -> Range:
+    low, high = min(float(low), 0.0), max(float(high), 0.0)
+    return Range(low, high if high - low > 1e-8 else low + 1e-8, method)

@@ -1,0 +1,1 @@
+"""The generator: its configuration, the PyTorch network and its receptive field."""

@@ -1,0 +1,1 @@
+"""The ONNX deploy graph and its exact rewrites."""

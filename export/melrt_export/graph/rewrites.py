@@ -1,0 +1,203 @@
+"""Exact rewrites of a deploy graph: the same function in other operations, for `melrt build --tune` to choose from by measurement.
+
+What an engine makes of an operation differs from GPU to GPU and from version to version, so none of these is best everywhere. The graph
+in the bundle is the first value of each; docs/engines.md argues for it and has the times of all on a CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from melrt.errors import EngineBuildError
+from melrt_export.generator.config import GeneratorConfig
+
+Upsampling = Literal["polyphase", "cropped", "transposed"]
+Shortcut = Literal["separate", "merged"]
+TimeAxis = Literal["width", "height"]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A way to write the network; every one computes the same samples."""
+
+    upsampling: Upsampling = "polyphase"
+    """`polyphase`: a 2-tap convolution and an interleaving, the interior graph cropped once at its end; `cropped`: after each stage;
+    `transposed`: a transposed convolution, as trained."""
+    shortcut: Shortcut = "separate"
+    """`merged`: a residual block's pointwise convolution and shortcut as one convolution over both their inputs, and no addition."""
+    time_axis: TimeAxis = "width"
+    """`width`: tensors are (B, C, 1, T); `height`: (B, C, T, 1)."""
+
+    def __post_init__(self) -> None:
+        for name, values in CHOICES.items():
+            if getattr(self, name) not in values:
+                raise EngineBuildError(f"{name} of a graph is {getattr(self, name)!r}; it is one of {', '.join(values)}.")
+
+    def to_dict(self) -> dict[str, str]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Variant:
+        """Read `to_dict`'s form; an engine from before there were variants has none.
+
+        Raises:
+            EngineBuildError: An unknown field or value.
+        """
+        if not isinstance(values, dict) or set(values) - set(CHOICES):
+            raise EngineBuildError(f"an engine's graph is {values!r:.80}; it has {', '.join(CHOICES)}.")
+        return cls(**values)
+
+
+# What a variant chooses between; the first is the bundle's graph.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "upsampling": get_args(Upsampling), "shortcut": get_args(Shortcut), "time_axis": get_args(TimeAxis),
+}  # fmt: skip
+
+
+def rewritten(model: bytes, variant: Variant, config: GeneratorConfig) -> bytes:
+    """A deploy graph in another form; convolutions whose weights are quantized keep theirs.
+
+    Args:
+        model: As `deploy_graph` writes it, or with quantized convolutions.
+        variant: The form.
+        config: The generator's shape.
+
+    Returns:
+        A checked model with the same input and output; the bytes given if nothing is to be changed.
+    """
+    if variant == Variant():
+        return model
+    rewriter = _Rewriter(onnx.load_from_string(model), config)
+    if variant.upsampling != "polyphase":
+        rewriter.crop_each_stage()
+    if variant.upsampling == "transposed":
+        rewriter.transpose_upsamplings()
+    if variant.shortcut == "merged":
+        rewriter.merge_shortcuts()
+    if variant.time_axis == "height":
+        rewriter.turn()
+    if not rewriter.changed:
+        return model
+    return bytes(rewriter.finished().SerializeToString(deterministic=True))
+
+
+class _Rewriter:
+    """Finds nodes by the names that `deploy_graph` gives them."""
+
+    def __init__(self, model: onnx.ModelProto, config: GeneratorConfig) -> None:
+        self.model = model
+        self.config = config
+        self.nodes: dict[str, onnx.NodeProto] = {node.name: node for node in model.graph.node}
+        self.values = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+        self.changed = False
+
+    def crop_each_stage(self) -> None:
+        """A crop behind each upsampling instead of one behind the last convolution."""
+        if "last.crop" not in self.nodes:
+            return
+        for i, scale in enumerate(self.config.upsample_scales):
+            name, before = f"stages.{i}.upsample", self.config.crop_before(scale)
+            start, end = f"crop{before}.start", f"crop{scale - before}.end"
+            self.values |= {start: np.array([before]), end: np.array([-(scale - before) or np.iinfo(np.int64).max])}
+            flat = self.nodes[f"{name}.flat"]
+            crop = helper.make_node("Slice", [f"{name}.long", start, end, "time_axis"], list(flat.output), name=f"{name}.crop")
+            flat.output[0] = f"{name}.long"
+            self._replace(f"{name}.flat", [flat, crop])
+        crop = self.nodes["last.crop"]
+        self._replace("last.crop", [])
+        for node in self.nodes.values():
+            node.input[:] = [crop.input[0] if name == crop.output[0] else name for name in node.input]
+
+    def transpose_upsamplings(self) -> None:
+        """Convolution, interleaving and crop back into the transposed convolution that they were written for."""
+        for i, scale in enumerate(self.config.upsample_scales):
+            name = f"stages.{i}.upsample"
+            conv, parts = self.nodes[name], [f"{name}.{part}" for part in ("phases", "interleave", "flat", "crop")]
+            if not self._has_weights(conv):
+                continue
+            c_in, c_out = self.values[f"{name}.weight"].shape[1], self.values[f"{name}.weight"].shape[0] // scale
+            taps = self.values[f"{name}.weight"].reshape(c_out, scale, c_in, 2).transpose(2, 0, 3, 1)[:, :, ::-1]
+            self.values[f"{name}.transposed"] = np.ascontiguousarray(taps).reshape(c_in, c_out, 1, 2 * scale)
+            inputs = [conv.input[0], f"{name}.transposed"]
+            if len(conv.input) > 2:
+                self.values[f"{name}.bias"] = self.values[f"{name}.bias"][::scale]
+                inputs.append(f"{name}.bias")
+            last = next(self.nodes[part] for part in reversed(parts) if part in self.nodes)
+            self._replace(name, [helper.make_node(
+                "ConvTranspose", inputs, list(last.output), name=name, kernel_shape=[1, 2 * scale], strides=[1, scale],
+                pads=self._cropped_samples(conv, f"{name}.crop", scale),
+            )])  # fmt: skip
+            for part in parts:
+                self._replace(part, [])
+
+    def _cropped_samples(self, conv: onnx.NodeProto, crop: str, scale: int) -> list[int]:
+        """What a full transposed convolution gives beyond the convolution's padding, and what the crop takes of that."""
+        _, before, _, after = _ints(conv, "pads")
+        left, right = (1 - before) * scale, (1 - after) * scale
+        if crop in self.nodes:
+            start, end = (int(self.values[name][0]) for name in self.nodes[crop].input[1:3])
+            left, right = left + start, right - min(end, 0)
+        return [0, left, 0, right]
+
+    def merge_shortcuts(self) -> None:
+        """pointwise(h) + shortcut(x) as one convolution over the channels of h and x."""
+        for block in [name.removesuffix(".shortcut") for name in self.nodes if name.endswith(".shortcut")]:
+            pointwise, shortcut, add = (self.nodes[f"{block}.{part}"] for part in ("pointwise", "shortcut", "add"))
+            if not (self._has_weights(pointwise) and self._has_weights(shortcut)):
+                continue
+            weights = [self.values[f"{block}.{part}.weight"] for part in ("pointwise", "shortcut")]
+            self.values[f"{block}.merged.weight"] = np.concatenate(weights, axis=1)
+            inputs = [f"{block}.joined", f"{block}.merged.weight"]
+            if len(pointwise.input) > 2:
+                biases = [self.values[f"{block}.{part}.bias"] for part in ("pointwise", "shortcut")]
+                self.values[f"{block}.merged.bias"] = np.sum(biases, axis=0, dtype=np.float32).astype(biases[0].dtype)
+                inputs.append(f"{block}.merged.bias")
+            self._replace(add.name, [
+                helper.make_node("Concat", [pointwise.input[0], shortcut.input[0]], [inputs[0]], name=inputs[0], axis=1),
+                helper.make_node("Conv", inputs, list(add.output), name=f"{block}.merged", kernel_shape=[1, 1]),
+            ])  # fmt: skip
+            self._replace(pointwise.name, [])
+            self._replace(shortcut.name, [])
+
+    def turn(self) -> None:
+        """Exchange the axes of height and time."""
+        self.changed = True
+        for name, value in self.values.items():
+            if value.ndim == 4:
+                self.values[name] = value.swapaxes(2, 3)
+            elif name in ("height_axis", "time_axis"):
+                self.values[name] = 5 - value
+            elif name.startswith(("pad", "flat")):  # amounts for both ends of four axes; a shape
+                self.values[name] = value.reshape(-1, 4)[:, [0, 1, 3, 2]].reshape(-1)
+        for node in self.nodes.values():
+            for attribute in node.attribute:
+                if attribute.name in ("kernel_shape", "dilations", "strides", "pads"):
+                    attribute.ints[:] = [size for pair in zip(attribute.ints[1::2], attribute.ints[::2], strict=True) for size in pair]
+
+    def finished(self) -> onnx.ModelProto:
+        graph = self.model.graph
+        used = {name for node in self.nodes.values() for name in node.input}
+        del graph.node[:], graph.initializer[:]
+        graph.node.extend(self.nodes.values())
+        graph.initializer.extend(
+            numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in self.values.items() if name in used
+        )
+        onnx.checker.check_model(self.model, full_check=True)
+        return self.model
+
+    def _has_weights(self, conv: onnx.NodeProto) -> bool:
+        return conv.input[1] in self.values
+
+    def _replace(self, name: str, nodes: list[onnx.NodeProto]) -> None:
+        self.changed = True
+        self.nodes = {node.name: node for old in self.nodes for node in (nodes if old == name else [self.nodes[old]])}
+
+
+def _ints(node: onnx.NodeProto, attribute: str) -> list[int]:
+    return list(next(one for one in node.attribute if one.name == attribute).ints)

@@ -1,0 +1,201 @@
+"""A TensorRT engine, opened: held against its entry in the manifest and against this machine before anything of it is executed."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from melrt.bundle import Artifact
+from melrt.errors import BackendError, MissingExtraError
+from melrt.files.atomic import atomic_write, user_cache
+from melrt.system import Gpu
+
+logger = logging.getLogger(__name__)
+
+# Distribution and extra of each flavor.
+FLAVORS = {"tensorrt": ("tensorrt", "tensorrt"), "tensorrt_rtx": ("tensorrt-rtx", "rtx")}
+PORTABLE = "portable"
+# Compute capability that hardware-compatible engines begin with.
+AMPERE = 8.0
+# A voice's runtime cache is well under a megabyte per graph; what is far beyond is not one.
+MAX_CACHE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """The shapes (B, M, T) that an engine takes."""
+
+    smallest: tuple[int, ...]
+    largest: tuple[int, ...]
+
+    @property
+    def window(self) -> int | None:
+        """Its one length in frames; None if it takes several."""
+        return self.largest[2] if self.smallest[2] == self.largest[2] else None
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raise BackendError for a shape outside."""
+        if any(not low <= size <= high for low, size, high in zip(self.smallest, shape, self.largest, strict=True)):
+            raise BackendError(f"a mel of shape {shape} is outside this engine's profile, {self.smallest} to {self.largest}.")
+
+
+class Engine:
+    """One engine on one device, and the execution contexts made of it."""
+
+    def __init__(self, artifact: Artifact, data: bytes, bands: int, gpu: Gpu) -> None:
+        """Open an engine; the device's context is current.
+
+        Args:
+            artifact: What it is.
+            data: The serialized engine, verified by the caller.
+            bands: Of the voice's mels.
+            gpu: The device.
+
+        Raises:
+            BackendError: The engine is for another flavor, version or GPU, or is refused by the runtime; the text has the remedy.
+            MissingExtraError: The flavor is not installed.
+        """
+        self.precision = artifact.precision
+        self._trt = trt = flavor(artifact)
+        rebuild = _rebuild_command(artifact)
+        check_target(artifact, trt.__version__, gpu, rebuild)
+        self._runtime = trt.Runtime(runtime_logger(trt))
+        if hasattr(self._runtime, "get_engine_validity"):
+            validity, diagnostics = self._runtime.get_engine_validity(data)
+            if validity == trt.EngineValidity.INVALID:
+                raise BackendError(f"{artifact.file} does not fit this runtime or GPU ({diagnostics}). {rebuild}")
+        self._engine = self._runtime.deserialize_cuda_engine(data)
+        if self._engine is None:
+            raise BackendError(f"{artifact.file} cannot be opened by {artifact.target['flavor']} {trt.__version__}. {rebuild}")
+        self.profile = self._profile(artifact, bands)
+        self.scratch_bytes = int(self._engine.device_memory_size_v2)
+        self._cache_file = user_cache() / f"{artifact.sha256[:16]}-{_plain(gpu.name)}.runtime-cache"
+        self._config = self._runtime_config()
+
+    def context(self, scratch: Any) -> Any:
+        """An execution context in this scratch memory (`scratch_bytes` of it), which contexts that never run at the same time may share."""
+        if self._config is not None:
+            context = self._engine.create_execution_context(self._config)
+        else:
+            context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if context is None:
+            raise BackendError("TensorRT could not make an execution context; is the GPU's memory full?")
+        context.set_device_memory(int(scratch.handle), scratch.size)
+        return context
+
+    def save_cache(self) -> None:
+        """Keep the kernels that TensorRT-RTX compiled, so that the next start finds them; where that is not possible, go on without."""
+        if self._config is None or not hasattr(self._config, "get_runtime_cache"):
+            return
+        data = bytes(memoryview(self._config.get_runtime_cache().serialize()))
+        try:
+            if not self._cache_file.is_file() or self._cache_file.read_bytes() != data:
+                with atomic_write(self._cache_file) as temporary:
+                    temporary.write_bytes(data)
+        except OSError as error:  # a service may run without a writable home
+            logger.info("the runtime cache %s was not kept: %s", self._cache_file, error)
+
+    def _profile(self, artifact: Artifact, bands: int) -> Profile:
+        engine, trt = self._engine, self._trt
+        names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
+        if names != {"mel", "audio"} or any(engine.get_tensor_dtype(name) != trt.DataType.FLOAT for name in names):
+            raise BackendError(f"{artifact.file} takes and gives {sorted(names)}; a voice's engine has a float32 mel and audio.")
+        smallest, _, largest = (tuple(int(size) for size in shape) for shape in engine.get_tensor_profile_shape("mel", 0))
+        if len(largest) != 3 or largest[1] != bands:
+            raise BackendError(f"{artifact.file} takes mels of shape {largest}; this voice's have {bands} bands.")
+        return Profile(smallest, largest)
+
+    def _runtime_config(self) -> Any:
+        """TensorRT-RTX: kernels are compiled for a shape in the background, kept between processes, and graphs are captured by us."""
+        trt = self._trt
+        if not hasattr(trt, "IRuntimeCache"):
+            return None
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
+        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.LAZY
+        cache = config.create_runtime_cache()
+        kept = _read_cache(self._cache_file)
+        if kept and not cache.deserialize(kept):
+            logger.info("the runtime cache %s is of another driver or version; kernels are compiled anew.", self._cache_file)
+        config.set_runtime_cache(cache)
+        return config
+
+
+def flavor(artifact: Artifact) -> ModuleType:
+    """The module that an engine was built with.
+
+    Raises:
+        BackendError: The manifest names no flavor that there is.
+        MissingExtraError: It is not installed.
+    """
+    name = artifact.target.get("flavor")
+    if name not in FLAVORS:
+        raise BackendError(f"{artifact.file} is for {name!r}; engines are for one of {', '.join(FLAVORS)}.")
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingExtraError(f"running {artifact.file}", *FLAVORS[name]) from error
+
+
+def check_target(artifact: Artifact, version: str, gpu: Gpu, rebuild: str) -> None:
+    """Raise BackendError if an engine was built for another TensorRT or GPU."""
+    target: Mapping[str, Any] = artifact.target
+    if not _runs_on_version(target, version):
+        raise BackendError(f"{artifact.file} was built by {target['flavor']} {target.get('version')}, here is {version}. {rebuild}")
+    capability = target.get("compute_capability")
+    from_ampere_on = target.get("compatible") == "hardware" and float(gpu.compute_capability) >= AMPERE
+    if capability not in (PORTABLE, gpu.compute_capability) and not from_ampere_on:
+        raise BackendError(
+            f"{artifact.file} is for compute capability {capability}, and {gpu.name} has {gpu.compute_capability}. {rebuild}"
+        )
+
+
+def _runs_on_version(target: Mapping[str, Any], version: str) -> bool:
+    built = str(target.get("version"))
+    if target.get("compatible") != "version":
+        return built == version
+    return built.partition(".")[0] == version.partition(".")[0] and _numbers(built) <= _numbers(version)
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)]
+
+
+def _rebuild_command(artifact: Artifact) -> str:
+    portable = artifact.target.get("compute_capability") == PORTABLE
+    kind = f"--precision {artifact.precision} --flavor {artifact.target.get('flavor')}"
+    return f"Build it anew: melrt build VOICE.melrt {kind}{'' if portable else ' --this-gpu'}"
+
+
+def runtime_logger(trt: ModuleType) -> Any:
+    """A logger for TensorRT that hands its messages to Python's."""
+
+    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+        """Hands TensorRT's messages to Python's logging."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            serious = severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
+            logger.log(logging.WARNING if serious else logging.DEBUG, "TensorRT: %s", message)
+
+    return Log()
+
+
+def _read_cache(file: Path) -> bytes:
+    try:
+        return file.read_bytes() if file.stat().st_size <= MAX_CACHE_BYTES else b""
+    except OSError:
+        return b""
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()

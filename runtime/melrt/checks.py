@@ -1,0 +1,71 @@
+"""Checks for the fields of configuration objects: one rule per field, one message for all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from melrt.errors import ConfigError, MelrtError
+
+
+class Rule(NamedTuple):
+    """What a field may hold."""
+
+    accepts: Callable[[Any], bool]
+    allowed: str
+    """Completes the sentence that begins with "it must be"."""
+
+
+def whole(low: int, high: int) -> Rule:
+    """Accept whole numbers from `low` to `high`."""
+    return Rule(lambda value: type(value) is int and low <= value <= high, f"a whole number from {low} to {high}")
+
+
+def number(low: float = -math.inf, high: float = math.inf, *, above: bool = False, below: bool = False) -> Rule:
+    """Accept finite numbers from `low` to `high`; `above` and `below` exclude the bound itself."""
+
+    def accepts(value: Any) -> bool:
+        if type(value) not in (int, float) or not -math.inf < value < math.inf:
+            return False
+        return (low < value if above else low <= value) and (value < high if below else value <= high)
+
+    bounds = [f"{'above' if above else 'at least'} {low:g}"] if low > -math.inf else []
+    bounds += [f"{'below' if below else 'at most'} {high:g}"] if high < math.inf else []
+    return Rule(accepts, " ".join(["a finite number", " and ".join(bounds)]).strip())
+
+
+def flag() -> Rule:
+    """Accept true and false."""
+    return Rule(lambda value: type(value) is bool, "true or false")
+
+
+def text() -> Rule:
+    """Accept strings."""
+    return Rule(lambda value: isinstance(value, str), "text")
+
+
+def one_of(*values: object) -> Rule:
+    """Accept exactly these values."""
+    return Rule(lambda value: any(type(value) is type(v) and value == v for v in values), f"one of {', '.join(map(str, values))}")
+
+
+def optional(rule: Rule) -> Rule:
+    """Accept None, or what another rule accepts."""
+    return Rule(lambda value: value is None or rule.accepts(value), f"{rule.allowed}, or None")
+
+
+def check_fields(owner: object, rules: Mapping[str, Rule], subject: str = "", error: type[MelrtError] = ConfigError) -> None:
+    """Check the fields of a configuration object.
+
+    Args:
+        owner: The object.
+        rules: What each named field may hold.
+        subject: What the object configures; the message begins with it.
+        error: Raised for the first field that breaks its rule, with name, value and what is allowed.
+    """
+    for name, rule in rules.items():
+        value = getattr(owner, name)
+        if not rule.accepts(value):
+            where = f"{subject}: " if subject else ""
+            raise error(f"{where}{name} is {value!r:.80}; it must be {rule.allowed}.")

@@ -1,0 +1,6 @@
+"""The mel convention: specification, conversion, features from audio, level check."""
+
+from melrt.mel.normalization import Normalization
+from melrt.mel.spec import MelSpec
+
+__all__ = ["MelSpec", "Normalization"]

@@ -1,0 +1,1 @@
+"""Window planning: pure functions that cut an utterance into exact windows."""

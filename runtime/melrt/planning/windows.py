@@ -1,0 +1,175 @@
+"""Exact windows: which frames to run through which graph, and which of the output to keep.
+
+A sample depends on few mel frames, so any utterance can be cut into windows that overlap by the receptive field, and the
+valid middles, stitched, are what the whole utterance gives. The *edge* graph is the network as trained, padding and all; a
+window on it begins or ends where the utterance does. Every other window runs on the *interior* graph, whose padding is zeros
+inside the convolutions and is thrown away with the window's context. Pure functions, no I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from melrt.errors import BackendError
+
+GraphKind = Literal["edge", "interior"]
+
+# Sharing an utterance among workers shortens its latency and costs an overlap for each share: under a fifth from here on.
+LEAST_SHARE = 32
+# Of a policy's frames, batch and workers; beyond any use.
+MOST = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class ReceptiveField:
+    """What a network needs around a frame."""
+
+    left: int
+    """Frames before it that its samples depend on."""
+    right: int
+    """Frames after it."""
+    smallest: int
+    """The fewest frames that the network takes at all."""
+    reach: int
+    """Frames of an utterance's beginning or end that its outermost frame depends on, reflections included."""
+
+    @property
+    def edge(self) -> int:
+        """The fewest frames of a window at an end of the utterance."""
+        return max(self.reach, self.smallest)
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How a backend likes its windows; the defaults of each were measured (`docs/windows.md`)."""
+
+    frames: int
+    """Length of a window, context and all."""
+    static: bool
+    """Interior windows have exactly that length (an engine with one shape); else they are cut evenly, at most that long."""
+    batch: int
+    """Windows of one shape that go into one run."""
+    workers: int
+    """Runs at the same time."""
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "batch", "workers"):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= MOST:
+                raise BackendError(f"windows: {name} is {value!r}; it is a whole number from 1 to {MOST}.")
+        if type(self.static) is not bool:
+            raise BackendError(f"windows: static is {self.static!r}; it is true or false.")
+
+    def check(self, field: ReceptiveField) -> None:
+        """Raise BackendError if a window of this length would keep nothing of this network's output."""
+        least = max(field.left + field.right + 1, field.edge)
+        if self.frames < least:
+            raise BackendError(
+                f"windows of {self.frames} frames leave nothing beside this voice's context of {field.left} + {field.right}; "
+                f"take at least {least}."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Frames [start, stop) go through a graph; of the output, frames [keep_start, keep_stop) are kept. All are frames of the utterance."""
+
+    graph: GraphKind
+    start: int
+    stop: int
+    keep_start: int
+    keep_stop: int
+
+    @property
+    def frames(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of an utterance to be computed: frames [start, stop) of it."""
+
+    start: int
+    stop: int
+    received: int
+    """Frames known so far."""
+    ended: bool
+    """Whether those are all."""
+
+
+def ready(received: int, ended: bool, field: ReceptiveField) -> int:
+    """Frames, from the utterance's start, whose samples can be computed."""
+    if ended:
+        return received
+    return max(received - field.right, 0) if received >= field.edge else 0
+
+
+def look_back(field: ReceptiveField, policy: Policy) -> int:
+    """Frames before the next one to be computed that a later window may still begin with."""
+    return max(field.left, field.edge, policy.frames if policy.static else 0)
+
+
+def plan(span: Span, field: ReceptiveField, policy: Policy) -> Iterator[Window]:
+    """Cut a span into windows, in order; every frame of the span is kept exactly once.
+
+    Args:
+        span: What to compute; `span.stop` is at most `ready(span.received, span.ended, field)`.
+        field: The network's context.
+        policy: The backend's wishes.
+    """
+    if span.start < span.stop:
+        yield from (_static if policy.static else _even)(span, field, policy)
+
+
+def _even(span: Span, field: ReceptiveField, policy: Policy) -> Iterator[Window]:
+    """Windows of one length or nearly, as many as keep every worker busy; one alone needs no overlap, and is PyTorch's own forward."""
+    frames = span.stop - span.start
+    fits_one = span.ended and frames == span.received <= policy.frames
+    count = 1 if fits_one else -(-frames // (policy.frames - field.left - field.right))
+    count = max(count, min(policy.workers, frames // LEAST_SHARE))
+    if count > 1:
+        count = -(-count // policy.workers) * policy.workers
+    for index in range(count):
+        keep_start = span.start + frames * index // count
+        keep_stop = span.start + frames * (index + 1) // count
+        if keep_start < keep_stop:
+            yield _around(keep_start, keep_stop, span, field)
+
+
+def _static(span: Span, field: ReceptiveField, policy: Policy) -> Iterator[Window]:
+    """Interior windows of exactly the policy's length, and short edge windows at the ends; too short for one: the edge graph alone."""
+    if span.ended and span.received < policy.frames:
+        yield Window("edge", 0, span.received, span.start, span.stop)
+        return
+    last_interior = min(span.stop, span.received - field.right)
+    at = span.start
+    if at < field.left:
+        stop = min(field.left, span.stop)
+        yield _around(at, stop, span, field)
+        at = stop
+    while at < last_interior:
+        start = min(at - field.left, span.received - policy.frames)
+        if start < 0:  # a stream whose first frames are fewer than a window
+            yield Window("edge", 0, span.received, at, span.stop)
+            return
+        stop = min(start + policy.frames - field.right, last_interior)
+        yield Window("interior", start, start + policy.frames, at, stop)
+        at = stop
+    if at < span.stop:
+        yield _around(at, span.stop, span, field)
+
+
+def _around(keep_start: int, keep_stop: int, span: Span, field: ReceptiveField) -> Window:
+    """The shortest window that computes these frames: with its full context, or on the edge graph at a true end."""
+    start, stop = max(keep_start - field.left, 0), keep_stop + field.right
+    at_end = span.ended and stop >= span.received
+    stop = min(stop, span.received)
+    if start > 0 and not at_end:
+        return Window("interior", start, stop, keep_start, keep_stop)
+    if start == 0:
+        stop = min(max(stop, field.edge), span.received)
+    if at_end:
+        start = max(min(start, stop - field.edge), 0)
+    return Window("edge", start, stop, keep_start, keep_stop)

@@ -1,0 +1,1 @@
+"""Requests, streams and the queue that batches their windows."""

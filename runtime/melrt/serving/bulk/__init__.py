@@ -1,0 +1,1 @@
+"""Bulk synthesis of folders and parquet files, on one machine or on a Ray cluster."""
