@@ -153,7 +153,7 @@ def _checked(path: Path, manifest: Manifest, peak: float | None) -> Frames:
     spec = manifest.spec
     recorded = path.suffix.lower() in AUDIO and path.is_file()
     mel = mel_from_audio(_recording(path, spec, peak), spec) if recorded else read_mel(path, spec)
-    frames = spec.check(mel, manifest.smallest_input)
+    frames = spec.check(mel, manifest.receptive_field.smallest_input)
     if complaint := LevelCheck(spec, manifest.levels, manifest.normalization).judge(frames):
         raise CalibrationError(f"{path}: {complaint}")
     return frames

@@ -17,7 +17,7 @@ from melrt.errors import CheckpointError, ParityError
 from melrt.mel.level_check import Levels
 from melrt.planning.windows import GraphKind
 from melrt_export.checkpoints import Checkpoint, load_checkpoint
-from melrt_export.generator.receptive_field import end_reach, receptive_field
+from melrt_export.generator.receptive_field import receptive_field
 from melrt_export.graph.deploy import OPSET, GraphPrecision, deploy_graph
 from melrt_export.parity import PROBE_FRAMES, Difference, inside, probe_mel, pytorch_audio, reference_files
 
@@ -78,7 +78,7 @@ def export_voice(
     }  # fmt: skip
     on_step("running PyTorch")
     field = receptive_field(checkpoint.config)
-    mel = probe_mel(checkpoint.spec, max(PROBE_FRAMES, checkpoint.config.smallest_input, sum(field) + 1))[None]
+    mel = probe_mel(checkpoint.spec, max(PROBE_FRAMES, field.smallest_input, field.context + 1))[None]
     reference = pytorch_audio(checkpoint, mel)
     files = []
     for precision in options.precisions:
@@ -88,7 +88,7 @@ def export_voice(
     on_step("writing the bundle")
     manifest = Manifest(
         name=name, spec=checkpoint.spec, architecture=checkpoint.config.to_dict(), receptive_field=field,
-        smallest_input=checkpoint.config.smallest_input, end_reach=end_reach(checkpoint.config), edges=checkpoint.edges,
+        edges=checkpoint.edges,
         normalization=checkpoint.normalization, levels=_levels(checkpoint), parameters=checkpoint.config.parameters,
         flop_per_second=checkpoint.config.flop_per_frame * checkpoint.spec.sample_rate / checkpoint.spec.hop, provenance=provenance,
     )  # fmt: skip
@@ -120,7 +120,7 @@ def _check(file: str, model: bytes, checkpoint: Checkpoint, graph: GraphKind, pr
     """Hold a model against PyTorch at several batch sizes and lengths; returns the worst of what was measured."""
     session = OnnxModel(model)
     field = receptive_field(checkpoint.config)
-    smallest = checkpoint.config.smallest_input if graph == "edge" else max(sum(field) + 1, checkpoint.config.smallest_input)
+    smallest = field.smallest_input if graph == "edge" else max(field.context + 1, field.smallest_input)
     worst: dict[str, float] = {}
     for batch, frames in ((1, max(PROBE_FRAMES, smallest)), (2, smallest), (3, smallest + 37)):
         mel = np.stack([probe_mel(checkpoint.spec, frames, seed) for seed in range(batch)])

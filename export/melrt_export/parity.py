@@ -15,6 +15,7 @@ from melrt.backends.onnxruntime import OnnxModel
 from melrt.bundle import Artifact, Bundle
 from melrt.errors import BundleError
 from melrt.mel.spec import MelSpec
+from melrt.planning.windows import ReceptiveField
 from melrt_export.checkpoints import Checkpoint
 from melrt_export.generator.config import GeneratorConfig
 
@@ -138,9 +139,9 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def inside(graph: str, audio: Audio, field: tuple[int, int], hop: int) -> Audio:
+def inside(graph: str, audio: Audio, field: ReceptiveField, hop: int) -> Audio:
     """The samples (B, n) that a graph must have right: all of the edge graph's, the interior's inside its context."""
-    left, right = field if graph == "interior" else (0, 0)
+    left, right = (field.left, field.right) if graph == "interior" else (0, 0)
     return audio[:, left * hop : audio.shape[1] - right * hop]
 
 

@@ -23,14 +23,13 @@ from melrt.mel.level_check import Levels
 from melrt.mel.normalization import Normalization
 from melrt.mel.spec import MelSpec
 from melrt.planning.edges import Edges
+from melrt.planning.windows import ReceptiveField
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 # Real manifests are under 20 KB and real artifacts under 50 MB; what is far beyond is refused before it is read.
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_ARTIFACT_BYTES = 2 << 30
-# The widest published network sees 30 frames on either side.
-MAX_FRAMES = 10_000
 _REPLACEMENT = re.compile(r"\+[0-9a-f]{8}(?=\.[^.]*$)")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,120}")
 
@@ -87,12 +86,8 @@ class Manifest:
     """The mel convention of the input."""
     architecture: Mapping[str, Any]
     """The generator's shape, `GeneratorConfig.to_dict()` of the exporter."""
-    receptive_field: tuple[int, int]
-    """Mel frames before and after a frame that its samples depend on."""
-    smallest_input: int
-    """The fewest mel frames that the network takes."""
-    end_reach: int
-    """Mel frames of an utterance's beginning or end that its outermost frame depends on, reflections included."""
+    receptive_field: ReceptiveField
+    """Mel frames that a frame's samples depend on."""
     edges: Edges
     """How the voice's own project treats the ends of an utterance."""
     provenance: Mapping[str, str]
@@ -114,10 +109,6 @@ class Manifest:
         for name in ("parameters", "flop_per_second"):
             if type(value := getattr(self, name)) not in (int, float) or not 0 <= value < 1e18:
                 raise BundleError(f"{name} is {value!r}; it is a number, 0 if it is not known.")
-        counts = {"smallest_input": (self.smallest_input,), "end_reach": (self.end_reach,), "receptive_field": self.receptive_field}
-        for name, values in counts.items():
-            if wrong := [value for value in values if type(value) is not int or not 0 <= value <= MAX_FRAMES]:
-                raise BundleError(f"{name} is {wrong[0]!r}; it is a number of frames, at most {MAX_FRAMES}.")
         names = [entry.file for entry in self.artifacts]
         if len(set(names)) != len(names):
             raise BundleError(f"it lists a file twice: {sorted(names)}.")
@@ -149,13 +140,13 @@ class Manifest:
         try:
             spec = MelSpec.from_dict(values.pop("spec"))
             artifacts = tuple(Artifact(**entry) for entry in values.pop("artifacts"))
-            left, right = values.pop("receptive_field")
+            field = ReceptiveField(**values.pop("receptive_field"))
             edges = Edges(**values.pop("edges"))
             given = values.pop("normalization", None)
             values["normalization"] = None if given is None else Normalization.from_dict(given)
             levels = values.pop("levels", None)
             values["levels"] = None if levels is None else Levels(**levels)
-            return cls(spec=spec, artifacts=artifacts, receptive_field=(left, right), edges=edges, **values)
+            return cls(spec=spec, artifacts=artifacts, receptive_field=field, edges=edges, **values)
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
             raise BundleError(f"{MANIFEST} is damaged: {error}") from error
 

@@ -28,7 +28,7 @@ def number(low: float = -math.inf, high: float = math.inf, *, above: bool = Fals
     def accepts(value: Any) -> bool:
         if type(value) not in (int, float) or not -math.inf < value < math.inf:
             return False
-        return (low < value if above else low <= value) and (value < high if below else value <= high)
+        return bool((low < value if above else low <= value) and (value < high if below else value <= high))
 
     bounds = [f"{'above' if above else 'at least'} {low:g}"] if low > -math.inf else []
     bounds += [f"{'below' if below else 'at most'} {high:g}"] if high < math.inf else []

@@ -24,7 +24,7 @@ from melrt.mel.arrays import on_gpu
 from melrt.mel.level_check import LevelCheck
 from melrt.mel.spec import MelSpec
 from melrt.planning.edges import Edges
-from melrt.planning.windows import Policy, ReceptiveField, Span, plan
+from melrt.planning.windows import Policy, Span, plan
 from melrt.scheduling.limits import Limits
 from melrt.scheduling.policy_tuning import recorded
 from melrt.scheduling.queue import RequestQueue
@@ -63,7 +63,7 @@ class Vocoder:
         self.backend = backend
         self.options = options or Options()
         manifest = bundle.manifest
-        self.field = ReceptiveField(*manifest.receptive_field, manifest.smallest_input, manifest.end_reach)
+        self.field = manifest.receptive_field
         self.policy = self.options.policy or recorded(bundle, backend) or backend.policy
         self.policy.check(self.field)
         self.inflight = RequestQueue(backend, self.policy, self.options.limits)
@@ -222,7 +222,7 @@ class Vocoder:
         return Request(extended, 0, windows, self._sound, time.monotonic() + self.options.limits.default_deadline)
 
     def _fewest(self) -> int:
-        return max(self.field.smallest - self.edges.left - self.edges.right, 1)
+        return max(self.field.smallest_input - self.edges.left - self.edges.right, 1)
 
     def _submitted(self, mels: Iterable[ArrayLike]) -> Iterator[Future[Audio]]:
         """A future for each utterance; the first refused one has its error, and is the last."""

@@ -12,7 +12,7 @@ from melrt.errors import CheckpointError
 from melrt_export.generator.config import GeneratorConfig
 from melrt_export.generator.mrf import MrfConfig
 from melrt_export.generator.network import Generator
-from melrt_export.generator.receptive_field import end_reach, receptive_field
+from melrt_export.generator.receptive_field import receptive_field
 from melrt_export.graph.deploy import deploy_graph
 
 # Summing in another order moves a sample by some 1e-6.
@@ -77,7 +77,8 @@ def test_interior_graph_is_exact_inside_its_context(config: GeneratorConfig, noi
     weights = random_weights(config)
     model = deploy_graph(config, weights, graph="interior")
     assert not [node.name for node in model.graph.node if node.op_type == "Pad"]
-    left, right = receptive_field(config)
+    field = receptive_field(config)
+    left, right = field.left, field.right
     mel = noise.standard_normal((2, config.in_channels, left + right + 5)).astype(np.float32)
     with torch.inference_mode():
         expected = torch_generator(config, weights)(torch.from_numpy(mel)).numpy()
@@ -122,13 +123,15 @@ def test_smallest_input_is_where_pytorch_begins_to_work() -> None:
     ],
 )
 def test_receptive_field_of_published_shapes(config: GeneratorConfig, expected: tuple[int, int]) -> None:
-    assert receptive_field(config) == expected
+    field = receptive_field(config)
+    assert (field.left, field.right) == expected
 
 
 @pytest.mark.parametrize("config", FAMILY.values(), ids=FAMILY.keys())
 def test_receptive_field_is_what_a_perturbed_frame_moves(config: GeneratorConfig) -> None:
     generator = torch_generator(config, random_weights(config)).double()
-    left, right = receptive_field(config)
+    field = receptive_field(config)
+    left, right = field.left, field.right
     frames, middle = 2 * (left + right) + 9, left + right + 4
     mel = torch.randn(1, config.in_channels, frames, dtype=torch.float64)
     moved = mel.clone()
@@ -145,7 +148,7 @@ def test_receptive_field_is_what_a_perturbed_frame_moves(config: GeneratorConfig
 def test_the_outermost_frame_depends_on_what_end_reach_says(config: GeneratorConfig) -> None:
     """Frames beyond it may be anything, or not there at all; the last of them matters, at one end at least."""
     generator = torch_generator(config, random_weights(config)).double()
-    reach = end_reach(config)
+    reach = receptive_field(config).end_reach
     short, frames = max(reach, config.smallest_input), 3 * reach + 9
     mel = torch.randn(1, config.in_channels, frames, dtype=torch.float64)
     matters = []

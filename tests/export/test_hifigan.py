@@ -121,12 +121,12 @@ def test_the_voice_gives_what_the_project_gives(tmp_path: Path, settings: dict[s
     half = settings in (V2, V3)  # the others are of the same two kinds, and PyTorch's half precision is slow on a CPU
     bundle = export_voice(tmp_path / "LJ", tmp_path / "voice.melrt", ExportOptions(("fp32", "fp16") if half else ("fp32",)))
     manifest = bundle.manifest
-    assert (manifest.name, manifest.spec.log, manifest.smallest_input) == ("LJ", "ln", 1)
+    assert (manifest.name, manifest.spec.log, manifest.receptive_field.smallest_input) == ("LJ", "ln", 1)
     assert manifest.parameters == sum(tensor.numel() for tensor in HifiGan(settings).parameters())
     halves = [artifact.quality["half_snr_db"] for artifact in manifest.artifacts if artifact.precision == "fp16"]
     assert len(halves) == 2 * half
     assert min(halves, default=999) >= FP16_MIN_SNR_DB
-    mel = probe_mel(manifest.spec, 3 * sum(manifest.receptive_field) + 7, seed=3)
+    mel = probe_mel(manifest.spec, 3 * manifest.receptive_field.context + 7, seed=3)
     with torch.inference_mode():
         expected = [net(torch.from_numpy(part)[None])[0, 0].numpy() for part in (mel, mel[:, :-3], mel[:, :1])]
     assert np.abs(expected[0]).max() > 0.05

@@ -49,7 +49,7 @@ def test_every_generator_and_every_way(family: tuple[Path, Checkpoint], policy: 
     path, checkpoint = family
     noise = np.random.default_rng(1)
     with Vocoder.load(path, options=Options(policy=policy)) as vocoder:
-        smallest = vocoder.field.smallest
+        smallest = vocoder.field.smallest_input
         mels = [noise.standard_normal((8, n)).astype(np.float32) for n in (smallest, smallest + 1, 17, 39, 40, 41, 80, 81, 203)]
         expected = [pytorch_audio(checkpoint, mel[None])[0] for mel in mels]
         assert np.abs(expected[-1]).max() > 0.05
@@ -161,7 +161,7 @@ def test_extended_ends_are_trimmed_and_aligned(tiny_bundle_path: Path, tiny_chec
     checkpoint = load_checkpoint(tiny_checkpoint)
     with Vocoder.load(tiny_bundle_path, options=Options(edges=edges, policy=POLICIES["even"])) as vocoder:
         for frames in (1, 30, 150):
-            if frames + edges.left + edges.right < vocoder.field.smallest:
+            if frames + edges.left + edges.right < vocoder.field.smallest_input:
                 continue
             mel = probe_mel(vocoder.spec, frames)
             extended = pytorch_audio(checkpoint, edges.extend(mel)[None])[0]

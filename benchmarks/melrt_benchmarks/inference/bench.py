@@ -128,7 +128,7 @@ def _latencies(
 ) -> tuple[list[Latency], dict[str, Timing]]:
     (running, skipped), (seconds, batch) = field, shape
     spec = bundle.manifest.spec
-    frames = max(round(seconds * spec.sample_rate / spec.hop), bundle.manifest.smallest_input)
+    frames = max(round(seconds * spec.sample_rate / spec.hop), bundle.manifest.receptive_field.smallest_input)
     mel = np.stack([probe_mel(spec, frames, seed) for seed in range(batch)])
     reference = pytorch_audio(source, mel) if source else _reference(bundle, mel)
     differences = {name: _difference(reference, output) for name, output in _outputs(running, skipped, mel)}
@@ -191,7 +191,7 @@ def _reference(bundle: Bundle, mel: NDArray[np.float32]) -> NDArray[np.float32]:
 def _throughputs(bundle: Bundle, running: list[Contender], callers: int, plan: Plan) -> Iterator[Throughput]:
     """So many callers at once, each with its own utterance of the first length, asking again as soon as it has its audio."""
     spec = bundle.manifest.spec
-    frames = max(round(plan.seconds[0] * spec.sample_rate / spec.hop), bundle.manifest.smallest_input)
+    frames = max(round(plan.seconds[0] * spec.sample_rate / spec.hop), bundle.manifest.receptive_field.smallest_input)
     mels = [probe_mel(spec, frames, seed)[None] for seed in range(callers)]
     audio = frames * spec.hop / spec.sample_rate
     for one in running:

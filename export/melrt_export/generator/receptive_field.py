@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+from melrt.planning.windows import ReceptiveField
 from melrt_export.generator.config import GeneratorConfig
 
 
-def receptive_field(config: GeneratorConfig) -> tuple[int, int]:
+def receptive_field(config: GeneratorConfig) -> ReceptiveField:
     """Mel frames before and after frame t that the samples of frame t, [t·hop, (t+1)·hop), depend on.
 
     Walks the network backwards with the first and last index that is needed at each layer; (6, 6) for the published generator,
@@ -33,10 +34,10 @@ def receptive_field(config: GeneratorConfig) -> tuple[int, int]:
         left = config.crop_before(scale)
         first, last = (first + left) // scale - 1, (last + left) // scale
     convolution(config.kernel_size, 1)
-    return -first, last
+    return ReceptiveField(-first, last, config.smallest_input, _end_reach(config))
 
 
-def end_reach(config: GeneratorConfig) -> int:
+def _end_reach(config: GeneratorConfig) -> int:
     """Mel frames of an utterance's beginning or end that its outermost frame depends on: what a short window there must hold.
 
     A reflection at any layer takes values from inside: frame 0 of a causal network, which sees nothing to its right, still depends on

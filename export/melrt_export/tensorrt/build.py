@@ -69,9 +69,11 @@ def build_unsaved_engine(bundle: Bundle, options: EngineOptions, on_progress: Pr
         MissingExtraError: Polygraphy or TensorRT is not installed.
     """
     source, onnx = network(bundle, options)
-    frames = options.frames or default_frames(options.graph, bundle.manifest.smallest_input)
-    if frames[0] < bundle.manifest.smallest_input:
-        raise EngineBuildError(f"frames start at {frames[0]}; this network takes at least {bundle.manifest.smallest_input}.")
+    frames = options.frames or default_frames(options.graph, bundle.manifest.receptive_field.smallest_input)
+    if frames[0] < bundle.manifest.receptive_field.smallest_input:
+        raise EngineBuildError(
+            f"frames start at {frames[0]}; this network takes at least {bundle.manifest.receptive_field.smallest_input}."
+        )
     flavor = _flavor(options.flavor)
     options.check_flavor(flavor)
     trt = importlib.import_module(flavor)

@@ -20,6 +20,7 @@ from melrt.backends.tensorrt.engine import Engine
 from melrt.backends.tensorrt.slot import ExecutionSlot
 from melrt.bundle import Artifact, Bundle
 from melrt.errors import EngineBuildError, MelrtError
+from melrt.planning.windows import ReceptiveField
 from melrt.system import find_gpu
 from melrt_export.graph.rewrites import CHOICES
 from melrt_export.tensorrt.build import BuiltEngine, build_unsaved_engine, network
@@ -67,7 +68,7 @@ def build_engines(
     window = ENGINE_WINDOW
     for options in wanted:
         if options.frames is None and options.graph == "edge":
-            options = replace(options, frames=default_frames("edge", bundle.manifest.smallest_input, window))
+            options = replace(options, frames=default_frames("edge", bundle.manifest.receptive_field.smallest_input, window))
         draft, trials = tune_engine(bundle, options, on_progress) if tune else (build_unsaved_engine(bundle, options, on_progress), [])
         if options.graph == "interior":
             window = draft.entry.target["profile"][1][2]
@@ -91,7 +92,9 @@ def tune_engine(bundle: Bundle, options: EngineOptions, on_progress: Progress = 
     """
     if not find_gpu():
         raise EngineBuildError("--tune times engines on the GPU that they are for, and there is none here; build without it.")
-    best = _Contestant(bundle, replace(options, frames=options.frames or default_frames(options.graph, bundle.manifest.smallest_input)))
+    best = _Contestant(
+        bundle, replace(options, frames=options.frames or default_frames(options.graph, bundle.manifest.receptive_field.smallest_input))
+    )
     best.prepare(on_progress)
     trials = [Trial(best.options, statistics.median(best.cost() for _ in range(ROUNDS)), "fastest")]
     tried = {best.network}
@@ -115,12 +118,12 @@ def tune_engine(bundle: Bundle, options: EngineOptions, on_progress: Progress = 
     return replace(best.draft, entry=replace(entry, target=target)), trials
 
 
-def _changes(options: EngineOptions, field: tuple[int, int]) -> Iterator[tuple[str, Any]]:
+def _changes(options: EngineOptions, field: ReceptiveField) -> Iterator[tuple[str, Any]]:
     """What is tried instead, one after the other."""
     for name, values in CHOICES.items():
         yield from ((name, value) for value in values[1:])
     if options.graph == "interior" and options.frames is None:
-        yield from (("frames", (window,) * 3) for window in WINDOWS if window > sum(field))
+        yield from (("frames", (window,) * 3) for window in WINDOWS if window > field.context)
 
 
 def _changed(options: EngineOptions, name: str, value: Any) -> EngineOptions:
@@ -157,7 +160,7 @@ class _Contestant:
         self._engine = Engine(self.draft.entry, self.draft.plan, manifest.spec.n_mels, gpu)
         self._lane = ExecutionSlot(device, {graph: self._engine}, manifest.spec.hop, int16=False)
         batch, bands, frames = self.draft.entry.target["profile"][1]
-        context = sum(manifest.receptive_field) if graph == "interior" else 0
+        context = manifest.receptive_field.context if graph == "interior" else 0
         self._kept: int = batch * (frames - context)
         self._lane.run(graph, np.random.default_rng(0).uniform(-4, 0, (batch, bands, frames)).astype(np.float32))
         self._ready = self._lane.ready(graph, batch, bands, frames)

@@ -55,7 +55,7 @@ def info(voice: Voice) -> None:
 def _facts(voice: Path, manifest: Manifest) -> Iterator[str]:
     """What the manifest says, one line each; its texts come from whoever made the bundle, and are shown as they are."""
     spec = manifest.spec
-    left, right = manifest.receptive_field
+    left, right = manifest.receptive_field.left, manifest.receptive_field.right
     ms = 1000 * spec.hop / spec.sample_rate
     yield f"{manifest.name}  ({voice})"
     yield f"mel            {spec.describe()}, {spec.framing} framing, floor {spec.floor:g}, n_fft {spec.n_fft}, window {spec.win_length}"
@@ -66,7 +66,7 @@ def _facts(voice: Path, manifest: Manifest) -> Iterator[str]:
     if manifest.levels is not None:
         kind = "normalized as in training" if manifest.levels.normalized else "of speech"
         yield f"levels         {manifest.levels.mean:.3g} ± {manifest.levels.deviation:.2g}, {kind}"
-    yield f"frame          {ms:.2f} ms; at least {manifest.smallest_input} frames"
+    yield f"frame          {ms:.2f} ms; at least {manifest.receptive_field.smallest_input} frames"
     yield f"receptive      {left} frames before, {right} after ({right * ms:.0f} ms look-ahead)"
     edges = manifest.edges
     if edges.left or edges.right:

@@ -12,33 +12,44 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from melrt.checks import check_fields, flag, whole
 from melrt.errors import BackendError
 
 GraphKind = Literal["edge", "interior"]
 
 # Sharing an utterance among workers shortens its latency and costs an overlap for each share: under a fifth from here on.
 LEAST_SHARE = 32
+# The widest published network sees 30 frames on either side.
+MAX_CONTEXT = 10_000
 # Of a policy's frames, batch and workers; beyond any use.
 MOST = 65_536
 
 
 @dataclass(frozen=True, slots=True)
 class ReceptiveField:
-    """What a network needs around a frame."""
+    """The mel frames around a frame that its samples depend on."""
 
     left: int
-    """Frames before it that its samples depend on."""
+    """Frames before it."""
     right: int
-    """Frames after it."""
-    smallest: int
-    """The fewest frames that the network takes at all."""
-    reach: int
-    """Frames of an utterance's beginning or end that its outermost frame depends on, reflections included."""
+    """Frames after it: the look-ahead."""
+    smallest_input: int
+    """Fewest frames that the network takes."""
+    end_reach: int
+    """Frames at an utterance's beginning or end that its outermost frame depends on, reflections included."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, dict.fromkeys(("left", "right", "smallest_input", "end_reach"), whole(0, MAX_CONTEXT)), "receptive field")
+
+    @property
+    def context(self) -> int:
+        """Frames on both sides together."""
+        return self.left + self.right
 
     @property
     def edge(self) -> int:
-        """The fewest frames of a window at an end of the utterance."""
-        return max(self.reach, self.smallest)
+        """Fewest frames of a window at an end of the utterance."""
+        return max(self.end_reach, self.smallest_input)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +66,12 @@ class Policy:
     """Runs at the same time."""
 
     def __post_init__(self) -> None:
-        for name in ("frames", "batch", "workers"):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= MOST:
-                raise BackendError(f"windows: {name} is {value!r}; it is a whole number from 1 to {MOST}.")
-        if type(self.static) is not bool:
-            raise BackendError(f"windows: static is {self.static!r}; it is true or false.")
+        counts = dict.fromkeys(("frames", "batch", "workers"), whole(1, MOST))
+        check_fields(self, {**counts, "static": flag()}, "window policy")
 
     def check(self, field: ReceptiveField) -> None:
         """Raise BackendError if a window of this length would keep nothing of this network's output."""
-        least = max(field.left + field.right + 1, field.edge)
+        least = max(field.context + 1, field.edge)
         if self.frames < least:
             raise BackendError(
                 f"windows of {self.frames} frames leave nothing beside this voice's context of {field.left} + {field.right}; "

@@ -49,8 +49,8 @@ def tune(bundle: Bundle, backend: Backend, rounds: int = 7, on_trial: Callable[[
         BackendError: No candidate is longer than this voice's context.
     """
     manifest = bundle.manifest
-    field = ReceptiveField(*manifest.receptive_field, manifest.smallest_input, manifest.end_reach)
-    candidates = [policy for policy in backend.candidates if policy.frames > max(field.left + field.right, field.edge)]
+    field = manifest.receptive_field
+    candidates = [policy for policy in backend.candidates if policy.frames > max(field.context, field.edge)]
     if not candidates:
         raise BackendError(f"{backend.name} has no window longer than this voice's context of {field.left} + {field.right} frames.")
     seconds: dict[Policy, list[float]] = {policy: [] for policy in candidates}

@@ -146,9 +146,9 @@ class Stream:
             self._stop = self._received
             if self._received:
                 self._hold(self._edges.after(self._frames))
-        if 0 < self._received < self._synthesis.field.smallest:
+        if 0 < self._received < self._synthesis.field.smallest_input:
             self._closed = True
-            raise self._synthesis.spec.too_short(self._received, self._synthesis.field.smallest)
+            raise self._synthesis.spec.too_short(self._received, self._synthesis.field.smallest_input)
         return self._request(self._stop, ended=True)
 
     def _check_open(self) -> None:

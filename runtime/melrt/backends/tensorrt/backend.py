@@ -92,7 +92,7 @@ class TensorRT:
         with self.lane() as lane:
             found = read_mel(mel, self._index, lane.stream)
             batch, bands, frames = found.shape
-            spec.check_shape((bands, frames), max(field.smallest - edges.left - edges.right, 1))
+            spec.check_shape((bands, frames), max(field.smallest_input - edges.left - edges.right, 1))
             samples = frames * spec.hop
             audio = make_audio(mel, (samples,) if len(mel.shape) == 2 else (batch, samples), lane.dtype)
             caller = self._stream(audio.stream)
