@@ -13,12 +13,13 @@ from melrt.bundle import MANIFEST, Artifact, Bundle, Manifest
 from melrt.errors import BundleError
 from melrt.mel.spec import MelSpec
 from melrt.planning.edges import Edges
+from melrt.planning.windows import ReceptiveField
 
 SPEC = MelSpec()
 
 
 def manifest() -> Manifest:
-    return Manifest("x", SPEC, {"channels": 4}, (6, 6), 4, 7, Edges(), {"source": "x.pt"})
+    return Manifest("x", SPEC, {"channels": 4}, ReceptiveField(6, 6, 4, 7), Edges(), {"source": "x.pt"})
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from melrt.errors import BackendError
+from melrt.errors import ConfigError
 from melrt.planning.windows import Policy, ReceptiveField, Span, Window, look_back, plan, ready
 
 
@@ -96,7 +96,7 @@ def test_the_published_generator() -> None:
 
 
 def test_windows_that_keep_nothing_are_refused() -> None:
-    with pytest.raises(BackendError, match=r"windows of 12 frames leave nothing.*at least 13"):
+    with pytest.raises(ConfigError, match=r"windows of 12 frames leave nothing.*at least 13"):
         Policy(12, static=True, batch=1, workers=1).check(ReceptiveField(6, 6, 4, 7))
-    with pytest.raises(BackendError, match="workers is 0"):
+    with pytest.raises(ConfigError, match="workers is 0"):
         Policy(64, static=True, batch=1, workers=0)

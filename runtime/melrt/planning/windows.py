@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from melrt.checks import check_fields, flag, whole
-from melrt.errors import BackendError
+from melrt.errors import ConfigError
 
 GraphKind = Literal["edge", "interior"]
 
@@ -70,10 +70,10 @@ class Policy:
         check_fields(self, {**counts, "static": flag()}, "window policy")
 
     def check(self, field: ReceptiveField) -> None:
-        """Raise BackendError if a window of this length would keep nothing of this network's output."""
+        """Raise ConfigError if a window of this length would keep nothing of this network's output."""
         least = max(field.context + 1, field.edge)
         if self.frames < least:
-            raise BackendError(
+            raise ConfigError(
                 f"windows of {self.frames} frames leave nothing beside this voice's context of {field.left} + {field.right}; "
                 f"take at least {least}."
             )
