@@ -1,10 +1,11 @@
-# make demo   a real checkpoint, exported, verified, speaking      make test   every test      make check   style, types, imports
+# make demo    export and verify the demo voice, synthesize a WAV
+# make test    run all tests          make check   style, types, import directions          make release   build and check the wheel
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TRITON := .triton
 
-.PHONY: demo test check triton clean
+.PHONY: demo test check triton release clean
 
 demo: $(VENV)/.installed
 	$(BIN)/melrt demo
@@ -32,6 +33,12 @@ $(TRITON)/.installed: Makefile
 	$(TRITON)/bin/python -m pip install -q --disable-pip-version-check -e . "numpy<2" onnxruntime
 	$(TRITON)/bin/python -m pip install -q --disable-pip-version-check --no-deps nvidia-pytriton==0.7.0
 	touch $@
+
+# Source distribution and wheel in dist/, and the wheel used in an empty environment.
+release: $(VENV)/.installed
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m pytest -q tests/test_release.py
 
 clean:
 	rm -rf $(VENV) $(TRITON) demo dist

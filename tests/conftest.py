@@ -1,138 +1,55 @@
-"""Voices for the tests: a tiny random one in a project's own layout, and the real one that ships with melrt."""
+"""Fixtures for every test. Nothing here needs PyTorch: tests/runtime runs where only the runtime is installed."""
 
 from __future__ import annotations
 
+import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
 
 from melrt.bundle import Bundle
-from melrt.mel.spec import MelSpec
-from melrt_export.assets import DEMO_VOICE
-from melrt_export.checkpoints import Checkpoint, native
-from melrt_export.export import ExportOptions, export_voice
-from melrt_export.generator.config import GeneratorConfig
 
 ROOT = Path(__file__).parents[1]
+DATA = ROOT / "tests" / "data"
 SHARED = ROOT.parent / "shared"
-NGF = 4
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of each test's own: none reads what another, or the user, left there."""
+    """An empty cache folder for each test, so that no test reads what another test or the user left."""
     monkeypatch.setenv("MELRT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
+    """The developers' folder of full-size checkpoints, trained voices and recordings. It is not part of the repository."""
     if not SHARED.is_dir():
-        pytest.skip("the team's folder of fixtures, voices and speech is not beside this checkout")
+        pytest.skip("needs the developers' folder ../shared (full-size checkpoints and recordings), which is not in the repository")
     return SHARED
 
 
-class PublishedBlock(nn.Module):
-    def __init__(self, channels: int, dilation: int) -> None:
-        super().__init__()
-        self.block = nn.Sequential(
-            nn.LeakyReLU(0.2),
-            nn.ReflectionPad1d(dilation),
-            nn.Conv1d(channels, channels, 3, dilation=dilation),
-            nn.LeakyReLU(0.2),
-            nn.Conv1d(channels, channels, 1),
-        )
-        self.shortcut = nn.Conv1d(channels, channels, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.shortcut(x) + self.block(x)
-
-
-class PublishedGenerator(nn.Module):
-    """The generator from PyTorch's own layers in melgan-neurips's order, independent of melrt's."""
-
-    def __init__(self, ngf: int = NGF, weight_norm=nn.utils.parametrizations.weight_norm) -> None:
-        super().__init__()
-        layers: list[nn.Module] = [nn.ReflectionPad1d(3), nn.Conv1d(80, 16 * ngf, 7)]
-        width = 16 * ngf
-        for scale in (8, 8, 2, 2):
-            layers += [nn.LeakyReLU(0.2), nn.ConvTranspose1d(width, width // 2, 2 * scale, scale, scale // 2)]
-            width //= 2
-            layers += [PublishedBlock(width, 3**j) for j in range(3)]
-        layers += [nn.LeakyReLU(0.2), nn.ReflectionPad1d(3), nn.Conv1d(width, 1, 7), nn.Tanh()]
-        self.model = nn.Sequential(*layers)
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d):
-                weight_norm(layer)
-
-    def forward(self, mel: torch.Tensor) -> torch.Tensor:
-        return self.model(mel)
-
-
 @pytest.fixture(scope="session")
-def make_voice() -> Callable[..., tuple[Path, Checkpoint]]:
-    """A bundle of a random small generator of any shape, by way of melrt's own checkpoint format."""
-    return random_voice
-
-
-def random_voice(config: GeneratorConfig, folder: Path, precisions: tuple[str, ...] = ("fp32",)) -> tuple[Path, Checkpoint]:
-    noise = np.random.default_rng(0)
-    weights = {}
-    for name, shape in config.tensors():
-        fan = 2 * shape[0] if "upsample" in name else int(np.prod(shape[1:]))
-        weights[name] = ((0.1 if name.endswith("bias") else 1 / np.sqrt(fan)) * noise.standard_normal(shape)).astype(np.float32)
-    rate = 500 * config.hop
-    spec = MelSpec(sample_rate=rate, n_fft=4 * config.hop, hop=config.hop, win_length=4 * config.hop, n_mels=8, f_max=rate / 2)
-    checkpoint = Checkpoint("x", "melrt", folder, "", config, weights, spec)
-    native.save(folder / "checkpoint", checkpoint)
-    return export_voice(folder / "checkpoint", folder / "x.melrt", ExportOptions(precisions=precisions)).path, checkpoint
-
-
-@pytest.fixture
-def published_class() -> type[PublishedGenerator]:
-    return PublishedGenerator
-
-
-@pytest.fixture(scope="session")
-def published() -> PublishedGenerator:
-    torch.manual_seed(0)
-    return PublishedGenerator().eval()
-
-
-@pytest.fixture(scope="session")
-def tiny_checkpoint(published: PublishedGenerator, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as melgan-neurips leaves it: weights with weight norm, and a dumped Namespace."""
-    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    folder.mkdir()
-    torch.save(published.state_dict(), folder / "best_netG.pt")
-    args = "!!python/object:argparse.Namespace\nn_mel_channels: 80\nngf: 4\nn_residual_layers: 3\n"
-    args += "save_path: !!python/object/apply:pathlib.PosixPath\n- logs\n- tiny\n"
-    (folder / "args.yml").write_text(args)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tiny_bundle_path(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("bundles") / "tiny.melrt"
-    export_voice(tiny_checkpoint, path)
-    return path
+def tiny_bundle_path() -> Path:
+    """The committed bundle, which tests must not change. The folders whose tests export replace this fixture (tests/torch_voices.py)."""
+    return DATA / "bundles" / "tiny.melrt"
 
 
 @pytest.fixture
 def tiny_bundle(tiny_bundle_path: Path, tmp_path: Path) -> Bundle:
-    """A copy that a test may damage."""
-    import shutil
-
+    """A copy of the tiny bundle that a test may change."""
     return Bundle.open(shutil.copytree(tiny_bundle_path, tmp_path / "tiny.melrt"))
 
 
 @pytest.fixture(scope="session")
 def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The demo voice, exported."""
+    pytest.importorskip("torch", reason="exporting the demo voice needs the extra `export`")
+    from melrt_export.assets import DEMO_VOICE
+    from melrt_export.export import export_voice
+
     return export_voice(DEMO_VOICE, tmp_path_factory.mktemp("demo") / "lj.melrt")
 
 
@@ -143,7 +60,7 @@ def noise() -> np.random.Generator:
 
 @pytest.fixture
 def melrt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run the command line in this process: (exit code, what it printed, what it complained of)."""
+    """Return a function that runs the command line in this process and returns its exit code, stdout and stderr."""
     from melrt.cli.main import main
 
     def run(*arguments: object) -> tuple[int, str, str]:

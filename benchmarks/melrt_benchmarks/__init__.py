@@ -1,1 +1,1 @@
-"""Benchmarks: how fast a voice is, against the ways in which it would run without melrt."""
+"""Benchmarks: the speed of a voice in melrt and in the ways to run it without melrt."""

@@ -16,80 +16,90 @@ from rich.table import Table
 
 from melrt.errors import MelrtError
 from melrt.files.atomic import atomic_write
-from melrt_benchmarks.measure.progress import steps
+from melrt_benchmarks.measure.progress import show_steps
 
 if TYPE_CHECKING:
+    from melrt_benchmarks.inference.bench import BenchPlan
     from melrt_benchmarks.report.results import Report
 
 console = Console(highlight=False)
-# Lengths in seconds that memory is measured at: in windows, and in one run over the whole.
+# Seconds of audio that memory is measured at: in windows, and in one run over the whole utterance.
 MEMORY = {"windows": (30.0, 1800.0), "whole": (30.0, 60.0, 120.0)}
 
 
 def bench(
     voice: Annotated[Path | None, typer.Argument(metavar="VOICE.melrt", help="The bundle.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="What it was exported from, for PyTorch and the plain export.")] = None,
-    precisions: Annotated[str, typer.Option(help="Of melrt, comma-separated: fp32, tf32, fp16, int8.")] = "fp32",
-    backends: Annotated[str, typer.Option(help="Of melrt, comma-separated: onnxruntime, tensorrt.")] = "onnxruntime",
-    seconds: Annotated[str, typer.Option(help="Lengths of audio, comma-separated.")] = "1,4,10",
-    batch: Annotated[str, typer.Option(help="Utterances in one call, comma-separated.")] = "1",
-    concurrency: Annotated[str, typer.Option(help="Callers at once, comma-separated; none: not measured.")] = "",
-    only: Annotated[str, typer.Option(help="Run only contenders whose name holds one of these, comma-separated.")] = "",
-    rounds: Annotated[int, typer.Option(help="Counted rounds; each runs every contender once.")] = 15,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of every contender; default: all cores.")] = None,
-    streams: Annotated[bool, typer.Option("--streams", help="Also find how many real-time streams are held (minutes).")] = False,
-    memory: Annotated[bool, typer.Option("--memory", help="Also measure peak memory against length (minutes).")] = False,
-    profile: Annotated[bool, typer.Option("--profile/--no-profile", help="Time each operation against its own limit.")] = True,
-    start_up: Annotated[bool, typer.Option("--start-up/--no-start-up", help="Time starts, each in a process of its own.")] = True,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
-    html_file: Annotated[Path | None, typer.Option("--html", help="Write a report with pictures here, one file.")] = None,
-    pictures: Annotated[Path | None, typer.Option("--pictures", help="Write the pictures here, a folder of PNGs.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Its checkpoint. PyTorch, plain ONNX, OpenVINO and others need it.")] = None,
+    precisions: Annotated[str, typer.Option(help="Precisions of melrt, comma-separated: fp32, tf32, fp16, int8.")] = "fp32",
+    backends: Annotated[str, typer.Option(help="Backends of melrt, comma-separated: onnxruntime, tensorrt.")] = "onnxruntime",
+    seconds: Annotated[str, typer.Option(help="Lengths of audio in seconds, comma-separated.")] = "1,4,10",
+    batch: Annotated[str, typer.Option(help="Numbers of utterances in one call, comma-separated.")] = "1",
+    concurrency: Annotated[str, typer.Option(help="Numbers of concurrent callers, comma-separated. Default: not measured.")] = "",
+    only: Annotated[str, typer.Option(help="Run only contenders whose name contains one of these, comma-separated.")] = "",
+    rounds: Annotated[int, typer.Option(help="Counted rounds, at least 3. Each round runs every contender once.")] = 15,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of every contender. Default: all cores.")] = None,
+    streams: Annotated[bool, typer.Option("--streams", help="Also find how many real-time streams run at once (minutes).")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Also measure peak memory by length (minutes).")] = False,
+    profile: Annotated[bool, typer.Option("--profile/--no-profile", help="Time each operation and compare it with its limit.")] = True,
+    start_up: Annotated[bool, typer.Option("--start-up/--no-start-up", help="Time start-ups, each in a fresh process.")] = True,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    html_file: Annotated[Path | None, typer.Option("--html", help="Write a report with plots to this file.")] = None,
+    pictures: Annotated[Path | None, typer.Option("--pictures", help="Write the plots to this folder, as PNG.")] = None,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(metavar="OLD NEW", help="Compare two JSON files instead of measuring.")
     ] = None,
 ) -> None:
-    """Time a voice against PyTorch, a plain ONNX export and others: one interleaved run, medians, outputs checked.
+    """Time a voice in melrt, PyTorch, a plain ONNX export and others, interleaved on the same mels, and check every output.
 
-    `melrt bench voice.melrt --checkpoint best_netG.pt --html report.html` tells most. The real-time factor is compute time over audio time;
-    its inverse is how many times faster than real time. `melrt bench --compare old.json new.json` says what became faster or slower, and
-    exits with 1 if anything became slower or wrong; so does a run in which an output is wrong.
+    Begin with `melrt bench voice.melrt --checkpoint best_netG.pt --html report.html`. Later,
+    `melrt bench --compare old.json new.json` shows what became faster or slower.
+    The exit code is 1 if an output is wrong, or if the comparison finds a contender that became slower or wrong.
     """
     if compare is not None:
         raise typer.Exit(_compare(*compare))
     if voice is None:
         raise MelrtError("give a VOICE.melrt to measure, or --compare OLD.json NEW.json.")
-    from melrt_benchmarks.inference.bench import Plan, run_bench
+    from melrt_benchmarks.inference.bench import BenchPlan
 
-    with steps() as tell:
-        plan = Plan(
-            voice, checkpoint, _words(precisions), _words(backends), _numbers("seconds", seconds, float), _numbers("batch", batch, int),
-            _numbers("concurrency", concurrency, int), rounds, threads or len(os.sched_getaffinity(0)), _words(only), profile, start_up,
-            " ".join(["melrt", *sys.argv[1:]]), tell,
-        )  # fmt: skip
-        report = run_bench(plan)
-        if streams:
-            report = replace(report, streams=_measure_streams(voice, plan.threads, tell))
-        if memory:
-            report = replace(report, memory=_measure_memory(voice, tell))
+    plan = BenchPlan(
+        voice, checkpoint, _words(precisions), _words(backends), _numbers("seconds", seconds, float), _numbers("batch", batch, int),
+        _numbers("concurrency", concurrency, int), rounds, threads or len(os.sched_getaffinity(0)), _words(only), profile, start_up,
+        " ".join(["melrt", *sys.argv[1:]]),
+    )  # fmt: skip
+    report = _measure(plan, streams=streams, memory=memory)
     _show(report)
     _write(report, json_file, html_file, pictures)
     if not all(row.correct for row in report.latencies):
         raise typer.Exit(1)
 
 
-def _measure_streams(voice: Path, threads: int, tell: Callable[[str], None]) -> tuple[dict[str, Any], ...]:
-    from melrt_benchmarks.inference.streams import Load, most_streams
+def _measure(plan: BenchPlan, *, streams: bool, memory: bool) -> Report:
+    from melrt_benchmarks.inference.bench import run_bench
 
-    return tuple(most_streams(str(voice), Load(), threads=threads, on_step=tell))
+    with show_steps(plan.steps + streams + memory) as steps:
+        report = run_bench(plan, steps)
+        if streams:
+            steps("counting real-time streams")
+            report = replace(report, streams=_measure_streams(plan.voice, plan.threads, steps.detail))
+        if memory:
+            steps("measuring memory")
+            report = replace(report, memory=_measure_memory(plan.voice, steps.detail))
+    return report
 
 
-def _measure_memory(voice: Path, tell: Callable[[str], None]) -> tuple[dict[str, Any], ...]:
+def _measure_streams(voice: Path, threads: int, on_step: Callable[[str], None]) -> tuple[dict[str, Any], ...]:
+    from melrt_benchmarks.inference.streams import StreamLoad, measure_capacity
+
+    return tuple(measure_capacity(str(voice), StreamLoad(), threads=threads, on_step=on_step))
+
+
+def _measure_memory(voice: Path, on_step: Callable[[str], None]) -> tuple[dict[str, Any], ...]:
     from melrt_benchmarks.inference.memory import peak_memory
 
     rows = []
     for kind, lengths in MEMORY.items():
         for seconds in lengths:
-            tell(f"memory of {seconds:g} s, {kind}")
+            on_step(f"memory of {seconds:g} s of audio, {kind}")
             rows.append({"seconds": seconds, "kind": kind, "peak_mib": round(peak_memory(voice, seconds, whole=kind == "whole"), 1)})
     return tuple(rows)
 
@@ -97,47 +107,69 @@ def _measure_memory(voice: Path, tell: Callable[[str], None]) -> tuple[dict[str,
 def _write(report: Report, json_file: Path | None, html_file: Path | None, pictures: Path | None) -> None:
     if json_file:
         report.save(json_file)
+        _say(f"Wrote {json_file}. Compare it with a later run: melrt bench --compare {json_file} NEW.json")
     if html_file:
         from melrt_benchmarks.report.html import write_html
 
         write_html(report, html_file)
+        _say(f"Wrote {html_file}. Open it in a browser; it needs no network.")
     if pictures:
-        from melrt_benchmarks.report.plots import draw
+        from melrt_benchmarks.report.plots import draw_plots
 
         pictures.mkdir(parents=True, exist_ok=True)
-        for title, picture in draw(report).items():
+        plots = draw_plots(report)
+        for title, plot in plots.items():
             with atomic_write(pictures / f"{title.split(',')[0].lower().replace(' ', '-')}.png") as temporary:
-                temporary.write_bytes(picture)
+                temporary.write_bytes(plot)
+        _say(f"Wrote {len(plots)} plots to {pictures}.")
+    if not (json_file or html_file or pictures):
+        _say("Nothing was written. Add --html report.html for a report, --json figures.json to compare runs.")
 
 
 def _show(report: Report) -> None:
     for seconds, batch in dict.fromkeys((row.seconds, row.batch) for row in report.latencies):
-        title = f"{seconds:.2f} s of audio" + (f", {batch} at once" if batch > 1 else "")
-        table = _table(title, "contender", "p50 ms", "p90 ms", "RTF", "x real time", "x first", "max abs")
-        for row in report.latencies:
-            if (row.seconds, row.batch) == (seconds, batch):
-                wrong = "" if row.correct else " [bold red]WRONG[/]"
-                table.add_row(
-                    row.contender, f"{row.p50_ms:.1f}", f"{row.p90_ms:.1f}", f"{row.real_time_factor:.4f}", f"{row.times_real_time:.1f}",
-                    f"{row.speedup[0]:.2f}", f"{row.max_abs:.0e}{wrong}",
-                )  # fmt: skip
-        console.print(table)
-    console.print("RTF: compute time over audio time, and its inverse; x first: times as fast as the first, median of the rounds.")
+        console.print(_latency_table(report, seconds, batch))
+    _say("RTF, the real-time factor, is compute time divided by audio time; x real time is its inverse.")
+    _say("The speedup is over the first contender, as the median of the rounds.")
     if report.throughputs:
-        table = _table("several callers at once", "contender", "callers", "x real time", "p50 ms", "p99 ms")
-        for load in report.throughputs:
-            table.add_row(load.contender, str(load.concurrency), f"{load.times_real_time:.1f}", f"{load.p50_ms:.0f}", f"{load.p99_ms:.0f}")
+        table = _table("concurrent callers", "contender", "callers", "x real time", "p50 ms", "p99 ms")
+        for row in report.throughputs:
+            table.add_row(row.contender, str(row.concurrency), f"{row.times_real_time:.1f}", f"{row.p50_ms:.0f}", f"{row.p99_ms:.0f}")
         console.print(table)
-    for one in report.skipped:
-        console.print(f"not run: {one.contender}: {one.reason}", markup=False)
+    _show_memory_and_streams(report)
+    if report.skipped:
+        console.print("\n[bold yellow]Contenders that did not run:[/]")
+    for skipped in report.skipped:
+        _say(f"  {skipped.contender}: {skipped.reason}")
     record = report.environment
-    console.print(f"{record['cpu']}, {record['threads']} threads, {report.rounds} rounds, load {record['load_1min']}", markup=False)
+    _say(f"\n{record['cpu']}, {record['threads']} threads, {report.rounds} rounds, load average {record['load_1min']}.")
     if report.noise:
-        console.print(report.noise, markup=False)
+        console.print(report.noise, markup=False, soft_wrap=True, style="yellow")
+
+
+def _show_memory_and_streams(report: Report) -> None:
+    for row in report.memory:
+        _say(f"Peak memory for {row['seconds']:g} s of audio, {row['kind']}: {row['peak_mib']:.0f} MiB.")
+    sustained: dict[bool, int] = {row["shared_queue"]: row["streams"] for row in report.streams if row["sustained"]}
+    if report.streams:
+        _say(f"Real-time streams sustained: {sustained.get(True, 0)} in the shared queue, {sustained.get(False, 0)} in separate threads.")
+
+
+def _latency_table(report: Report, seconds: float, batch: int) -> Table:
+    title = f"{seconds:.2f} s of audio" + (f", batch {batch}" if batch > 1 else "")
+    table = _table(title, "contender", "p50 ms", "p90 ms", "RTF", "x real time", "speedup", "max abs")
+    for row in report.latencies:
+        if (row.seconds, row.batch) == (seconds, batch):
+            wrong = "" if row.correct else " [bold red]WRONG[/]"
+            table.add_row(
+                row.contender, f"{row.p50_ms:.1f}", f"{row.p90_ms:.1f}", f"{row.real_time_factor:.4f}", f"{row.times_real_time:.1f}",
+                f"{row.speedup[0]:.2f}", f"{row.max_abs:.0e}{wrong}",
+            )  # fmt: skip
+    return table
 
 
 def _table(title: str, first: str, *heads: str) -> Table:
-    """Texts on the left and numbers on the right, narrow enough for 80 columns."""
+    """Return a table with text on the left and numbers on the right, narrow enough for 80 columns."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0), pad_edge=False)
     table.add_column(first)
     for head in heads:
@@ -145,7 +177,12 @@ def _table(title: str, first: str, *heads: str) -> Table:
     return table
 
 
+def _say(text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)
+
+
 def _compare(old: Path, new: Path) -> int:
+    """Show the comparison and return the exit code."""
     from melrt_benchmarks.report.compare import compare
     from melrt_benchmarks.report.results import Report
 
@@ -157,6 +194,7 @@ def _compare(old: Path, new: Path) -> int:
         table.add_row(change.contender, f"{change.seconds:.2f}", str(change.batch), "" if change.ratio is None else f"{change.ratio:.3f}",
                       f"[bold red]{change.verdict}[/]" if bad else change.verdict)  # fmt: skip
     console.print(table)
+    _say(f"{worse} rows became slower or wrong." if worse else "No row became slower or wrong.")
     return 1 if worse else 0
 
 
@@ -168,4 +206,4 @@ def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, .
     try:
         return tuple(kind(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise MelrtError(f"--{option} is {text!r}; it is numbers with commas between, as in 1,4,10.") from None
+        raise MelrtError(f"--{option} is {text!r}; it must be numbers separated by commas, such as 1,4,10.") from None

@@ -1,1 +1,1 @@
-"""INT8 calibration: which layers, with which scales, by measured quality and time."""
+"""INT8 calibration: choose layers and scales by measured quality and measured time."""

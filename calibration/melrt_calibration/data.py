@@ -1,180 +1,183 @@
-"""Calibration data: real speech, checked, split into what is observed and what is held out, sampled over loud, quiet and silent windows."""
+"""Calibration data: speech that is checked, divided into an observed and a held-out part, and sampled by loudness."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from melrt.bundle import Manifest
+from melrt.checks import check_fields, number, optional, whole
 from melrt.errors import CalibrationError
+from melrt.files.audio import read_audio
 from melrt.files.mels import read_mel
+from melrt.mel.features import mel_from_audio
 from melrt.mel.level_check import LevelCheck
 from melrt.mel.spec import MelSpec
+from melrt.types import FloatAudio, Mel
 from melrt_calibration.metrics import silent_frames
-from melrt_export.audio_features import mel_from_audio, read_audio
 
 logger = logging.getLogger(__name__)
-Frames = NDArray[np.float32]
 
-AUDIO = (".wav", ".flac")
-MELS = (".npy", ".npz", ".pt")
-# Scales settle within a few tens of seconds of speech; a judgement of 1 % of the log-mel error needs some sentences too.
-LEAST_SECONDS = 10.0
-FEW_SECONDS = 60.0
-# Utterances are cut into pieces of at most so many seconds, so that one long recording can be split too.
+AUDIO_SUFFIXES = (".wav", ".flac")
+MEL_SUFFIXES = (".npy", ".npz", ".pt")
+# Scales settle within a few tens of seconds of speech. To measure 1 % of the log-mel error takes some sentences as well.
+MIN_SECONDS = 10.0
+RECOMMENDED_SECONDS = 60.0
+# Utterances are cut into pieces of at most this length, so that one long recording can be divided as well.
 PIECE_SECONDS = 10.0
-HELD_OUT = 0.2
-# Frames of an observed window, and the shares of windows by loudness.
-WINDOW = 64
-SHARES = {"loud": 0.5, "quiet": 0.25, "silent": 0.25}
+HELD_OUT_SHARE = 0.2
+# Frames of an observed window, and the share of windows for each loudness.
+WINDOW_FRAMES = 64
+WINDOW_SHARES = {"loud": 0.5, "quiet": 0.25, "silent": 0.25}
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some seconds of one file."""
+    """Part of one file, at most 10 s."""
 
     name: str
-    mel: Frames
-    """(M, T)."""
+    mel: Mel
+    """Log-mel frames, (M, T)."""
 
     @property
     def digest(self) -> bytes:
-        """Tells whether two pieces are the same."""
+        """SHA-256 of the frames; equal for pieces with the same content."""
         return hashlib.sha256(self.mel.tobytes()).digest()
 
 
 @dataclass(frozen=True, slots=True)
-class Data:
-    """What calibration works on."""
+class CalibrationData:
+    """Speech for one calibration."""
 
-    windows: tuple[Frames, ...]
-    """Observed, (M, WINDOW) each or shorter."""
+    windows: tuple[Mel, ...]
+    """Observed windows, (M, 64) each or shorter."""
     held_out: tuple[Piece, ...]
-    """Judged by; none of it is observed."""
+    """Pieces for measuring quality. Nothing of them is observed."""
     seconds: float
-    """In all."""
+    """Duration of all pieces in seconds."""
     kinds: dict[str, int]
     """Number of windows by loudness."""
     digests: frozenset[bytes]
-    """Of every piece, observed or held out."""
+    """Digests of all pieces, observed and held out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How windows are taken."""
+    """Settings of the calibration data."""
 
     windows: int = 96
-    """Observed windows of 64 frames."""
+    """Number of observed windows of 64 frames, from 8 to 10000."""
     seed: int = 0
-    """Of the split and of the windows' places: the same seed gives the same data."""
+    """Seed of the division and of the windows' positions; the same seed gives the same data."""
     peak: float | None = None
-    """Scale each recording to this peak, as its training did; None leaves it as it is."""
+    """Peak to which each recording is scaled, as in the voice's training; 1 is full scale, None leaves recordings unchanged."""
 
     def __post_init__(self) -> None:
-        if not 8 <= self.windows <= 10_000:
-            raise CalibrationError(f"windows is {self.windows}; it lies between 8 and 10000.")
-        if self.seed < 0:
-            raise CalibrationError(f"seed is {self.seed}; it is 0 or above.")
-        if self.peak is not None and not 0 < self.peak <= 1:
-            raise CalibrationError(f"peak is {self.peak}; it lies above 0 and at most at 1, full scale.")
+        check_fields(self, {"windows": whole(8, 10_000), "seed": whole(0, 2**63 - 1)}, "calibration data", CalibrationError)
+        rule = optional(number(0, 1, above=True))
+        check_fields(self, {"peak": rule}, "calibration data, where a peak of 1 is full scale", CalibrationError)
 
 
-def load(paths: Sequence[Path], manifest: Manifest, sampling: Sampling, on_step: Callable[[], None] = lambda: None) -> Data:
-    """Read, check, split and sample.
+def load_data(paths: Sequence[Path], manifest: Manifest, sampling: Sampling) -> CalibrationData:
+    """Read speech, check it, hold a fifth of it out, and sample windows from the remaining pieces.
 
     Args:
-        paths: Audio, mels, or folders of them.
-        manifest: Of the voice: its convention and levels.
-        sampling: How.
-        on_step: Called after each file.
+        paths: Recordings, mels, or folders of them.
+        manifest: Manifest of the voice, with its mel convention and levels.
+        sampling: Settings of the windows.
 
     Raises:
-        CalibrationError: No file, too little speech, all silence, another convention, too low a rate.
-        MelError: A mel that this voice cannot take.
-        AudioError: A file that is no audio.
+        CalibrationError: There is no file or too little speech, all of it is silent, or it has another convention or too low a rate.
+        MelError: The voice cannot take a mel.
+        AudioError: A file cannot be read as audio.
     """
-    pieces = read(paths, manifest, sampling.peak, on_step)
+    pieces = read_pieces(paths, manifest, sampling.peak)
     spec = manifest.spec
-    seconds = sum(p.mel.shape[1] for p in pieces) * spec.hop / spec.sample_rate
-    if seconds < LEAST_SECONDS or len(pieces) < 2:
-        raise CalibrationError(f"{seconds:.1f} s of speech in {len(pieces)} piece(s); at least {LEAST_SECONDS:g} s in 2 are needed.")
-    if seconds < FEW_SECONDS:
-        logger.warning("only %.0f s of speech: scales will do, but a quality budget is judged on a fifth of it; give a minute", seconds)
+    seconds = sum(piece.mel.shape[1] for piece in pieces) * spec.hop / spec.sample_rate
+    if seconds < MIN_SECONDS or len(pieces) < 2:
+        raise CalibrationError(
+            f"The speech has {seconds:.1f} s in {len(pieces)} piece(s); at least {MIN_SECONDS:g} s in 2 are needed. Give more recordings."
+        )
+    if seconds < RECOMMENDED_SECONDS:
+        logger.warning(
+            "The speech has only %.0f s. That is enough for the scales, but quality is measured on a fifth of it; give at least a minute.",
+            seconds,
+        )
     order = np.random.default_rng(sampling.seed).permutation(len(pieces))
-    count = max(1, round(HELD_OUT * len(pieces)))
+    count = max(1, round(HELD_OUT_SHARE * len(pieces)))
     held_out = tuple(pieces[i] for i in sorted(order[:count]))
-    windows, kinds = _windows([pieces[i] for i in sorted(order[count:])], spec, sampling)
-    return Data(windows, held_out, seconds, kinds, frozenset(piece.digest for piece in pieces))
+    windows, kinds = _sample_windows([pieces[i] for i in sorted(order[count:])], spec, sampling)
+    return CalibrationData(windows, held_out, seconds, kinds, frozenset(piece.digest for piece in pieces))
 
 
-def read(paths: Sequence[Path], manifest: Manifest, peak: float | None, on_step: Callable[[], None] = lambda: None) -> list[Piece]:
-    """Every file's frames in pieces, each file checked; the same content twice counts once."""
-    seen: dict[bytes, Path] = {}
+def read_pieces(paths: Sequence[Path], manifest: Manifest, peak: float | None) -> list[Piece]:
+    """Read and check every file and cut it into pieces; a file with the same content as an earlier one is skipped."""
+    first_path: dict[bytes, Path] = {}
     pieces: list[Piece] = []
-    for path in files(paths):
-        mel = _checked(path, manifest, peak)
+    for path in _files(paths):
+        mel = _checked_mel(path, manifest, peak)
         digest = hashlib.sha256(mel.tobytes()).digest()
-        if digest in seen:
-            logger.warning("%s is the same as %s; counted once", path, seen[digest])
+        if digest in first_path:
+            logger.warning("%s has the same content as %s and is skipped.", path, first_path[digest])
         elif silent_frames(mel, manifest.spec).all():
-            logger.warning("%s is all silence; left out", path)
+            logger.warning("%s is silent throughout and is skipped.", path)
         else:
             pieces.extend(_cut(path, mel, manifest))
-        seen.setdefault(digest, path)
-        on_step()
+        first_path.setdefault(digest, path)
     if not pieces:
-        raise CalibrationError("every file is silence: scales of silence would clip speech. Give recordings of the voice speaking.")
+        raise CalibrationError(
+            "Every file is silent throughout. Scales that are chosen on silence would clip speech; give recordings of the voice's speech."
+        )
     return pieces
 
 
-def files(paths: Sequence[Path]) -> list[Path]:
-    """The files, and those in the folders."""
+def _files(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if not path.is_dir():
             found.append(path)
             continue
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in (*AUDIO, *MELS))
-        if not inside:
-            raise CalibrationError(f"{path} holds no audio or mel ({', '.join((*AUDIO, *MELS))}).")
-        found.extend(inside)
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in (*AUDIO_SUFFIXES, *MEL_SUFFIXES))
+        if not files:
+            raise CalibrationError(f"{path} holds no audio or mel file ({', '.join((*AUDIO_SUFFIXES, *MEL_SUFFIXES))}).")
+        found.extend(files)
     if not found:
-        raise CalibrationError("no calibration data; give recordings (.wav, .flac) or mels (.npy) of the voice speaking.")
+        raise CalibrationError("There is no calibration data; give recordings (.wav, .flac) or mels (.npy) of the voice's speech.")
     return found
 
 
-def _checked(path: Path, manifest: Manifest, peak: float | None) -> Frames:
+def _checked_mel(path: Path, manifest: Manifest, peak: float | None) -> Mel:
     spec = manifest.spec
-    recorded = path.suffix.lower() in AUDIO and path.is_file()
-    mel = mel_from_audio(_recording(path, spec, peak), spec) if recorded else read_mel(path, spec)
+    is_audio = path.suffix.lower() in AUDIO_SUFFIXES and path.is_file()
+    mel = mel_from_audio(_recording(path, spec, peak), spec) if is_audio else read_mel(path, spec)
     frames = spec.check(mel, manifest.receptive_field.smallest_input)
-    if complaint := LevelCheck(spec, manifest.levels, manifest.normalization).judge(frames):
-        raise CalibrationError(f"{path}: {complaint}")
+    if warning := LevelCheck(spec, manifest.levels, manifest.normalization).warning(frames):
+        raise CalibrationError(f"{path}: {warning}")
     return frames
 
 
-def _recording(path: Path, spec: MelSpec, peak: float | None) -> NDArray[np.float32]:
+def _recording(path: Path, spec: MelSpec, peak: float | None) -> FloatAudio:
     import soundfile
 
-    audio = read_audio(path, spec.sample_rate)  # complains of what is no audio
+    audio = read_audio(path, spec.sample_rate)  # raises AudioError if the file is not audio
     rate = soundfile.info(path).samplerate
     if rate < spec.sample_rate:
         raise CalibrationError(
-            f"{path} has {rate} Hz; this voice has {spec.sample_rate} Hz, and what lies above {rate / 2:g} Hz is missing."
+            f"{path} has {rate} Hz; this voice has {spec.sample_rate} Hz, and everything above {rate / 2:g} Hz is missing. "
+            "Give recordings with at least the voice's sample rate."
         )
     if not np.isfinite(audio).all():
-        raise CalibrationError(f"{path} holds samples that are not finite.")
+        raise CalibrationError(f"{path} holds samples that are not finite; give another recording.")
     loudest = float(np.abs(audio).max())
     return audio * np.float32(peak / loudest) if peak and loudest else audio
 
 
-def _cut(path: Path, mel: Frames, manifest: Manifest) -> list[Piece]:
+def _cut(path: Path, mel: Mel, manifest: Manifest) -> list[Piece]:
     longest = int(PIECE_SECONDS * manifest.spec.sample_rate / manifest.spec.hop)
     count = -(-mel.shape[1] // longest)
     parts = np.array_split(mel, count, axis=1)
@@ -183,23 +186,23 @@ def _cut(path: Path, mel: Frames, manifest: Manifest) -> list[Piece]:
     return [Piece(f"{path.stem} {i + 1}/{count}", np.ascontiguousarray(part)) for i, part in enumerate(parts)]
 
 
-def _windows(pieces: Sequence[Piece], spec: MelSpec, sampling: Sampling) -> tuple[tuple[Frames, ...], dict[str, int]]:
-    """Windows by loudness: silence is where the hiss of rounding is heard, and a random choice would hold little of it."""
+def _sample_windows(pieces: Sequence[Piece], spec: MelSpec, sampling: Sampling) -> tuple[tuple[Mel, ...], dict[str, int]]:
+    """Sample windows by loudness: rounding noise is audible in silence, of which a uniform sample would hold little."""
     noise = np.random.default_rng(sampling.seed)
-    all_windows = [
-        np.ascontiguousarray(p.mel[:, at : at + WINDOW])
-        for p in pieces
-        for at in range(0, max(p.mel.shape[1] - WINDOW, 0) + 1, WINDOW // 4)
+    windows = [
+        np.ascontiguousarray(piece.mel[:, at : at + WINDOW_FRAMES])
+        for piece in pieces
+        for at in range(0, max(piece.mel.shape[1] - WINDOW_FRAMES, 0) + 1, WINDOW_FRAMES // 4)
     ]
-    silence = np.array([silent_frames(w, spec).mean() for w in all_windows])
-    level = np.array([w.mean() for w in all_windows])
+    silence = np.array([silent_frames(window, spec).mean() for window in windows])
+    level = np.array([window.mean() for window in windows])
     silent = silence >= max(0.25, float(np.quantile(silence, 0.9)))
     loud = ~silent & (level >= np.median(level))
     groups = {"loud": np.flatnonzero(loud), "quiet": np.flatnonzero(~silent & ~loud), "silent": np.flatnonzero(silent)}
     chosen: list[int] = []
     kinds = {}
     for kind, group in groups.items():
-        picked = noise.permutation(group)[: round(SHARES[kind] * sampling.windows)]
+        picked = noise.permutation(group)[: round(WINDOW_SHARES[kind] * sampling.windows)]
         kinds[kind] = len(picked)
         chosen.extend(int(i) for i in picked)
-    return tuple(all_windows[i] for i in chosen), kinds
+    return tuple(windows[i] for i in chosen), kinds

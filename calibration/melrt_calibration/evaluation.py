@@ -1,87 +1,114 @@
-"""The judge: what a graph's synthesis of held-out speech is worth."""
+"""Evaluation of a graph on speech, the quality budget, and the decision whether INT8 pays."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 from melrt.backends.onnxruntime import OnnxModel
+from melrt.checks import check_fields, number
 from melrt.errors import CalibrationError
 from melrt.mel.spec import MelSpec
+from melrt.types import FloatAudio
 from melrt_calibration.data import Piece
 from melrt_calibration.metrics import mel_distance, silence_energy
 
-Audio = NDArray[np.float32]
 T = TypeVar("T")
+# Smallest speedup that counts: two runs of one graph can differ by less.
+MIN_SPEEDUP = 1.05
 
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """Of one graph on all held-out speech."""
+    """Quality of one graph on all pieces of an evaluator."""
 
     log_mel_error: float
-    """Against the recording, mean over pieces, in the convention's logarithm."""
+    """Log-mel error against the recordings in the convention's logarithm, mean over pieces."""
     silence_db: float
-    """Level where the recordings are silent, relative to full scale; NaN if they never are."""
+    """Level in dB of full scale where the recordings are silent; NaN if they never are."""
 
-    def above(self, reference: Quality) -> float:
-        """By which share the log-mel error is above the reference's."""
+    def error_increase(self, reference: Quality) -> float:
+        """Return the relative increase of the log-mel error over the reference's; 0.02 is 2 %."""
         return self.log_mel_error / reference.log_mel_error - 1
 
-    def louder(self, reference: Quality) -> float:
-        """By how many dB silence is louder; 0 where nothing is silent."""
+    def silence_increase(self, reference: Quality) -> float:
+        """Return the increase of the silence level over the reference's in dB; 0 if nothing is silent."""
         return float(np.nan_to_num(self.silence_db - reference.silence_db))
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How much quality may be given for speed."""
+    """Loss of quality that INT8 may cause."""
 
     log_mel: float = 0.02
-    """Share by which the log-mel error against the recording may be above FP32's."""
+    """Largest relative increase of the log-mel error over FP32's, from 0 to 10; 0.02 is 2 %."""
     silence_db: float = 1.0
-    """dB by which silence may be louder than FP32's."""
+    """Largest increase of the silence level over FP32's in dB, from 0 to 100."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.log_mel <= 10:
-            raise CalibrationError(f"budget is {self.log_mel}; it is a share of FP32's error from 0 to 10: 0.02 is 2 %.")
-        if not 0 <= self.silence_db <= 100:
-            raise CalibrationError(f"silence budget is {self.silence_db} dB; it lies between 0 and 100.")
+        rules = {"log_mel": number(0, 10), "silence_db": number(0, 100)}
+        check_fields(self, rules, "INT8 budget, where a log_mel of 0.02 is 2 % of FP32's error", CalibrationError)
 
-    def holds(self, quality: Quality, reference: Quality, share: float = 1.0) -> bool:
-        """Whether this is within the given share of the budget."""
-        return quality.above(reference) <= share * self.log_mel and quality.louder(reference) <= share * self.silence_db
+    def allows(self, quality: Quality, reference: Quality, share: float = 1.0) -> bool:
+        """Return whether the quality is within the given share of the budget."""
+        error, silence = quality.error_increase(reference), quality.silence_increase(reference)
+        return error <= share * self.log_mel and silence <= share * self.silence_db
 
 
 class Evaluator:
-    """Runs edge graphs over whole pieces, a piece per core."""
+    """Runs `edge` graphs over whole pieces, one piece per CPU core at a time."""
 
     def __init__(self, pieces: Sequence[Piece], spec: MelSpec) -> None:
         self.pieces = pieces
         self.spec = spec
 
     def quality(self, model: onnx.ModelProto) -> Quality:
-        """Of an `edge` graph."""
+        """Measure the quality of a graph."""
         rows = self._map(model, self._measure)
         silence, count = sum(row[1] for row in rows), sum(row[2] for row in rows)
         level = float(10 * np.log10(silence / count + 1e-20)) if count else float("nan")
         return Quality(float(np.mean([row[0] for row in rows])), level)
 
-    def audio(self, model: onnx.ModelProto) -> list[Audio]:
-        """Each piece's synthesis (N,)."""
+    def audio(self, model: onnx.ModelProto) -> list[FloatAudio]:
+        """Synthesize each piece, (N,) each."""
         return self._map(model, lambda piece, audio: audio)
 
-    def _measure(self, piece: Piece, audio: Audio) -> tuple[float, float, int]:
+    def _measure(self, piece: Piece, audio: FloatAudio) -> tuple[float, float, int]:
         return (mel_distance(piece.mel, audio, self.spec), *silence_energy(piece.mel, audio, self.spec))
 
-    def _map(self, model: onnx.ModelProto, of: Callable[[Piece, Audio], T]) -> list[T]:
+    def _map(self, model: onnx.ModelProto, function: Callable[[Piece, FloatAudio], T]) -> list[T]:
         session = OnnxModel(model.SerializeToString(), threads=1)
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            return list(pool.map(lambda piece: of(piece, session.run(piece.mel[None])[0]), self.pieces))
+            return list(pool.map(lambda piece: function(piece, session.run(piece.mel[None])[0]), self.pieces))
+
+
+def decide(qualities: Mapping[str, Quality], budget: Budget, speedup: float, *, found: bool) -> tuple[bool, str]:
+    """Decide whether INT8 pays.
+
+    Args:
+        qualities: Quality of `fp32` and `int8` on the evaluation speech.
+        budget: Allowed loss of quality.
+        speedup: FP32's time over INT8's.
+        found: Whether the search found a set of layers within the budget.
+
+    Returns:
+        The decision, and a sentence with its reason.
+    """
+    fp32, int8 = qualities["fp32"], qualities["int8"]
+    facts = (
+        f"{speedup:.2f} times FP32's speed on this CPU, log-mel error {100 * int8.error_increase(fp32):+z.1f} %, "
+        f"silence {int8.silence_increase(fp32):+z.1f} dB"
+    )
+    if not found:
+        return False, f"No set of INT8 layers is faster than FP32 within the budget. All layers in INT8: {facts}."
+    if speedup < MIN_SPEEDUP:
+        return False, f"INT8 does not pay on this machine: {facts}."
+    if not budget.allows(int8, fp32):
+        return False, f"INT8 exceeds the budget on the evaluation speech: {facts}."
+    return True, f"INT8 pays: {facts}."

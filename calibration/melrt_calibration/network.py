@@ -1,4 +1,4 @@
-"""A voice's network while it is being calibrated: its graphs, what flows through them, and INT8 graphs of any set of layers."""
+"""The network during calibration: its float graphs, the statistics of its layers, and INT8 graphs for any set of layers."""
 
 from __future__ import annotations
 
@@ -12,100 +12,105 @@ from onnx import numpy_helper
 
 from melrt.errors import CalibrationError
 from melrt.planning.windows import GraphKind
-from melrt_calibration.equalization import FILTER_BANK, equalized, equalizing_factors, planned_factors
-from melrt_calibration.qdq import Form, Repairs, quantized
+from melrt.types import Mel
+from melrt_calibration.equalization import FILTER_BANK, equalize_graph, equalizing_factors, planned_factors
+from melrt_calibration.qdq import Form, Repairs, insert_qdq
 from melrt_calibration.ranges import METHODS, weight_scales
 from melrt_calibration.statistics import Statistics, observe
-from melrt_export.int8_plan import SIGNED_MAX, LayerPlan, Plan
+from melrt_export.int8_plan import SIGNED_MAX, Int8Plan, LayerPlan
+
+GraphKey = tuple[GraphKind, Form]
+"""Kind of a graph, and the form of its INT8."""
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """Float graphs of one function, and the plan of all their layers."""
+    """Float graphs of one function, and a plan for all their layers."""
 
-    graphs: Mapping[tuple[GraphKind, Form], onnx.ModelProto]
-    """The bundle's graphs in float: float32 for `cpu`, float16 for `tensorrt`, which may be lacking."""
+    graphs: Mapping[GraphKey, onnx.ModelProto]
+    """Float graphs of the bundle: float32 for `cpu`, and float16 for `tensorrt` if the bundle has them."""
     statistics: Mapping[str, Statistics]
-    """Of the float32 edge graph."""
-    plan: Plan
-    """Every layer, were it in INT8."""
-    windows: Sequence[NDArray[np.float32]]
-    """What was observed, (M, T) each."""
+    """Statistics of the float32 edge graph, by layer."""
+    plan: Int8Plan
+    """Plan with every layer in INT8."""
+    windows: Sequence[Mel]
+    """Observed windows, (M, T) each."""
     repairs: Repairs = field(default_factory=Repairs)
+    """Corrections that INT8 graphs receive."""
 
     @classmethod
     def observed(
         cls,
-        graphs: Mapping[tuple[GraphKind, Form], onnx.ModelProto],
-        windows: Sequence[NDArray[np.float32]],
+        graphs: Mapping[GraphKey, onnx.ModelProto],
+        windows: Sequence[Mel],
         method: str = "mse",
-        on_step: Callable[[], None] = lambda: None,
+        on_window: Callable[[], None] = lambda: None,
     ) -> Network:
-        """Watch windows flow through the float32 edge graph and plan every layer."""
+        """Run windows through the float32 edge graph and plan every layer from its statistics."""
         edge = graphs["edge", "cpu"]
-        statistics = {k: v for k, v in observe(edge, windows, on_step).items() if k != FILTER_BANK}
-        return cls(graphs, statistics, _plan(edge, statistics, method), windows)
+        statistics = {name: value for name, value in observe(edge, windows, on_window).items() if name != FILTER_BANK}
+        return cls(graphs, statistics, _plan_layers(edge, statistics, method), windows)
 
     @classmethod
-    def planned(cls, graphs: Mapping[tuple[GraphKind, Form], onnx.ModelProto], plan: Plan) -> Network:
-        """Other weights for a plan: they take its ranges and its equalization as they are, and have scales of their own.
+    def planned(cls, graphs: Mapping[GraphKey, onnx.ModelProto], plan: Int8Plan) -> Network:
+        """Apply a plan to other weights: ranges and equalization are the plan's, weight scales are computed from the weights.
 
         Raises:
             CalibrationError: The plan is not for this network.
         """
         factors = planned_factors(plan, (node.name for node in graphs["edge", "cpu"].graph.node if node.op_type == "Conv"))
-        graphs = {key: equalized(graph, factors) for key, graph in graphs.items()}
-        layers = (replace(layer, weight_scales=_scales_of_the_largest(graphs["edge", "cpu"], layer.name)) for layer in plan.layers)
-        return cls(graphs, {}, Plan(tuple(layers), tuple(name for name in plan.repairs if name == "equalization")), ())
+        graphs = {key: equalize_graph(graph, factors) for key, graph in graphs.items()}
+        layers = (replace(layer, weight_scales=_largest_weight_scales(graphs["edge", "cpu"], layer.name)) for layer in plan.layers)
+        return cls(graphs, {}, Int8Plan(tuple(layers), tuple(name for name in plan.repairs if name == "equalization")), ())
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every convolution that could be in INT8."""
+        """Names of all convolutions that can be in INT8."""
         return self.plan.names
 
-    def equalized(self, powers: Mapping[str, float], method: str = "mse", on_step: Callable[[], None] = lambda: None) -> Network:
-        """The same function with its channels' ranges brought closer, observed anew."""
+    def equalized(self, powers: Mapping[str, float]) -> Network:
+        """Return the same function with equalized channels, with its statistics collected again."""
         factors = equalizing_factors(self.statistics, powers)
-        graphs = {key: equalized(graph, factors) for key, graph in self.graphs.items()}
-        network = Network.observed(graphs, self.windows, method, on_step)
+        graphs = {key: equalize_graph(graph, factors) for key, graph in self.graphs.items()}
+        network = Network.observed(graphs, self.windows)
         layers = (
-            replace(layer, input_factors=_told(factors[layer.name].input), output_factors=_told(factors[layer.name].output))
+            replace(layer, input_factors=_as_tuple(factors[layer.name].input), output_factors=_as_tuple(factors[layer.name].output))
             for layer in network.plan.layers
         )
-        return replace(network, plan=Plan(tuple(layers)))
+        return replace(network, plan=Int8Plan(tuple(layers)))
 
     def model(self, names: Iterable[str], graph: GraphKind = "edge", form: Form = "cpu") -> onnx.ModelProto:
-        """A graph with these layers in INT8; without any it is the float graph."""
-        return quantized(self.graphs[graph, form], self.plan.only(frozenset(names)), form, self.repairs)
-
-
-def _told(factors: NDArray[np.float64] | None) -> tuple[float, ...]:
-    return () if factors is None else tuple(map(float, factors))
-
-
-def _scales_of_the_largest(edge: onnx.ModelProto, name: str) -> tuple[float, ...]:
-    """As a training in INT8 rounds weights: each output channel's largest is the largest byte."""
-    rows = np.abs(weight_of(edge, name).astype(np.float64))
-    return tuple(float(scale) for scale in rows.reshape(len(rows), -1).max(axis=1).clip(1e-8) / SIGNED_MAX)
+        """Return a graph with these layers in INT8; with no layers it is the float graph."""
+        return insert_qdq(self.graphs[graph, form], self.plan.only(frozenset(names)), form, self.repairs)
 
 
 def weight_of(model: onnx.ModelProto, name: str) -> NDArray[np.float32]:
-    """A convolution's weight (C_out, C_in, 1, K).
+    """Return a convolution's weight (C_out, C_in, 1, K).
 
     Raises:
         CalibrationError: The graph has no such convolution.
     """
     node = next((n for n in model.graph.node if n.name == name and n.op_type == "Conv"), None)
     if node is None:
-        raise CalibrationError(f"the plan quantizes {name}, which is no convolution of this voice; calibrate it anew.")
+        raise CalibrationError(f"The plan quantizes {name}, but this voice has no convolution of that name; calibrate the voice again.")
     tensor = next(t for t in model.graph.initializer if t.name == node.input[1])
     return numpy_helper.to_array(tensor).astype(np.float32)
 
 
-def _plan(edge: onnx.ModelProto, statistics: Mapping[str, Statistics], method: str) -> Plan:
+def _plan_layers(edge: onnx.ModelProto, statistics: Mapping[str, Statistics], method: str) -> Int8Plan:
     choose = METHODS[method]
     layers = []
-    for name, one in statistics.items():
+    for name, layer in statistics.items():
         scales = tuple(float(s) for s in weight_scales(weight_of(edge, name)))
-        layers.append(LayerPlan(name, choose(one.input), choose(one.output), scales))
-    return Plan(tuple(layers))
+        layers.append(LayerPlan(name, choose(layer.input), choose(layer.output), scales))
+    return Int8Plan(tuple(layers))
+
+
+def _largest_weight_scales(edge: onnx.ModelProto, name: str) -> tuple[float, ...]:
+    """Return the scales of a training in INT8: the largest weight of each output channel becomes the largest byte."""
+    rows = np.abs(weight_of(edge, name).astype(np.float64))
+    return tuple(float(scale) for scale in rows.reshape(len(rows), -1).max(axis=1).clip(1e-8) / SIGNED_MAX)
+
+
+def _as_tuple(factors: NDArray[np.float64] | None) -> tuple[float, ...]:
+    return () if factors is None else tuple(map(float, factors))

@@ -1,80 +1,84 @@
-"""The report's pictures."""
+"""Plots of the report."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
+import matplotlib as mpl
+from matplotlib.figure import Figure
 
+from melrt.mel.features import mel_from_audio
 from melrt.mel.spec import MelSpec
-from melrt_calibration.search import front
-from melrt_export.audio_features import mel_from_audio
+from melrt.types import FloatAudio
+from melrt_calibration.search import LayerSet, pareto_front
 
 if TYPE_CHECKING:
-    from melrt_calibration.calibrate import Result
+    from melrt_calibration.calibrate import CalibrationResult
 
-BLUE, GREY, RED = "#3477b5", "#b8bec6", "#c0504d"
+BLUE, GRAY, RED = "#3477b5", "#b8bec6", "#c0504d"
+# Width in inches and sizes in points: at 420 px, the width of a phone, text of 12 points is 10 px high.
+WIDTH = 6.4
+FONT_SIZE = 12
+TICK_SIZE = 10
+SIZES: Any = {"font.size": FONT_SIZE, "axes.titlesize": FONT_SIZE, "xtick.labelsize": TICK_SIZE, "ytick.labelsize": TICK_SIZE}
 
 
-def sensitivity_bars(result: Result, budget: float) -> Any:
-    """What each convolution costs alone, and what leaving it in float gives back when all others are in INT8."""
-    reference = result.reference
-    figure, (left, right) = _figure(10, 0.6 + 0.2 * len(result.layers), 1, 2, sharey=True)
+@mpl.rc_context(SIZES)
+def sensitivity_bars(result: CalibrationResult, budget: float) -> Any:
+    """Draw the error that each convolution adds alone in INT8, and the error that it removes alone in float."""
+    reference, all_int8 = result.reference, result.all_int8.error_increase(result.reference)
+    figure, (left, right) = _figure(1.2 + 0.2 * len(result.layers), 1, 2, sharey=True)
     names = [row.name for row in result.layers]
-    colors = [BLUE if name in result.chosen.names else GREY for name in names]
-    left.barh(names, [100 * max(row.alone.above(reference), 1e-6) for row in result.layers], color=colors)
-    left.set(xlabel="alone in INT8: log-mel error above FP32, % (log scale)", xscale="log", xlim=(0.005, None))
+    colors = [BLUE if name in result.chosen.names else GRAY for name in names]
+    left.barh(names, [100 * max(row.alone.error_increase(reference), 1e-6) for row in result.layers], color=colors)
+    left.set(xlabel="error added\nalone in INT8, %", xscale="log", xlim=(0.005, None))
     left.axvline(100 * budget, color=RED, linewidth=0.8)
-    right.barh(names, [100 * row.but_this.above(reference) if row.but_this else 0 for row in result.layers], color=colors)
-    right.set(xlabel="all but this in INT8: above FP32, %")
+    right.barh(names, [100 * (all_int8 - row.leave_one_out.error_increase(reference)) for row in result.layers], color=colors)
+    right.set(xlabel="error removed\nalone in float, % points")
+    right.axvline(0, color=GRAY, linewidth=0.8)
     left.invert_yaxis()
-    for axis in (left, right):
-        axis.tick_params(axis="y", labelsize=7)
-    left.set_title("blue: chosen for INT8", fontsize=9, loc="left")
+    left.tick_params(axis="y", labelsize=TICK_SIZE - 1)
     return figure
 
 
-def pareto(result: Result) -> Any:
-    """Every measured set of layers, and those that no other beats."""
-    figure, axis = _figure(8, 4.2)
-    base = result.points[0].seconds
-    best = front(result.points)
-    axis.scatter(
-        [base / p.seconds for p in result.points], [_above(result, p) for p in result.points], s=14, color=GREY, label="measured sets"
-    )
-    axis.plot([base / p.seconds for p in best], [_above(result, p) for p in best], "o-", color=BLUE, markersize=4, label="Pareto front")
-    axis.scatter([base / result.chosen.seconds], [_above(result, result.chosen)], color=RED, zorder=3, label="chosen")
-    axis.set(xlabel="times FP32's speed (one window, one thread)", ylabel="log-mel error above FP32, %", yscale="symlog")
+@mpl.rc_context(SIZES)
+def pareto(result: CalibrationResult) -> Any:
+    """Draw every measured set of layers, and the sets that no other beats."""
+    figure, axis = _figure(4.6)
+    front = pareto_front(result.sets)
+
+    def points(sets: Sequence[LayerSet]) -> tuple[list[float], list[float]]:
+        base = result.sets[0].seconds
+        return [base / one.seconds for one in sets], [100 * one.quality.error_increase(result.reference) for one in sets]
+
+    axis.scatter(*points(result.sets), s=14, color=GRAY, label="measured sets")
+    axis.plot(*points(front), "o-", color=BLUE, markersize=4, label="Pareto front")
+    axis.scatter(*points([result.chosen]), color=RED, zorder=3, label="chosen")
+    axis.set(xlabel="times FP32's speed", ylabel="log-mel error above FP32, %", yscale="symlog")
     axis.yaxis.set_major_formatter("{x:.2g}")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=FONT_SIZE)
     return figure
 
 
-def spectrograms(audio: Sequence[NDArray[np.float32]], spec: MelSpec) -> Any:
-    """FP32, INT8, and their difference in the convention's unit."""
-    float_mel, made = (mel_from_audio(one, spec) for one in audio)
-    figure, axes = _figure(10, 6.5, 3, 1, sharex=True)
-    low, high = float(float_mel.min()), float(float_mel.max())
-    for axis, mel, title in zip(axes, (float_mel, made), ("FP32", "INT8"), strict=False):
-        picture = axis.imshow(mel, aspect="auto", origin="lower", cmap="magma", vmin=low, vmax=high)
-        axis.set_title(title, fontsize=9, loc="left")
-        figure.colorbar(picture, ax=axis)
-    picture = axes[2].imshow(made - float_mel, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-0.5, vmax=0.5)
-    figure.colorbar(picture, ax=axes[2])
-    axes[2].set_title("INT8 - FP32", fontsize=9, loc="left")
+@mpl.rc_context(SIZES)
+def spectrograms(audio: Sequence[FloatAudio], spec: MelSpec) -> Any:
+    """Draw the log-mels of FP32 and INT8, and their difference in the convention's unit."""
+    fp32, int8 = (mel_from_audio(one, spec) for one in audio)
+    figure, axes = _figure(6.5, 3, 1, sharex=True)
+    low, high = float(fp32.min()), float(fp32.max())
+    for axis, mel, title in zip(axes, (fp32, int8), ("FP32", "INT8"), strict=False):
+        image = axis.imshow(mel, aspect="auto", origin="lower", cmap="magma", vmin=low, vmax=high)
+        axis.set_title(title, loc="left")
+        figure.colorbar(image, ax=axis)
+    image = axes[2].imshow(int8 - fp32, aspect="auto", origin="lower", cmap="RdBu_r", vmin=-0.5, vmax=0.5)
+    figure.colorbar(image, ax=axes[2])
+    axes[2].set_title("INT8 - FP32", loc="left")
     axes[2].set(xlabel="frame", ylabel="mel band")
     return figure
 
 
-def _above(result: Result, point: Any) -> float:
-    return 100 * float(point.quality.above(result.reference))
-
-
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
+def _figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots(rows, columns, **options)

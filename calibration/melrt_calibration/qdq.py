@@ -1,9 +1,9 @@
-"""Q/DQ graphs from a plan: around the chosen convolutions only, in two forms.
+"""Q/DQ graphs: insert quantization around the convolutions of a plan, in one of two forms.
 
-- `cpu`: float32 between, unsigned activations with a zero point (half a bit better after a LeakyReLU, and what x86's
-  byte products take), bytes after the convolution too, since ONNX Runtime's QLinearConv gives nothing else, and an INT32 bias.
-- `tensorrt`: float16 between, strongly typed; signed activations, zero points 0, biases in floating point (an INT32 bias with
-  Q/DQ is refused by TensorRT's parser), nothing after the convolution: its epilogue gives float16 for the residual add.
+- `cpu`: float32 between the convolutions; unsigned activations with a zero point (half a bit more precise after a LeakyReLU, and the
+  operand type of x86's byte products); bytes after the convolution too, the only output of ONNX Runtime's QLinearConv; an INT32 bias.
+- `tensorrt`: float16 between the convolutions, strongly typed; signed activations with zero point 0; biases in floating point (TensorRT's
+  parser refuses an INT32 bias with Q/DQ); nothing after the convolution, so that its epilogue gives float16 for the residual sum.
 """
 
 from __future__ import annotations
@@ -18,44 +18,46 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from melrt.errors import CalibrationError
-from melrt_export.int8_plan import LayerPlan, Plan
+from melrt_export.int8_plan import Int8Plan, LayerPlan
 
 Form = Literal["cpu", "tensorrt"]
 
 
 @dataclass(frozen=True, slots=True)
 class Repairs:
-    """What is done to a graph beside rounding it."""
+    """Corrections of a graph in addition to its quantization."""
 
     bias_shifts: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
-    """Added to the biases (C_out,), by layer."""
+    """Values to add to the biases, (C_out,), by layer."""
 
 
-def quantized(model: onnx.ModelProto, plan: Plan, form: Form, repairs: Repairs | None = None) -> onnx.ModelProto:
-    """A deploy graph with Q/DQ around the plan's convolutions.
+def insert_qdq(model: onnx.ModelProto, plan: Int8Plan, form: Form, repairs: Repairs | None = None) -> onnx.ModelProto:
+    """Return a deploy graph with Q/DQ around the plan's convolutions.
 
     Args:
-        model: Of `deploy_graph`, float32 for `cpu`, float16 for `tensorrt`; it is not changed.
-        plan: Layers and scales.
-        form: For which engine.
+        model: Graph from `deploy_graph`, float32 for `cpu` and float16 for `tensorrt`; it is not changed.
+        plan: Layers and their scales.
+        form: Form of the graph.
         repairs: Corrected biases.
 
     Raises:
-        CalibrationError: The plan names a layer that this graph does not have, or has with other channels.
+        CalibrationError: The plan names a layer that this graph does not have, or has with another number of channels.
     """
-    wanted = {layer.name: layer for layer in plan.layers}
+    layers = {layer.name: layer for layer in plan.layers}
     convolutions = {node.name for node in model.graph.node if node.op_type == "Conv"}
-    if unknown := sorted(set(wanted) - convolutions):
-        raise CalibrationError(f"the plan quantizes {', '.join(unknown)}; the voice has {', '.join(sorted(convolutions))}.")
-    writer = _Writer(model, form, repairs or Repairs())
+    if unknown := sorted(set(layers) - convolutions):
+        raise CalibrationError(
+            f"The plan quantizes {', '.join(unknown)}, but the voice has only {', '.join(sorted(convolutions))}; calibrate the voice again."
+        )
+    writer = _GraphWriter(model, form, repairs or Repairs())
     for node in model.graph.node:
-        layer = wanted.get(node.name)
-        writer.nodes.extend([node] if layer is None else writer.around(node, layer))
+        layer = layers.get(node.name)
+        writer.nodes.extend([node] if layer is None else writer.quantized(node, layer))
     return writer.finish()
 
 
-class _Writer:
-    """Collects the new graph's nodes and constants."""
+class _GraphWriter:
+    """Collects the nodes and constants of the new graph."""
 
     def __init__(self, model: onnx.ModelProto, form: Form, repairs: Repairs) -> None:
         self.model = model
@@ -65,15 +67,18 @@ class _Writer:
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
         self.dtype = np.dtype(np.float32 if form == "cpu" else np.float16)
 
-    def around(self, node: onnx.NodeProto, layer: LayerPlan) -> list[onnx.NodeProto]:
-        """This convolution with its Q/DQ nodes."""
+    def quantized(self, node: onnx.NodeProto, layer: LayerPlan) -> list[onnx.NodeProto]:
+        """Return this convolution with its Q/DQ nodes."""
         name = layer.name
         weight = numpy_helper.to_array(self.constants[node.input[1]]).astype(np.float32)
         if len(layer.weight_scales) != len(weight):
-            raise CalibrationError(f"the plan has {len(layer.weight_scales)} scales for {name}, which has {len(weight)} output channels.")
+            raise CalibrationError(
+                f"The plan has {len(layer.weight_scales)} weight scales for {name}, which has {len(weight)} output channels; "
+                "calibrate the voice again."
+            )
         self._constant(node.input[1], layer.quantize(weight))
         w = self._dequantize(f"{name}.weight", node.input[1], np.array(layer.weight_scales), np.zeros(len(weight), np.int8), axis=0)
-        before, x = self._pair(f"{name}.input", node.input[0], *self._grid(layer, "input"))
+        before, x = self._pair(f"{name}.input", node.input[0], *self._scale_and_zero(layer, "input"))
         bias = [self._bias(node, layer)] if len(node.input) > 2 else []
         conv = onnx.NodeProto()
         conv.CopyFrom(node)
@@ -83,11 +88,10 @@ class _Writer:
         if self.form == "tensorrt":
             return [*before, w, *extra, conv]
         conv.output[0] = f"{name}.conv"
-        after, _ = self._pair(f"{name}.output", conv.output[0], *self._grid(layer, "output"), result=node.output[0])
+        after, _ = self._pair(f"{name}.output", conv.output[0], *self._scale_and_zero(layer, "output"), result=node.output[0])
         return [*before, w, *extra, conv, *after]
 
-    def _grid(self, layer: LayerPlan, side: str) -> tuple[float, NDArray[np.generic]]:
-        """Scale and zero point of an activation."""
+    def _scale_and_zero(self, layer: LayerPlan, side: str) -> tuple[float, NDArray[np.generic]]:
         values = layer.input if side == "input" else layer.output
         if self.form == "tensorrt":
             return values.symmetric_scale, np.array(0, np.int8)
@@ -95,7 +99,7 @@ class _Writer:
         return scale, np.array(zero, np.uint8)
 
     def _bias(self, node: onnx.NodeProto, layer: LayerPlan) -> onnx.NodeProto | str:
-        """The bias, corrected; in the CPU's form as INT32 with the product of the scales, exact to about 1e-6 of the output."""
+        """Return the corrected bias; for the CPU as INT32 with the product of the scales, exact to about 1e-6 of the output."""
         bias = numpy_helper.to_array(self.constants[node.input[2]]).astype(np.float32)
         bias = bias + self.repairs.bias_shifts.get(layer.name, np.float32(0))
         if self.form == "tensorrt":
@@ -121,11 +125,10 @@ class _Writer:
         return name
 
     def finish(self) -> onnx.ModelProto:
-        graph = self.model.graph
-        made = helper.make_graph(self.nodes, graph.name, graph.input, graph.output, list(self.constants.values()))
-        model = helper.make_model(
-            made, opset_imports=self.model.opset_import, ir_version=self.model.ir_version, producer_name=self.model.producer_name
-        )
-        helper.set_model_props(model, {p.key: p.value for p in self.model.metadata_props})
+        """Return the new model, checked."""
+        old = self.model
+        graph = helper.make_graph(self.nodes, old.graph.name, old.graph.input, old.graph.output, list(self.constants.values()))
+        model = helper.make_model(graph, opset_imports=old.opset_import, ir_version=old.ir_version, producer_name=old.producer_name)
+        helper.set_model_props(model, {p.key: p.value for p in old.metadata_props})
         onnx.checker.check_model(model, full_check=True)
         return model

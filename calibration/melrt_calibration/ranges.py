@@ -1,9 +1,9 @@
-"""Ranges from histograms, by four methods, and scales of weights. Each tensor takes the method that measures best.
+"""Ranges of activations from histograms, with four methods, and scales of weights. Each layer takes the method that measures best.
 
-- min-max: nothing is clipped.
-- percentile: all but 1 in 100,000 values (Wu et al. 2020, "Integer Quantization for Deep Learning Inference", 4.2: 99.999 %).
-- entropy: least Kullback-Leibler divergence of the quantized histogram (Migacz 2017, TensorRT's calibrator), over shares of the range.
-- mean-squared error: least squared error of rounding and clipping together, over clipped shares of the range.
+- min-max: clips nothing.
+- percentile: clips 1 in 100,000 values (Wu et al. 2020, "Integer Quantization for Deep Learning Inference", 4.2: 99.999 %).
+- entropy: minimizes the Kullback-Leibler divergence of the quantized histogram over shares of the range (Migacz 2017, TensorRT).
+- mean-squared error: minimizes the squared error of rounding and clipping together, over clipped shares of the range.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from melrt_calibration.statistics import Histogram
 from melrt_export.int8_plan import SIGNED_MAX, UNSIGNED_MAX, Range
 
 PERCENTILE = 99.999
-# Clipped shares of the range that are tried.
+# Shares of the full range that are tried.
 SHARES = np.linspace(1.0, 0.3, 36)
 
 
 def minmax(histogram: Histogram) -> Range:
-    """All that was seen."""
+    """Return the range of all observed values."""
     return _range(histogram.low, histogram.high, "minmax")
 
 
 def percentile(histogram: Histogram) -> Range:
-    """All but the outermost values, on each side."""
+    """Return the range without the outermost values on each side."""
     cumulated: NDArray[np.float64] = np.cumsum(histogram.counts) / histogram.counts.sum()
     tail = (100 - PERCENTILE) / 100
     edges = np.append(histogram.centers - histogram.width / 2, histogram.centers[-1] + histogram.width / 2)
@@ -36,14 +36,14 @@ def percentile(histogram: Histogram) -> Range:
 
 
 def mse(histogram: Histogram) -> Range:
-    """Least squared error, each end clipped on its own."""
+    """Return the range with the least squared error; each end is clipped separately."""
     low = min(SHARES, key=lambda share: rounding_error(histogram, _range(share * histogram.low, histogram.high, "mse")))
     high = min(SHARES, key=lambda share: rounding_error(histogram, _range(low * histogram.low, share * histogram.high, "mse")))
     return _range(low * histogram.low, high * histogram.high, "mse")
 
 
 def entropy(histogram: Histogram) -> Range:
-    """Least information lost."""
+    """Return the range with the least loss of information; both ends are clipped by the same share."""
     share = min(SHARES, key=lambda share: _divergence(histogram, _range(share * histogram.low, share * histogram.high, "entropy")))
     return _range(share * histogram.low, share * histogram.high, "entropy")
 
@@ -52,30 +52,30 @@ METHODS: dict[str, Callable[[Histogram], Range]] = {"minmax": minmax, "percentil
 
 
 def rounding_error(histogram: Histogram, chosen: Range) -> float:
-    """Mean squared error of this range on the values that were seen."""
+    """Return the mean squared error that rounding to this range causes on the observed values."""
     scale, zero = chosen.affine
-    bytes_ = np.clip(np.rint(histogram.centers / scale) + zero, 0, UNSIGNED_MAX)
-    error = (bytes_ - zero) * scale - histogram.centers
-    # inside a step the error is the step's own noise, which bins as wide as the step would hide
+    quantized = np.clip(np.rint(histogram.centers / scale) + zero, 0, UNSIGNED_MAX)
+    # The error is taken at the centers of the bins. It includes the rounding noise only because bins are narrower than a step.
+    error = (quantized - zero) * scale - histogram.centers
     return float((histogram.counts * error**2).sum() / histogram.counts.sum())
 
 
 def _divergence(histogram: Histogram, chosen: Range) -> float:
-    """Kullback-Leibler divergence of the histogram from what its bytes can tell of it, the clipped values on the outermost bins."""
+    """Return the Kullback-Leibler divergence of the histogram from its quantized form; clipped values fall into the outermost bins."""
     scale, zero = chosen.affine
     index = np.clip(np.rint(histogram.centers / scale) + zero, 0, UNSIGNED_MAX).astype(np.int64)
     seen = histogram.counts > 0
     inside = seen & (histogram.centers >= chosen.low) & (histogram.centers <= chosen.high)
     per_byte = np.bincount(index[inside], weights=histogram.counts[inside], minlength=UNSIGNED_MAX + 1)
     bins = np.bincount(index[inside], minlength=UNSIGNED_MAX + 1)
-    told = np.where(inside, (per_byte / np.maximum(bins, 1))[index], 0.0)
+    expected = np.where(inside, (per_byte / np.maximum(bins, 1))[index], 0.0)
     p = histogram.counts / histogram.counts.sum()
-    q = told / max(told.sum(), 1e-300)
+    q = expected / max(expected.sum(), 1e-300)
     return float((p[seen] * np.log(p[seen] / np.maximum(q[seen], 1e-12))).sum())
 
 
 def weight_scales(weight: NDArray[np.floating]) -> NDArray[np.float64]:
-    """A scale for each output channel: the clipped share of its largest weight with the least squared error."""
+    """Return a scale for each output channel, (C_out,): the clipped share of its largest weight with the least squared error."""
     rows = np.asarray(weight, np.float64).reshape(len(weight), -1)
     largest = np.maximum(np.abs(rows).max(axis=1), 1e-8)
     best, least = largest / SIGNED_MAX, np.full(len(rows), np.inf)

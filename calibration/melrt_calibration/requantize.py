@@ -1,88 +1,99 @@
-"""INT8 with weights that were trained in it. Layers and ranges are those of the bundle's plan.
+"""Requantization: give a voice's INT8 graphs weights that were trained in INT8. Layers and ranges remain those of the bundle's plan.
 
-In float such weights are not what they are in INT8: the bundle's float graphs keep their own, and are what INT8 is held against.
+Such weights are not usable in float. The bundle's float graphs therefore keep their own weights, and INT8 is compared with those graphs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from melrt.bundle import Bundle
 from melrt.errors import CalibrationError
 from melrt_calibration import timing
-from melrt_calibration.calibrate import FINAL_ROUNDS, PRECISIONS, SOURCES, Options, decide, float_graphs, write
-from melrt_calibration.data import read
-from melrt_calibration.evaluation import Evaluator, Quality
+from melrt_calibration.bundle_graphs import FLOAT_PRECISIONS, INT8_PRECISIONS, FloatGraphs, write_int8
+from melrt_calibration.calibrate import CalibrationOptions
+from melrt_calibration.data import read_pieces
+from melrt_calibration.evaluation import Evaluator, Quality, decide
 from melrt_calibration.network import Network
+from melrt_calibration.progress import OnProgress, Steps
 from melrt_export.checkpoints import Checkpoint, load_checkpoint
 from melrt_export.graph.deploy import deploy_graph
 from melrt_export.int8_plan import read_plan
 
+STEPS = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Requantized:
-    """What weights trained in INT8 are worth."""
+    """Result of a requantization."""
 
     names: tuple[str, ...]
-    """The layers in INT8."""
-    judged: dict[str, Quality]
-    """`fp32` is the bundle's, `int8` and, where made, `int8-fp16` have the trained weights."""
+    """Layers in INT8."""
+    evaluated: dict[str, Quality]
+    """Quality of the bundle's `fp32`, and of `int8` and, if it was made, `int8-fp16` with the trained weights."""
     speedup: float
-    """FP32's time over INT8's, one window on one thread."""
+    """FP32's time over INT8's time for one window on one thread."""
     verdict: str
+    """Sentence that says whether INT8 pays, and why."""
     written: bool
+    """Whether INT8 was written to the bundle."""
 
 
 def requantize(
-    bundle: Bundle, weights: Path, speech: Sequence[Path], options: Options, on_step: Callable[[str], None] = lambda _: None
+    bundle: Bundle, weights: Path, speech: Sequence[Path], options: CalibrationOptions, on_progress: OnProgress = lambda _: None
 ) -> Requantized:
-    """Give a calibrated voice's INT8 graphs weights that were trained with its plan; its plan says which layers, and with which ranges.
+    """Give a calibrated voice's INT8 graphs weights that were trained with its plan. The plan fixes the layers and their ranges.
 
     Args:
-        bundle: The voice that the training started from, with its INT8 plan and its float graphs.
-        weights: The checkpoint that the training left.
-        speech: To judge by; none of it should have been trained on.
-        options: Budget, against the bundle's FP32, and the recordings' peak.
-        on_step: Called with a few words as each step begins.
+        bundle: Voice that the training started from, with its INT8 plan and its float graphs.
+        weights: Checkpoint from that training.
+        speech: Speech for the evaluation, none of which should have been in the training.
+        options: Budget, relative to the bundle's FP32, and the peak of the recordings.
+        on_progress: Called as each step begins.
 
     Raises:
-        CalibrationError: The bundle has no plan or no FP32 graphs, or the checkpoint is of another architecture or convention.
+        CalibrationError: The bundle has no plan or no FP32 graphs, or the checkpoint has another architecture or mel convention.
         CheckpointError: The checkpoint cannot be read.
     """
-    on_step("reading the weights and the speech")
-    plan, (sources, floats) = read_plan(bundle), float_graphs(bundle)
-    checkpoint = _of_the_same_shape(load_checkpoint(weights), bundle)
-    network = Network.planned(
-        {(graph, form): deploy_graph(checkpoint.config, checkpoint.weights, SOURCES[form], graph) for graph, form in sources}, plan
-    )
-    judge = Evaluator(read(speech, bundle.manifest, options.sampling.peak), bundle.manifest.spec)
-    on_step("judging")
-    qualities = {"fp32": judge.quality(floats["edge", "cpu"])}
-    qualities |= {PRECISIONS[form]: judge.quality(network.model(plan.names, form=form)) for graph, form in sources if graph == "edge"}
-    on_step("timing")
-    mel = timing.window(max(judge.pieces, key=lambda piece: piece.mel.shape[1]).mel)
-    seconds = timing.seconds({"fp32": floats["interior", "cpu"], "int8": network.model(plan.names, "interior")}, mel, rounds=FINAL_ROUNDS)
-    speedup = float(np.median(seconds["fp32"] / seconds["int8"]))
+    steps = Steps(STEPS, on_progress)
+    steps.begin("reading the checkpoint and the speech")
+    plan, graphs = read_plan(bundle), FloatGraphs.read(bundle)
+    checkpoint = _load_matching(weights, bundle)
+    models = {
+        (graph, form): deploy_graph(checkpoint.config, checkpoint.weights, FLOAT_PRECISIONS[form], graph) for graph, form in graphs.entries
+    }
+    network = Network.planned(models, plan)
+    evaluator = Evaluator(read_pieces(speech, bundle.manifest, options.sampling.peak), bundle.manifest.spec)
+    steps.begin("evaluating INT8 against FP32")
+    qualities = {"fp32": evaluator.quality(graphs.models["edge", "cpu"])}
+    for graph, form in graphs.entries:
+        if graph == "edge":
+            qualities[INT8_PRECISIONS[form]] = evaluator.quality(network.model(plan.names, form=form))
+    steps.begin("timing INT8 against FP32")
+    window = timing.cut_window(max(evaluator.pieces, key=lambda piece: piece.mel.shape[1]).mel)
+    speedup = timing.measure_speedup(graphs.models["interior", "cpu"], network.model(plan.names, "interior"), window)
     pays, verdict = decide(qualities, options.budget, speedup, found=True)
     written = pays or options.force
+    steps.begin("writing the results")
     if written:
-        on_step("writing")
-        write(bundle, network, plan.names, qualities, sources, options.budget)
+        write_int8(bundle, network, plan.names, qualities, graphs.entries, options.budget)
     return Requantized(plan.names, qualities, speedup, verdict, written)
 
 
-def _of_the_same_shape(checkpoint: Checkpoint, bundle: Bundle) -> Checkpoint:
-    for what, mine, theirs in (
+def _load_matching(weights: Path, bundle: Bundle) -> Checkpoint:
+    """Load a checkpoint of the bundle's architecture and mel convention."""
+    checkpoint = load_checkpoint(weights)
+    for name, actual, expected in (
         ("architecture", checkpoint.config.to_dict(), dict(bundle.manifest.architecture)),
-        ("mel convention", checkpoint.spec, bundle.manifest.spec),
+        ("mel convention", checkpoint.spec.to_dict(), bundle.manifest.spec.to_dict()),
     ):
-        if mine != theirs:
+        if actual != expected:
+            keys = [key for key in {**expected, **actual} if actual.get(key) != expected.get(key)]
+            differences = "; ".join(f"{key} is {actual.get(key)}, not {expected.get(key)}" for key in keys)
             raise CalibrationError(
-                f"{checkpoint.source} has another {what} than {bundle.path}: {mine} against {theirs}. "
+                f"{checkpoint.source} has another {name} than {bundle.path}: {differences}. "
                 "Give the checkpoint of a training that started from this voice, with its plan under [quantization]."
             )
     return checkpoint

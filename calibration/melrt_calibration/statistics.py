@@ -1,4 +1,4 @@
-"""What flows through the network: streaming statistics of every convolution's input and output, memory bounded."""
+"""Streaming statistics: histograms of every convolution's input and output, in bounded memory."""
 
 from __future__ import annotations
 
@@ -11,42 +11,49 @@ import onnx
 from numpy.typing import NDArray
 
 from melrt.errors import CalibrationError
+from melrt.types import Mel
 
-Frames = NDArray[np.float32]
-# Bins of a histogram: 2048 as in ONNX Runtime's and TensorRT's calibrators; 16 of them for each step of a byte at first.
+# Bins on each side of zero: 2048, as in the calibrators of ONNX Runtime and TensorRT; 16 bins for each step of a byte at first.
 BINS = 2048
 
 
 @dataclass(slots=True)
 class Histogram:
-    """Values seen, in bins of one width around zero; the width doubles when a value lies outside, so memory stays as it is."""
+    """Counts of values in bins of equal width around zero. The width doubles for a value beyond the last bin, so memory is constant."""
 
     width: float = 0.0
+    """Width of a bin; 0 before the first value."""
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(2 * BINS, np.int64))
+    """Number of values in each bin, (2 * BINS,)."""
     low: float = 0.0
+    """Smallest value, at most 0."""
     high: float = 0.0
+    """Largest value, at least 0."""
 
     def add(self, values: NDArray[np.float32]) -> None:
         """Count these values.
 
         Raises:
-            CalibrationError: One is not finite.
+            CalibrationError: A value is not finite.
         """
         low, high = float(values.min()), float(values.max())
         if not (np.isfinite(low) and np.isfinite(high)):
-            raise CalibrationError("the network gives values that are not finite on this data: its weights or the mels are damaged.")
+            raise CalibrationError(
+                "The network's values are not finite on this speech, so its weights or the mels are damaged. "
+                "Check the voice with `melrt verify`, and compute the mels again."
+            )
         self.low, self.high = min(self.low, low), max(self.high, high)
-        reach = max(-low, high)
+        largest = max(-low, high)
         if not self.width:
-            self.width = max(reach, 1e-12) / BINS
-        while reach > self.width * BINS:
+            self.width = max(largest, 1e-12) / BINS
+        while largest > self.width * BINS:
             self._double()
         index = np.clip(np.floor(values.ravel() / np.float32(self.width)).astype(np.int64) + BINS, 0, 2 * BINS - 1)
         self.counts += np.bincount(index, minlength=2 * BINS)
 
     @property
     def centers(self) -> NDArray[np.float64]:
-        """Of the bins."""
+        """Centers of the bins, (2 * BINS,)."""
         return np.asarray((np.arange(-BINS, BINS) + 0.5) * self.width, np.float64)
 
     def _double(self) -> None:
@@ -58,39 +65,39 @@ class Histogram:
 
 @dataclass(slots=True)
 class Statistics:
-    """Of one convolution."""
+    """Statistics of one convolution."""
 
     input: Histogram = field(default_factory=Histogram)
     output: Histogram = field(default_factory=Histogram)
     peaks: NDArray[np.float64] | float = 0.0
-    """Largest magnitude of the input, by channel."""
+    """Largest magnitude of each input channel, (C,)."""
 
 
-def observe(model: onnx.ModelProto, windows: Iterable[Frames], on_step: Callable[[], None] = lambda: None) -> dict[str, Statistics]:
-    """Run windows through the float32 graph, one at a time, and count what each convolution takes and gives.
+def observe(model: onnx.ModelProto, windows: Iterable[Mel], on_window: Callable[[], None] = lambda: None) -> dict[str, Statistics]:
+    """Run windows through the float32 graph, one at a time, and count the inputs and outputs of each convolution.
 
     Args:
         model: The `edge` graph in float32.
-        windows: Mel frames (M, T) each.
-        on_step: Called after each window.
+        windows: Mel frames, (M, T) each.
+        on_window: Called after each window.
     """
     layers = {node.name: (node.input[0], node.output[0]) for node in model.graph.node if node.op_type == "Conv"}
-    names = sorted({tensor for pair in layers.values() for tensor in pair})
-    session = session_with_intermediates(model, names)
+    tensors = sorted({tensor for pair in layers.values() for tensor in pair})
+    session = session_with_intermediates(model, tensors)
     statistics = {name: Statistics() for name in layers}
     for window in windows:
-        values = dict(zip(names, session.run(names, {"mel": window[None]}), strict=True))
+        values = dict(zip(tensors, session.run(tensors, {"mel": window[None]}), strict=True))
         for name, (before, after) in layers.items():
-            one = statistics[name]
-            one.input.add(values[before])
-            one.output.add(values[after])
-            one.peaks = np.maximum(one.peaks, np.abs(values[before]).max(axis=(0, 2, 3)))
-        on_step()
+            layer = statistics[name]
+            layer.input.add(values[before])
+            layer.output.add(values[after])
+            layer.peaks = np.maximum(layer.peaks, np.abs(values[before]).max(axis=(0, 2, 3)))
+        on_window()
     return statistics
 
 
 def session_with_intermediates(model: onnx.ModelProto, names: Iterable[str]) -> Any:
-    """A session that gives these inner tensors too; without optimization, so that each is still there."""
+    """Open a session that can also return these inner tensors; optimization is off, since it would remove some of them."""
     import onnxruntime
 
     copy = onnx.ModelProto()

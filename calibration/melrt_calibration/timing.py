@@ -1,72 +1,54 @@
-"""Time: of whole graphs, in turn, one thread for a window as the runtime runs them; of single layers, by ONNX Runtime's profiler."""
+"""Timing on one thread: whole graphs, interleaved, for one window as the runtime cuts it; single kernels with ONNX Runtime's profiler."""
 
 from __future__ import annotations
 
-import json
-import tempfile
-import time
 from collections.abc import Mapping
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
+from melrt.backends.kernel_profile import profile_kernels
 from melrt.backends.onnxruntime import CPU_WINDOW, OnnxModel
+from melrt.timing import Timing, interleave
+from melrt.types import Mel
 
-# ONNX Runtime's threads spin for 20 to 50 ms after a run and would take the next one's core.
-SETTLE = 0.06
 ROUNDS = 7
+# Rounds of the comparison that decides whether INT8 pays.
+FINAL_ROUNDS = 15
 PROFILED_RUNS = 6
 
 
-def window(mel: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A window (1, M, T) as the CPU policy cuts it, from speech of any length."""
+def cut_window(mel: Mel) -> Mel:
+    """Return one window (1, M, T) of the CPU policy's length from the start of an utterance (M, T), repeated if it is shorter."""
     return np.ascontiguousarray(np.tile(mel, (1, -(-CPU_WINDOW // mel.shape[1])))[None, :, :CPU_WINDOW])
 
 
-def seconds(models: Mapping[str, onnx.ModelProto], mel: NDArray[np.float32], rounds: int = ROUNDS) -> dict[str, NDArray[np.float64]]:
-    """Seconds of one window on one thread, of each round; all graphs in turn."""
+def time_graphs(models: Mapping[str, onnx.ModelProto], window: Mel, rounds: int = ROUNDS) -> dict[str, Timing]:
+    """Time each graph on one window and one thread, interleaved."""
     sessions = {name: OnnxModel(model.SerializeToString(), threads=1) for name, model in models.items()}
-    taken: dict[str, list[float]] = {name: [] for name in models}
-    for session in sessions.values():
-        session.run(mel)
-    for _ in range(rounds):
-        for name, session in sessions.items():
-            time.sleep(SETTLE)
-            start = time.perf_counter()
-            session.run(mel)
-            taken[name].append(time.perf_counter() - start)
-    return {name: np.array(values) for name, values in taken.items()}
+    return interleave({name: partial(session.run, window) for name, session in sessions.items()}, rounds)
 
 
-def kernel_seconds(model: onnx.ModelProto, mel: NDArray[np.float32]) -> dict[str, float]:
-    """Seconds of each convolution's own kernel, by name; what its neighbors cost only a whole graph's time can tell."""
-    import onnxruntime
+def measure_speedup(fp32: onnx.ModelProto, int8: onnx.ModelProto, window: Mel) -> float:
+    """Return the median ratio of FP32's time to INT8's time."""
+    timings = time_graphs({"fp32": fp32, "int8": int8}, window, FINAL_ROUNDS)
+    return timings["fp32"].ratio_to(timings["int8"])[0]
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    options.enable_profiling = True
-    with tempfile.TemporaryDirectory() as folder:
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        for _ in range(PROFILED_RUNS):
-            session.run(None, {"mel": mel})
-        events = json.loads(Path(session.end_profiling()).read_text())
+
+def kernel_seconds(model: onnx.ModelProto, window: Mel) -> dict[str, float]:
+    """Return the mean seconds of each convolution's kernel, by name, without the conversions around it."""
     owners = _owners(model)
-    taken: dict[str, float] = {}
-    for event in events:
-        kernel = str(event.get("name", "")).removesuffix("_kernel_time")
-        if event.get("cat") == "Node" and event["args"].get("op_name") in ("Conv", "QLinearConv") and event["name"] != kernel:
-            owner = owners.get(kernel.partition("_token")[0].removesuffix("_nchwc"))
-            if owner:
-                taken[owner] = taken.get(owner, 0.0) + event["dur"] / 1e6 / PROFILED_RUNS
-    return taken
+    seconds: dict[str, float] = {}
+    for kernel in profile_kernels(model.SerializeToString(), window, PROFILED_RUNS):
+        owner = owners.get(kernel.origin)
+        if owner and kernel.kind in ("Conv", "QLinearConv"):
+            seconds[owner] = seconds.get(owner, 0.0) + float(kernel.seconds.mean())
+    return seconds
 
 
 def _owners(model: onnx.ModelProto) -> dict[str, str]:
-    """Convolutions by the names that the optimizer may give them: their own, their output's, or that of the activation they swallow."""
+    """Map every name that the optimizer may give a kernel to its convolution: the node, its output, or that of a fused activation."""
     by_input: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
         for name in node.input:

@@ -1,1 +1,1 @@
-"""The training side of melrt: reads checkpoints, builds and checks what the runtime executes. Only this package imports torch."""
+"""Reading and training of voices: this package reads checkpoints, exports and verifies bundles, and builds engines. It needs PyTorch."""

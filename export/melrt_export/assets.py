@@ -5,5 +5,5 @@ from __future__ import annotations
 from pathlib import Path
 
 DEMO_VOICE = Path(__file__).parent / "demo_voice"
-# Held out of the demo voice's training.
+# This recording was held out of the training of the demo voice.
 RECORDING = DEMO_VOICE / "LJ001-0032.wav"

@@ -1,199 +1,237 @@
-"""The commands that make and check artifacts: export, verify, build, mel, demo."""
+"""Commands that make and check voices and engines: export, verify, build, refit, demo."""
 
 from __future__ import annotations
 
+import shutil
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from melrt.bundle import Bundle
+from melrt.bundle import Artifact, Bundle
+from melrt.cli.progress import Steps
 from melrt.errors import EngineBuildError
-from melrt.files.atomic import atomic_write
 
 if TYPE_CHECKING:
-    from melrt_export.tensorrt.variant_search import Trial
+    from melrt_export.parity import VerifiedArtifact
+    from melrt_export.tensorrt.build import BuiltEngine
+    from melrt_export.tensorrt.options import EngineOptions
+    from melrt_export.tensorrt.variant_search import VariantTrial
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
-Voice = Annotated[Path, typer.Argument(metavar="VOICE.melrt", help="The bundle.")]
+Voice = Annotated[Path, typer.Argument(metavar="VOICE.melrt", help="The voice bundle.")]
 
 
 def export(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A checkpoint file, or the folder that it stands in.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A checkpoint file, or the folder that contains it.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="VOICE.melrt", help="The bundle to write.")],
-    precision: Annotated[list[str] | None, typer.Option(help="fp32 or fp16; give it twice for both. Default: both.")] = None,
-    name: Annotated[str | None, typer.Option(help="The voice's name; default: the checkpoint's.")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="fp32 or fp16. Give the option twice for both, the default.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the voice. The default is the checkpoint's name.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
 ) -> None:
-    """Export a checkpoint as a verified bundle: weight norm folded, ONNX in FP32 and FP16, each held against PyTorch.
+    """Export a checkpoint as a verified bundle with ONNX graphs in FP32 and FP16.
 
-    `melrt export runs/best_netG.pt -o voice.melrt` reads the `args.yml` beside the checkpoint, or tells the shape from the weights
-    where there is none. If a graph's output is not PyTorch's, nothing is written and the exit code is 1.
+    `melrt export runs/best_netG.pt -o voice.melrt` reads the config file next to the checkpoint. If there is none, it finds the shape of
+    the network from the weights. It folds weight norm and compares every graph with PyTorch. If a graph's output differs too much, it
+    writes nothing and the exit code is 1.
     """
     from melrt_export.export import PRECISIONS, ExportOptions, export_voice
 
-    options = ExportOptions(tuple(precision or PRECISIONS), name, force)  # type: ignore[arg-type]  # checked there
-    with _steps() as bar:
-        task = bar.add_task("export", total=None)
-        bundle = export_voice(source, out, options, lambda step: bar.update(task, description=step))
+    options = ExportOptions(tuple(precision or PRECISIONS), name, force)  # type: ignore[arg-type]  # ExportOptions checks them
+    with Steps(options.steps) as steps:
+        bundle = export_voice(source, out, options, steps)
+    _print(f'Exported the voice "{bundle.manifest.name}" to {out}. Each graph was compared with PyTorch:')
     for entry in bundle.find("onnx"):
-        quality = ", ".join(f"{key} {value:g}" for key, value in entry.quality.items())
-        console.print(f"{out / entry.file}  {entry.size / 1e6:.2f} MB  {quality}", markup=False)
+        _print(f"  {entry.file} ({entry.size / 1e6:.2f} MB) {_quality(entry)}.")
+    _print(f"Next: synthesize speech with `melrt synth {out} MEL.npy -o speech.wav`.")
+
+
+def _quality(entry: Artifact) -> str:
+    def difference(prefix: str) -> str:
+        return f"by at most {entry.quality[f'{prefix}max_abs']:.1e} of full scale (SNR {entry.quality[f'{prefix}snr_db']:.1f} dB)"
+
+    half = f"; if every layer rounds to FP16, as on a GPU, {difference('half_')}" if "half_snr_db" in entry.quality else ""
+    return f"differs {difference('')}{half}"
 
 
 def verify(
     voice: Voice,
-    checkpoint: Annotated[Path | None, typer.Option(help="Compare with this checkpoint in PyTorch, not with the stored output.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Compare with PyTorch's output for this checkpoint.")] = None,
 ) -> None:
-    """Check every file's hash and every model's output against PyTorch's; exit code 1 if one is out of tolerance.
+    """Check the hash of every file, and compare the output of every model with PyTorch's.
 
-    `melrt verify voice.melrt` compares with PyTorch's output that the export stored, and needs no torch;
-    with `--checkpoint best_netG.pt` PyTorch computes it anew.
+    `melrt verify voice.melrt` compares with the output that the export stored in the bundle, and does not need PyTorch. With
+    `--checkpoint best_netG.pt`, PyTorch computes it again. If a model is out of tolerance, the exit code is 1.
     """
     from melrt_export.checkpoints import load_checkpoint
-    from melrt_export.parity import verify as rows_of
+    from melrt_export.parity import verify as verify_bundle
 
     bundle = Bundle.open(voice)
-    table = Table("file", "precision", "max abs", "SNR dB", "limit", "")
-    failed = False
-    with _steps() as bar:
-        bar.add_task("verifying", total=None)
-        for row in rows_of(bundle, load_checkpoint(checkpoint) if checkpoint else None):
-            failed |= not row.passed
-            if row.difference is None:
-                table.add_row(escape(row.file), escape(row.precision), "-", "-", "-", "intact; runs on a GPU only")
-                continue
-            verdict = "[green]pass[/]" if row.passed else "[bold red]FAIL[/]"
-            difference = row.difference
-            table.add_row(
-                escape(row.file),
-                escape(row.precision),
-                f"{difference.max_abs:.1e}",
-                f"{difference.snr_db:.1f}",
-                row.limit,
-                verdict,
-            )
-    console.print(table)
-    if failed:
+    with Console(stderr=True).status("comparing every model with PyTorch"):
+        rows = list(verify_bundle(bundle, load_checkpoint(checkpoint) if checkpoint else None))
+    for row in rows:
+        console.print(_verify_line(row))
+    if any(row.difference and row.precision.startswith("int8") for row in rows):
+        _print(
+            "The SNR of INT8 graphs is measured on a synthetic probe, where it is lower than on speech. Their quality on speech is in the "
+            f"report of `melrt calibrate {voice} SPEECH --report report.html`."
+        )
+    if failed := [row.file for row in rows if not row.passed]:
+        _print(f"{', '.join(failed)} differ too much from PyTorch. Export the voice again and replace {voice}.")
         raise typer.Exit(1)
+    _print(f"Every file of {voice} is intact, and every model that runs on this machine is within its limit.")
+
+
+def _verify_line(row: VerifiedArtifact) -> str:
+    if row.difference is None:
+        return f"intact  {escape(row.file)}: it runs on a GPU only, so that its output was not compared."
+    result = "[green]pass[/]" if row.passed else "[bold red]FAIL[/]"
+    difference = f"largest difference {row.difference.max_abs:.1e} of full scale, SNR {row.difference.snr_db:.1f} dB"
+    return f"{result}    {escape(row.file)}: {difference}; limit: {row.limit}"
 
 
 def build(
     voice: Voice,
-    precision: Annotated[str, typer.Option(help="fp32, tf32, fp16, or int8 (after `melrt calibrate`).")] = "fp16",
-    flavor: Annotated[str, typer.Option(help="tensorrt, tensorrt_rtx, or auto: the first that is installed.")] = "auto",
-    portable: Annotated[bool, typer.Option("--portable/--this-gpu", help="tensorrt_rtx: for every GPU, or for this machine's.")] = True,
-    graph: Annotated[str, typer.Option(help="interior (windows of one length), edge (ends, short utterances), or both.")] = "both",
+    precision: Annotated[str, typer.Option(help="fp32, tf32, fp16, or int8. The last needs `melrt calibrate` first.")] = "fp16",
+    flavor: Annotated[str, typer.Option(help="tensorrt, tensorrt_rtx, or auto for the first that is installed.")] = "auto",
+    portable: Annotated[
+        bool, typer.Option("--portable/--this-gpu", help="With tensorrt_rtx: build for every GPU, or for the GPU of this machine.")
+    ] = True,
+    graph: Annotated[
+        str, typer.Option(help="interior (windows of one length), edge (ends of utterances and short utterances), or both.")
+    ] = "both",
     batch: Annotated[str, typer.Option(help="Smallest,best,largest batch.")] = "1,4,16",
-    frames: Annotated[str | None, typer.Option(help="Smallest,best,largest length in frames; default: from graph and network.")] = None,
-    optimization_level: Annotated[int | None, typer.Option(help="0 (fast build) to 5 (fast engine).")] = None,
-    timing_cache: Annotated[
-        Path | None, typer.Option(help="File that keeps kernel timings between builds; default: in the user's cache.")
+    frames: Annotated[
+        str | None, typer.Option(help="Smallest,best,largest length in frames. The default depends on graph and network.")
     ] = None,
-    workspace: Annotated[int | None, typer.Option(help="Most scratch memory of a kernel, MiB.")] = None,
+    optimization_level: Annotated[int | None, typer.Option(help="Effort of the builder, 0 (fast build) to 5 (fast engine).")] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="File that stores kernel timings between builds. The default is in the user's cache.")
+    ] = None,
+    workspace: Annotated[int | None, typer.Option(help="Largest scratch memory of a kernel in MiB.")] = None,
     compatible: Annotated[
-        str, typer.Option(help="tensorrt: exact, hardware (also other GPUs from Ampere on), version (also later TensorRT).")
+        str,
+        typer.Option(
+            help="With tensorrt: exact (this GPU model and TensorRT), hardware (also other GPUs from Ampere on), "
+            "version (also later TensorRT of the same major version)."
+        ),
     ] = "exact",
-    refittable: Annotated[bool, typer.Option("--refittable", help="The weights can be exchanged later, by `melrt refit`.")] = False,
-    cached: Annotated[bool, typer.Option("--cached/--anew", help="Take such an engine from the user's cache, if it is there.")] = True,
-    tune: Annotated[
-        bool, typer.Option("--tune", help="Try the graph's exact rewrites and several windows on this GPU; keep the fastest.")
+    refittable: Annotated[bool, typer.Option("--refittable", help="Build engines whose weights `melrt refit` can exchange.")] = False,
+    cached: Annotated[
+        bool, typer.Option("--cached/--rebuild", help="Take an engine from the user's cache if it was built before, or build it again.")
+    ] = True,
+    try_variants: Annotated[
+        bool,
+        typer.Option("--try-variants", help="Measure exact rewrites of the graph and several windows on this GPU, and keep the fastest."),
     ] = False,
 ) -> None:
-    """Build TensorRT engines from the bundle's ONNX, audit their precision, and add them to the bundle.
+    """Build TensorRT engines from the bundle's ONNX graphs, check their precision, and add them to the bundle.
 
-    `melrt build voice.melrt --precision fp16` builds one engine for each graph. With `tensorrt` it has to run on the GPU that the
-    engines are for; with `tensorrt_rtx` it also runs without a GPU, and the engines are portable. `--tune` needs the GPU: it builds,
-    checks and times some eight engines, and keeps the fastest and all times.
+    `melrt build voice.melrt --precision fp16` builds one engine for each graph. With `tensorrt`, run it on the GPU that the engines are
+    for. With `tensorrt_rtx`, it also runs without a GPU and builds portable engines. `--try-variants` needs the GPU: it builds, checks and
+    times about eight engines for each graph, adds the fastest, and stores all times in the bundle.
     """
     from melrt_export.tensorrt.options import EngineOptions
     from melrt_export.tensorrt.variant_search import build_engines
 
     options = EngineOptions(
-        precision=precision, flavor=flavor, portable=portable, batch=_span("batch", batch),
-        frames=None if frames is None else _span("frames", frames), optimization_level=optimization_level, timing_cache=timing_cache,
+        precision=precision, flavor=flavor, portable=portable, batch=_sizes("batch", batch),
+        frames=None if frames is None else _sizes("frames", frames), optimization_level=optimization_level, timing_cache=timing_cache,
         workspace=workspace, compatible=compatible, refittable=refittable, cached=cached,  # type: ignore[arg-type]  # checked there
     )  # fmt: skip
-    with _steps() as bar:
-        task = bar.add_task("building", total=None)
-
-        def on_progress(phase: str, done: int, total: int) -> None:
-            bar.update(task, description=phase, completed=done, total=total)
-
-        graphs = ("interior", "edge") if graph == "both" else (graph,)
-        wanted = [replace(options, graph=name) for name in graphs]  # type: ignore[arg-type]  # checked there
-        for entry, trials in build_engines(Bundle.open(voice), wanted, on_progress, tune=tune):
+    graphs = ("interior", "edge") if graph == "both" else (graph,)
+    with Steps(len(graphs)) as steps:
+        wanted = _begin_each(options, graphs, steps)
+        for built, trials in build_engines(Bundle.open(voice), wanted, steps.on_phase, try_variants=try_variants):
             if trials:
-                console.print(_trials(entry.graph, trials))
-            audited = "by the engine inspector" if entry.target["audited"] == "engine" else "in the network; the engine itself on its GPU"
-            console.print(f"{voice / entry.file}  {entry.size / 1e6:.2f} MB  precision audited {audited}", markup=False)
+                console.print(_trials_table(built.entry.graph, trials))
+            for line in _engine_lines(voice, built):
+                _print(line)
+    _print(f"Next: synthesize speech on the GPU with `melrt synth {voice} MEL.npy -o speech.wav --backend tensorrt`.")
 
 
-def _trials(graph: str, trials: list[Trial]) -> Table:
-    table = Table("upsampling", "shortcut", "time axis", "batch", "frames", "µs a frame", "", title=f"{graph}: one change at a time")
+def _begin_each(options: EngineOptions, graphs: tuple[str, ...], steps: Steps) -> Iterator[EngineOptions]:
+    """Yield the options of each engine, and begin its step when the builder asks for it."""
+    for graph in graphs:
+        wanted = replace(options, graph=graph)  # type: ignore[arg-type]  # checked there
+        steps(f"building the {graph} engine in {options.precision.upper()}")
+        yield wanted
+
+
+def _engine_lines(voice: Path, built: BuiltEngine) -> Iterator[str]:
+    entry = built.entry
+    size = f"{entry.size / 1e6:.2f} MB"
+    if built.cached:
+        yield f"Added {voice / entry.file} ({size}) from the cache: it was built before with the same settings. --rebuild builds it again."
+    else:
+        yield f"Built {voice / entry.file} ({size})."
+    if entry.target["audited"] == "engine":
+        yield f"  The engine inspector confirmed that its layers compute in {entry.precision.upper()}."
+    else:
+        yield f"  Its network computes in {entry.precision.upper()}. The layers of a portable engine can be inspected on a GPU only."
+    if "snr_db" in entry.quality:
+        yield f"  On recorded speech, its signal-to-noise ratio against FP32 on the CPU is {entry.quality['snr_db']:.1f} dB."
+
+
+def _trials_table(graph: str, trials: list[VariantTrial]) -> Table:
+    table = Table(
+        "upsampling", "shortcut", "time axis", "batch", "frames", "µs per frame", "result", title=f"Variants of the {graph} graph"
+    )
     for trial in trials:
-        facts = trial.to_dict()
-        table.add_row(*(escape(str(value)) for value in facts.values()))
+        table.add_row(*(escape(str(value)) for value in trial.to_dict().values()))
     return table
 
 
 def refit(
     voice: Voice,
-    donor: Annotated[Path, typer.Option("--engines-of", metavar="VOICE.melrt", help="The voice that this one was fine-tuned from.")],
+    original: Annotated[Path, typer.Option("--engines-of", metavar="VOICE.melrt", help="The voice that this one was fine-tuned from.")],
 ) -> None:
-    """Give a fine-tuned voice the engines of the one it began as, with its own weights: milliseconds instead of a build.
+    """Give a fine-tuned voice the engines of the voice it was fine-tuned from, with its own weights.
 
-    The engines must have been built with `melrt build --refittable`, and the GPU that they are for is needed.
+    Exchanging the weights takes milliseconds instead of a build. The engines must have been built with `melrt build --refittable`, and the
+    command needs the GPU that they are for.
     """
     from melrt_export.tensorrt.refit import refit_engines
 
-    for entry in refit_engines(Bundle.open(voice), Bundle.open(donor)):
-        console.print(f"{voice / entry.file}  SNR {entry.quality['snr_db']} dB against FP32", markup=False)
+    for entry in refit_engines(Bundle.open(voice), Bundle.open(original)):
+        _print(
+            f"Added {voice / entry.file} with the weights of {voice}. On recorded speech, its signal-to-noise ratio against FP32 on the "
+            f"CPU is {entry.quality['snr_db']:.1f} dB."
+        )
 
 
-def mel(
-    voice: Voice,
-    audio: Annotated[Path, typer.Argument(metavar="IN.wav", help="Audio; resampled to the voice's rate if need be.")],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="MEL.npy", help="The mel to write.")],
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the demo's files.")] = Path("demo"),
 ) -> None:
-    """Compute a voice's mel from audio, exactly as the voice expects it.
+    """Export and verify the demo voice, synthesize a WAV, and draw its spectrogram next to that of the recording."""
+    from melrt_export.demo import MEL, STEPS, VOICE, run_demo
 
-    `melrt mel voice.melrt recording.wav -o mel.npy`
-    """
-    from melrt_export.audio_features import mel_from_audio_file
-
-    frames = mel_from_audio_file(audio, Bundle.open(voice).manifest.spec)
-    with atomic_write(out) as temporary, temporary.open("xb") as stream:
-        np.save(stream, frames)
-    console.print(f"{out}: {frames.shape[0]} bands, {frames.shape[1]} frames", markup=False)
-
-
-def demo(out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the bundle, the WAV and the picture.")] = Path("demo")) -> None:
-    """Export the demo voice, verify it, and speak: a WAV and a picture of its spectrogram beside the recording's."""
-    from melrt_export.demo import run_demo
-
-    with _steps() as bar:
-        task = bar.add_task("demo", total=None)
-        result = run_demo(out, lambda step: bar.update(task, description=step))
+    with Steps(STEPS) as steps:
+        result = run_demo(out, steps)
     for line in result.lines():
-        console.print(line, markup=False)
+        _print(line)
+    command = f"synthesize speech yourself with `melrt synth {out / VOICE} {out / MEL} -o speech.wav`."
+    if shutil.which("melrt") is None:
+        environment, here = Path(sys.prefix), Path.cwd()
+        environment = environment.relative_to(here) if environment.is_relative_to(here) else environment
+        command = f"activate the environment with `source {environment / 'bin' / 'activate'}`, then {command}"
+    _print(f"Next: {command}")
 
 
-def _span(name: str, text: str) -> tuple[int, int, int]:
+def _sizes(name: str, text: str) -> tuple[int, int, int]:
     try:
         low, best, high = (int(part) for part in text.split(","))
     except ValueError:
-        raise EngineBuildError(f"--{name} is {text!r}; it is three whole numbers, smallest,best,largest, as in 1,4,16.") from None
+        raise EngineBuildError(f"--{name} is {text!r}; it must be three whole numbers smallest,best,largest, such as 1,4,16.") from None
     return low, best, high
 
 
-def _steps() -> Progress:
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+def _print(line: str) -> None:
+    console.print(line, markup=False)

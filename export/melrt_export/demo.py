@@ -1,4 +1,4 @@
-"""The demo: the voice that ships with melrt, from its checkpoint to sound."""
+"""The demo: it exports and verifies the voice that ships with melrt, and synthesizes an utterance with it."""
 
 from __future__ import annotations
 
@@ -8,76 +8,89 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from melrt.errors import ParityError
 from melrt.files.atomic import atomic_write
-from melrt.files.wav import write_wav
+from melrt.files.audio import read_audio, write_wav
+from melrt.mel.features import mel_from_audio
+from melrt.types import Mel
 from melrt.vocoder import Vocoder
 from melrt_export.assets import DEMO_VOICE, RECORDING
-from melrt_export.audio_features import mel_from_audio, read_audio
 from melrt_export.checkpoints import load_checkpoint
-from melrt_export.export import ExportOptions, Step, export_voice
-from melrt_export.parity import Difference, pytorch_audio, verify
+from melrt_export.export import ExportOptions, OnStep, export_voice
+from melrt_export.generator.reference import PyTorchReference
+from melrt_export.parity import Difference, verify
+
+_EXPORT = ExportOptions(overwrite=True)
+STEPS = _EXPORT.steps + 3
+VOICE, MEL, SPEECH, SPECTROGRAMS = "lj.melrt", "mel.npy", f"{RECORDING.stem}.wav", f"{RECORDING.stem}.png"
 
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """What the demo made and measured."""
+    """Files and measurements of the demo."""
 
     folder: Path
+    """Folder of the files."""
     seconds: float
-    """Of audio."""
-    compute: float
-    """Seconds that the synthesis took."""
+    """Length of the synthesized audio in seconds."""
+    compute_seconds: float
+    """Duration of the synthesis in seconds."""
     engine: str
-    """Backend, precision and device."""
+    """Backend, precision and device of the synthesis."""
     difference: Difference
-    """Between the deployed model and PyTorch on the whole utterance."""
+    """Difference between the deployed model and PyTorch on the whole utterance."""
 
     def lines(self) -> Iterator[str]:
-        """For the terminal."""
-        factor = self.compute / self.seconds
-        speed = f"real-time factor {factor:.4f} ({1 / factor:.1f} times real time)"
-        yield f"{self.seconds:.2f} s of speech in {self.compute:.2f} s, {speed}, {self.engine}"
-        yield f"against PyTorch: SNR {self.difference.snr_db:.1f} dB, largest difference {self.difference.max_abs:.1e}"
-        yield f"voice      {self.folder / 'lj.melrt'}"
-        yield f"sound      {self.folder / 'LJ001-0032.wav'}"
-        yield f"picture    {self.folder / 'LJ001-0032.png'}"
+        """Yield sentences for the terminal."""
+        factor = self.compute_seconds / self.seconds
+        yield f"Exported the demo voice to {self.folder / VOICE} and verified it against PyTorch."
+        yield f"Computed the log-mel {self.folder / MEL} from a recording that was not used in the voice's training."
+        yield (
+            f"Synthesized {self.folder / SPEECH} from it: {self.seconds:.2f} s of speech in {self.compute_seconds:.2f} s "
+            f"({1 / factor:.1f} times real time, real-time factor {factor:.4f}) with {self.engine}."
+        )
+        yield (
+            f"The samples differ from PyTorch's by at most {self.difference.max_abs:.1e} of full scale; "
+            f"the signal-to-noise ratio is {self.difference.snr_db:.1f} dB."
+        )
+        yield f"Drew the spectrograms of the recording and of the synthesis in {self.folder / SPECTROGRAMS}."
 
 
-def run_demo(folder: Path, on_step: Step = lambda _: None) -> DemoResult:
-    """Export the demo voice, verify it, synthesize LJ001-0032 from its mel, and draw it beside the recording.
+def run_demo(folder: Path, on_step: OnStep = lambda _: None) -> DemoResult:
+    """Export the demo voice, verify it, synthesize speech from the mel of a recording, and draw the spectrograms of both.
 
     Args:
-        folder: Made if missing; `lj.melrt`, `LJ001-0032.wav` and `LJ001-0032.png` in it are replaced.
-        on_step: Called with a few words as each step begins.
+        folder: Folder for the files, created if it is missing. The demo's files in it are replaced.
+        on_step: Called with a short description when a step begins; there are `STEPS` steps.
 
     Raises:
-        ParityError: The deployed model does not give PyTorch's output.
+        ParityError: The output of the deployed model differs too much from PyTorch's.
     """
-    bundle = export_voice(DEMO_VOICE, folder / "lj.melrt", ExportOptions(overwrite=True), on_step)
+    bundle = export_voice(DEMO_VOICE, folder / VOICE, _EXPORT, on_step)
     on_step("verifying the bundle")
     if failed := [row.file for row in verify(bundle) if not row.passed]:
-        raise ParityError(f"{', '.join(failed)} out of tolerance against PyTorch; run `melrt verify {bundle.path}`.")
-    on_step("speaking")
+        raise ParityError(f"{', '.join(failed)} out of tolerance against PyTorch. `melrt verify {bundle.path}` shows the differences.")
+    on_step("synthesizing speech")
     vocoder = Vocoder.load(bundle)
-    recording = read_audio(RECORDING, vocoder.sample_rate)
-    mel = mel_from_audio(recording, vocoder.spec)
-    vocoder(mel)  # the first run also allocates
+    mel = mel_from_audio(read_audio(RECORDING, vocoder.sample_rate), vocoder.spec)
+    with atomic_write(folder / MEL) as temporary, temporary.open("xb") as stream:
+        np.save(stream, mel)
+    vocoder(mel)  # not timed, because the first run also allocates memory
     start = time.perf_counter()
     audio = vocoder(mel)
-    compute = time.perf_counter() - start
-    difference = Difference.between(pytorch_audio(load_checkpoint(DEMO_VOICE), mel[None])[0], audio)
-    write_wav(folder / "LJ001-0032.wav", audio, vocoder.sample_rate)
-    on_step("drawing")
-    draw(folder / "LJ001-0032.png", mel, mel_from_audio(audio, vocoder.spec), vocoder)
-    engine = f"{vocoder.backend.name} {vocoder.backend.precision} on {vocoder.backend.device}"
-    return DemoResult(folder, len(audio) / vocoder.sample_rate, compute, engine, difference)
+    compute_seconds = time.perf_counter() - start
+    write_wav(folder / SPEECH, audio, vocoder.sample_rate)
+    checkpoint = load_checkpoint(DEMO_VOICE)
+    reference = PyTorchReference(checkpoint.config, checkpoint.weights).audio(mel[None])[0]
+    on_step("drawing the spectrograms")
+    _draw(folder / SPECTROGRAMS, mel, mel_from_audio(audio, vocoder.spec), vocoder)
+    engine = f"{vocoder.backend.name} in {vocoder.backend.precision.upper()} on {vocoder.backend.device}"
+    return DemoResult(folder, len(audio) / vocoder.sample_rate, compute_seconds, engine, Difference.between(reference, audio))
 
 
-def draw(path: Path, recording: NDArray[np.float32], synthesis: NDArray[np.float32], vocoder: Vocoder) -> None:
-    """Two log-mel spectrograms, one below the other, on one scale."""
+def _draw(path: Path, recording: Mel, synthesis: Mel, vocoder: Vocoder) -> None:
+    """Draw two log-mel spectrograms, one below the other, with the same color scale."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

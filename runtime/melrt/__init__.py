@@ -1,10 +1,54 @@
-"""melrt runs MelGAN voices: `Vocoder.load("voice.melrt")(mel)` gives the waveform."""
+"""Runtime of melrt: `Vocoder.load("voice.melrt")(mel)` turns log-mel frames into a waveform."""
 
 from melrt.bundle import Bundle
-from melrt.errors import MelrtError
-from melrt.files.wav import write_wav
-from melrt.mel.spec import MelSpec
-from melrt.vocoder import Vocoder
+from melrt.errors import (
+    AudioError,
+    BackendError,
+    BundleError,
+    ClosedError,
+    ConfigError,
+    MelError,
+    MelrtError,
+    MissingExtraError,
+    OverdueError,
+    QueueFullError,
+)
+from melrt.files.audio import read_audio, write_wav
+from melrt.mel import MelSpec, Normalization
+from melrt.mel.convert import convert_mel
+from melrt.mel.features import mel_from_audio
+from melrt.planning.edges import Edges
+from melrt.planning.windows import Policy
+from melrt.scheduling.limits import Limits
+from melrt.scheduling.stats import Stats
+from melrt.scheduling.stream import Stream, StreamPace
+from melrt.vocoder import Options, Vocoder
 
-__all__ = ["Bundle", "MelSpec", "MelrtError", "Vocoder", "write_wav"]
+__all__ = [
+    "AudioError",
+    "BackendError",
+    "Bundle",
+    "BundleError",
+    "ClosedError",
+    "ConfigError",
+    "Edges",
+    "Limits",
+    "MelError",
+    "MelSpec",
+    "MelrtError",
+    "MissingExtraError",
+    "Normalization",
+    "Options",
+    "OverdueError",
+    "Policy",
+    "QueueFullError",
+    "Stats",
+    "Stream",
+    "StreamPace",
+    "Vocoder",
+    "convert_mel",
+    "mel_from_audio",
+    "read_audio",
+    "write_wav",
+]
 __version__ = "0.1.0"

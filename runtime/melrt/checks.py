@@ -10,7 +10,7 @@ from melrt.errors import ConfigError, MelrtError
 
 
 class Rule(NamedTuple):
-    """What a field may hold."""
+    """Condition on the value of a field."""
 
     accepts: Callable[[Any], bool]
     allowed: str
@@ -20,6 +20,16 @@ class Rule(NamedTuple):
 def whole(low: int, high: int) -> Rule:
     """Accept whole numbers from `low` to `high`."""
     return Rule(lambda value: type(value) is int and low <= value <= high, f"a whole number from {low} to {high}")
+
+
+def odd(low: int, high: int) -> Rule:
+    """Accept odd whole numbers from `low` to `high`."""
+    return Rule(lambda value: whole(low, high).accepts(value) and value % 2 == 1, f"an odd number from {low} to {high}")
+
+
+def even(low: int, high: int) -> Rule:
+    """Accept even whole numbers from `low` to `high`."""
+    return Rule(lambda value: whole(low, high).accepts(value) and value % 2 == 0, f"an even number from {low} to {high}")
 
 
 def number(low: float = -math.inf, high: float = math.inf, *, above: bool = False, below: bool = False) -> Rule:
@@ -55,14 +65,24 @@ def optional(rule: Rule) -> Rule:
     return Rule(lambda value: value is None or rule.accepts(value), f"{rule.allowed}, or None")
 
 
+def list_of(rule: Rule, low: int, high: int) -> Rule:
+    """Accept lists and tuples of `low` to `high` values that another rule accepts."""
+
+    def accepts(values: Any) -> bool:
+        return isinstance(values, list | tuple) and low <= len(values) <= high and all(map(rule.accepts, values))
+
+    count = f"{low}" if low == high else f"{low} to {high}"
+    return Rule(accepts, f"a list of {count} values, each {rule.allowed}")
+
+
 def check_fields(owner: object, rules: Mapping[str, Rule], subject: str = "", error: type[MelrtError] = ConfigError) -> None:
     """Check the fields of a configuration object.
 
     Args:
         owner: The object.
-        rules: What each named field may hold.
-        subject: What the object configures; the message begins with it.
-        error: Raised for the first field that breaks its rule, with name, value and what is allowed.
+        rules: Rule of each field, by name.
+        subject: Beginning of the message; names what the object configures.
+        error: Class of the error raised for the first field that breaks its rule, with name, value and allowed values.
     """
     for name, rule in rules.items():
         value = getattr(owner, name)

@@ -1,65 +1,65 @@
-"""One family of errors: what was wrong and its value, what is allowed, what to do."""
+"""The family of errors. Each message gives what was wrong, its value, what is allowed, and what to do."""
 
 from __future__ import annotations
 
 
 class MelrtError(Exception):
-    """Every error that melrt raises on purpose; its text is meant for people."""
+    """Base of every error that melrt raises on purpose."""
 
 
 class MelError(MelrtError, ValueError):
-    """A mel that this voice cannot take."""
+    """The mel does not fit this voice."""
 
 
 class ConfigError(MelrtError, ValueError):
-    """A setting outside what is allowed."""
+    """A setting is outside what is allowed."""
 
 
 class BundleError(MelrtError, ValueError):
-    """A bundle that is missing, damaged, or newer than this melrt."""
+    """The bundle is missing, damaged, or newer than this melrt."""
 
 
 class BackendError(MelrtError, RuntimeError):
-    """An inference engine that this machine lacks, or that refused its work."""
+    """The inference engine cannot run on this machine, or it failed."""
 
 
 class CheckpointError(MelrtError, ValueError):
-    """A checkpoint that cannot be read, or does not hold the network it should."""
+    """The checkpoint cannot be read, or does not hold the expected network."""
 
 
 class ParityError(MelrtError, ArithmeticError):
-    """An artifact whose output differs from PyTorch's by more than its limit."""
+    """The output of an artifact differs from PyTorch's by more than the limit."""
 
 
 class EngineBuildError(MelrtError, RuntimeError):
-    """A TensorRT engine that could not be built as asked."""
+    """The TensorRT engine could not be built as requested."""
 
 
 class CalibrationError(MelrtError, ValueError):
-    """Speech, settings or a plan from which no INT8 can be made."""
+    """Speech, settings or a plan do not allow INT8 calibration."""
 
 
 class TrainingError(MelrtError, ValueError):
-    """A training that was asked for wrongly, or cannot go on."""
+    """The training configuration is wrong, or training cannot continue."""
 
 
 class AudioError(MelrtError, ValueError):
-    """An audio file that cannot be read or written, or audio of the wrong rate."""
+    """The audio file cannot be read or written, or the audio has the wrong shape."""
 
 
 class MissingExtraError(MelrtError, ImportError):
-    """A package of an extra that is not installed."""
+    """A package is not installed; the message names the extra that brings it."""
 
     def __init__(self, purpose: str, package: str, extra: str) -> None:
         super().__init__(f'{purpose} needs {package}, which is not installed: pip install "melrt[{extra}]"')
 
 
 class QueueFullError(MelrtError, RuntimeError):
-    """The queue has no room for a request; try again later."""
+    """The queue has no room for the request; try again later."""
 
 
 class OverdueError(MelrtError, TimeoutError):
-    """A request that was not done in the time that the limits give it; its windows are freed."""
+    """The request was not done within `Limits.timeout`; its windows are freed."""
 
 
 class ClosedError(MelrtError, RuntimeError):

@@ -1,4 +1,4 @@
-"""What this machine is: its processor and its GPU, asked of the system itself."""
+"""This machine: its processor and GPU, and the packages that melrt can use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def cpu_name() -> str:
-    """The processor's model, as Linux names it."""
+    """Return the model name of the processor as Linux reports it."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), os.uname().machine)
 
@@ -22,14 +22,15 @@ class Gpu:
     """The first NVIDIA GPU."""
 
     name: str
+    """Model name."""
     compute_capability: str
-    """As `9.0`."""
+    """Compute capability, such as `9.0`."""
     count: int
-    """GPUs in all."""
+    """Number of GPUs in this machine."""
 
 
 def find_gpu() -> Gpu | None:
-    """The first GPU, straight from the driver; None without a driver that finds one."""
+    """Return the first GPU that the driver reports; None without a driver or a GPU."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -51,7 +52,7 @@ def find_gpu() -> Gpu | None:
 
 
 def driver_version() -> str:
-    """The highest CUDA version that the driver knows, as `13.0`; empty without a driver."""
+    """Return the highest CUDA version that the driver supports, such as `13.0`; empty without a driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -63,41 +64,64 @@ def driver_version() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One capability."""
+    """One capability of this machine."""
 
     purpose: str
+    """Task that it serves."""
     ready: bool
+    """True if it can be used here."""
     found: str
-    """Versions, or what is missing."""
+    """Versions, or the reason why it cannot be used."""
     remedy: str
-    """The command that installs it."""
+    """Action that makes it usable; empty if there is none."""
 
 
-# Each capability: what for, distributions that all must be there, extra.
-_PACKAGES = (
-    ("synthesis on the CPU", ("onnxruntime|onnxruntime-gpu",), "cpu"),
-    ("synthesis on a GPU, ONNX Runtime", ("onnxruntime-gpu",), "gpu"),
-    ("TensorRT engines for data-center GPUs", ("tensorrt", "polygraphy", "cuda-core"), "tensorrt"),
-    ("TensorRT-RTX engines, also built without a GPU", ("tensorrt-rtx", "polygraphy", "cuda-core"), "rtx"),
-    ("export of checkpoints", ("torch", "onnx", "safetensors", "pyyaml", "librosa"), "export"),
-    ("PyCUDA arrays", ("pycuda",), "pycuda"),
-    ("reading and writing audio", ("soundfile",), "cli"),
+@dataclass(frozen=True, slots=True)
+class _Capability:
+    purpose: str
+    distributions: tuple[str, ...]
+    """Python distributions that are all needed; `a|b` accepts either."""
+    extra: str
+    """Extra that installs them."""
+    unsupported: tuple[str, ...] = ()
+    """Compute capabilities on which it does not run."""
+
+
+# TensorRT-RTX 1.7 refuses these in `set_compute_capability`: Jetson Orin, Hopper and data-center Blackwell.
+RTX_UNSUPPORTED = ("8.7", "9.0", "10.0")
+_CAPABILITIES = (
+    _Capability("synthesis on the CPU", ("onnxruntime|onnxruntime-gpu",), "cpu"),
+    _Capability("synthesis on a GPU, ONNX Runtime", ("onnxruntime-gpu",), "gpu"),
+    _Capability("TensorRT engines for data-center GPUs", ("tensorrt", "polygraphy", "cuda-core"), "tensorrt"),
+    _Capability("TensorRT-RTX engines, also built without a GPU", ("tensorrt-rtx", "polygraphy", "cuda-core"), "rtx", RTX_UNSUPPORTED),
+    _Capability("export of checkpoints", ("torch", "onnx", "safetensors", "pyyaml", "h5py", "matplotlib"), "export"),
+    _Capability("PyCUDA arrays", ("pycuda",), "pycuda"),
+    _Capability("reading and writing audio", ("soundfile", "soxr"), "cli"),
 )
-_NO_GPU = "no driver (libcuda.so.1) that finds a device"
 
 
 def examine() -> Iterator[Finding]:
-    """Every capability in turn."""
+    """Yield the processor, the GPU, and every capability in turn."""
     yield Finding("CPU", True, f"{cpu_name()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores usable", "")
     gpu = find_gpu()
-    found = f"{gpu.name} (compute capability {gpu.compute_capability}), {gpu.count} in all" if gpu else _NO_GPU
-    yield Finding("NVIDIA GPU", gpu is not None, found, "the NVIDIA driver, from your distribution")
-    for purpose, distributions, extra in _PACKAGES:
-        versions = {name: _version(name) for name in distributions}
-        missing = [name for name, version in versions.items() if version is None]
-        found = ", ".join(f"{name.partition('|')[0]} {version}" for name, version in versions.items() if version)
-        text = f"missing {', '.join(name.partition('|')[0] for name in missing)}" if missing else found
-        yield Finding(purpose, not missing, text, f'pip install "melrt[{extra}]"')
+    found = f"{gpu.name} (compute capability {gpu.compute_capability}), {gpu.count} in all" if gpu else "none, or no driver (libcuda.so.1)"
+    yield Finding("NVIDIA GPU", gpu is not None, found, "install the NVIDIA driver")
+    for capability in _CAPABILITIES:
+        yield _examine_packages(capability, gpu)
+
+
+def _examine_packages(capability: _Capability, gpu: Gpu | None) -> Finding:
+    names = {distribution: distribution.partition("|")[0] for distribution in capability.distributions}
+    versions = {distribution: _version(distribution) for distribution in names}
+    missing = [names[distribution] for distribution, version in versions.items() if version is None]
+    if missing:
+        return Finding(capability.purpose, False, f"missing {', '.join(missing)}", f'pip install "melrt[{capability.extra}]"')
+    found = ", ".join(f"{names[distribution]} {version}" for distribution, version in versions.items())
+    if gpu is not None and gpu.compute_capability in capability.unsupported:
+        capabilities = ", ".join(capability.unsupported)
+        found += f"; engines do not run on this GPU: compute capabilities {capabilities} are not supported, TensorRT runs there"
+        return Finding(capability.purpose, False, found, 'pip install "melrt[tensorrt]"')
+    return Finding(capability.purpose, True, found, "")
 
 
 def _version(alternatives: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Interleaved timing: every contender once per round, so that a machine that slows down slows all of them."""
+"""Interleaved timing: every contender runs once per round, so that a machine that slows down slows all of them."""
 
 from __future__ import annotations
 
@@ -9,43 +9,45 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# ONNX Runtime's thread pools spin for 20 to 50 ms after a run, on the cores that the next contender is about to need.
+# ONNX Runtime's thread pools spin for 20 to 50 ms after a run and would keep cores from the next contender: wait this many seconds.
 SETTLE = 0.06
-# A contender is warm when a run is not this much faster than the best of those before it; at most so many runs.
+# A contender is warm once a run takes more than this share of the best time so far.
 WARM = 0.97
-MOST_WARMUP = 12
-# Half of the runs within this much of the median is what a quiet machine gives.
-QUIET = 0.1
+MAX_WARM_UP_RUNS = 12
+# Largest spread on a quiet machine, and the largest at which the ratios of two contenders can still be trusted.
+QUIET_SPREAD = 0.1
+RELIABLE_SPREAD = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds of each counted run, in the order of the rounds."""
+    """Times of one contender."""
 
     seconds: NDArray[np.float64]
+    """Seconds of each counted run, (rounds,), in the order of the rounds."""
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """Median time in seconds."""
         return float(np.median(self.seconds))
 
     def percentile(self, percent: float) -> float:
-        """Seconds that so many of the runs stay within; an order statistic, not a fitted normal distribution."""
+        """Return the seconds that this percentage of the runs does not exceed: an order statistic, not a fitted distribution."""
         return float(np.percentile(self.seconds, percent, method="higher"))
 
     @property
-    def unrest(self) -> float:
-        """Width of the middle half of the runs over the median."""
+    def spread(self) -> float:
+        """Interquartile range of the times, as a share of the median."""
         low, high = np.percentile(self.seconds, (25, 75))
         return float((high - low) / self.median)
 
     def ratio_to(self, other: Timing) -> tuple[float, float, float]:
-        """This run's time over the other's of the same round: median, and the bounds of its 95 % interval."""
+        """Return the median of the per-round ratios of this time to the other, and the bounds of its 95 % interval."""
         return median_interval(self.seconds / other.seconds)
 
 
 def median_interval(values: NDArray[np.float64]) -> tuple[float, float, float]:
-    """The median, and the order statistics that hold the true one in 95 of 100 cases, whatever the distribution.
+    """Return the median, and two order statistics that enclose the true median with 95 % confidence for any distribution.
 
     The number of values below the true median is binomial with probability 1/2 (Conover, Practical Nonparametric Statistics, 3.2).
     """
@@ -57,11 +59,11 @@ def median_interval(values: NDArray[np.float64]) -> tuple[float, float, float]:
 
 
 def interleave(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
-    """Time each contender once per round, the order shuffled (by a fixed seed) and a short rest before each; each is warm before.
+    """Warm up each contender, then time each one once per round, in a shuffled order (with a fixed seed) and after a short pause.
 
     Args:
-        contenders: What to run, by name.
-        rounds: Counted rounds.
+        contenders: The functions to time, by name.
+        rounds: Number of counted rounds.
     """
     for run in contenders.values():
         warm_up(run)
@@ -75,26 +77,38 @@ def interleave(contenders: Mapping[str, Callable[[], object]], rounds: int) -> d
     return {name: Timing(np.array(values)) for name, values in seconds.items()}
 
 
+def compare_paired(first: Callable[[], object], second: Callable[[], object], rounds: int) -> tuple[Timing, Timing]:
+    """Time two warm functions once per round without pauses, in alternating order, and return the timing of each."""
+    seconds = np.empty((2, rounds))
+    for turn in range(rounds):
+        for index in ((1, 0), (0, 1))[turn % 2]:
+            seconds[index, turn] = timed((first, second)[index])
+    return Timing(seconds[0]), Timing(seconds[1])
+
+
 def warm_up(run: Callable[[], object]) -> None:
-    """Run until a run brings nothing new."""
+    """Run until a run is no longer clearly faster than those before it."""
     best = timed(run)
-    for _ in range(MOST_WARMUP):
-        took = timed(run)
-        if took > WARM * best:
+    for _ in range(MAX_WARM_UP_RUNS):
+        seconds = timed(run)
+        if seconds > WARM * best:
             return
-        best = took
+        best = seconds
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Seconds of one run."""
+    """Run once and return the seconds it took."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
 def noise_note(timings: Mapping[str, Timing]) -> str:
-    """A sentence on what the machine's unrest makes uncertain; empty if it was quiet."""
-    unrest = max((timing.unrest for timing in timings.values()), default=0.0)
-    if unrest <= QUIET:
+    """Return a sentence that says which figures the noise of the machine makes unreliable; empty if the machine was quiet."""
+    spread = max((timing.spread for timing in timings.values()), default=0.0)
+    if spread <= QUIET_SPREAD:
         return ""
-    return f"The machine was busy: the middle half of a contender's runs spans {100 * unrest:.0f} % of its median. Only the ratios hold."
+    fact = f"The machine was busy: the middle half of a contender's runs spans {100 * spread:.0f} % of its median."
+    if spread > RELIABLE_SPREAD:
+        return f"{fact} Not even the ratios are reliable; repeat the benchmark on an idle machine."
+    return f"{fact} Only the ratios are reliable."

@@ -1,79 +1,81 @@
-"""The vocoder: mel frames in, waveform out, whole, in batches and as a stream."""
+"""The vocoder: mel frames in, waveform out; whole utterances, batches and streams."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from melrt.backends.base import Backend, DeviceBackend
+from melrt.backends.base import Backend
 from melrt.backends.select import BackendChoice, open_backend
 from melrt.bundle import Bundle
-from melrt.errors import AudioError, MelError
-from melrt.files.wav import SAMPLE_FORMATS, SampleFormat
-from melrt.mel.arrays import on_gpu
+from melrt.checks import check_fields, one_of
+from melrt.errors import MelError
+from melrt.files.audio import SAMPLE_FORMATS, SampleFormat
 from melrt.mel.level_check import LevelCheck
 from melrt.mel.spec import MelSpec
 from melrt.planning.edges import Edges
-from melrt.planning.windows import Policy, Span, plan
+from melrt.planning.windows import Policy, ReceptiveField
 from melrt.scheduling.limits import Limits
-from melrt.scheduling.policy_tuning import recorded
+from melrt.scheduling.policy_tuning import recorded_policy
 from melrt.scheduling.queue import RequestQueue
-from melrt.scheduling.request import OutputFormat, Request
+from melrt.scheduling.request import OutputFormat
 from melrt.scheduling.stats import Stats
-from melrt.scheduling.stream import OpenStreams, Stream, StreamPace, Synthesis, stream, stream_async
-
-Audio = NDArray[Any]
+from melrt.scheduling.stream import OpenStreams, Stream, StreamPace, stream, stream_async
+from melrt.scheduling.synthesizer import Synthesizer
+from melrt.types import Audio
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a vocoder cuts, queues and paces; what is left out is the backend's or melrt's own choice."""
+    """Windows, queue, ends of utterances, streams and output of a vocoder."""
 
     policy: Policy | None = None
-    """Windows; if None what `melrt tune` recorded for this machine, or else the backend's own policy."""
+    """Windows; None for those that `melrt tune` recorded for this machine, or else the backend's default."""
     limits: Limits = field(default_factory=Limits)
-    """Of the queue."""
+    """Limits of the queue."""
     edges: Edges = field(default_factory=Edges)
-    """The ends of an utterance: as PyTorch's forward has them by default; `bundle.manifest.edges` is the habit of the voice's project."""
+    """Frames added at an utterance's ends; none by default, as in PyTorch. `bundle.manifest.edges` has the project's convention."""
     pace: StreamPace = field(default_factory=StreamPace)
-    """Of streams."""
+    """Pace of streams."""
     sample_format: SampleFormat = "float32"
-    """What a vocoder gives: `float32`, or `int16` with full scale 32767, converted on the GPU where there is one."""
+    """Format of the audio: `float32`, or `int16` with full scale 32767, converted on the GPU if there is one."""
 
     def __post_init__(self) -> None:
-        if self.sample_format not in SAMPLE_FORMATS:
-            raise AudioError(f"sample format is {self.sample_format!r}; it is one of {', '.join(SAMPLE_FORMATS)}.")
+        check_fields(self, {"sample_format": one_of(*SAMPLE_FORMATS)}, "options")
 
 
 class Vocoder:
-    """A voice, loaded. Every call is safe from several threads, and their work shares the backend's runs."""
+    """A loaded voice. Every method is safe to call from several threads; all calls share the backend's runs."""
 
     def __init__(self, bundle: Bundle, backend: Backend, options: Options | None = None) -> None:
+        """Make a vocoder of an opened backend; `Vocoder.load` opens the best one."""
         self.bundle = bundle
         self.backend = backend
         self.options = options or Options()
         manifest = bundle.manifest
-        self.field = manifest.receptive_field
-        self.policy = self.options.policy or recorded(bundle, backend) or backend.policy
-        self.policy.check(self.field)
-        self.inflight = RequestQueue(backend, self.policy, self.options.limits)
-        self._sound = OutputFormat(manifest.spec.hop, self.options.sample_format)
-        mel_check = LevelCheck(manifest.spec, manifest.levels, manifest.normalization)
-        self._synthesis = Synthesis(manifest.spec, self._sound, self.field, self.options.edges, self.inflight, mel_check)
+        policy = self.options.policy or recorded_policy(bundle, backend) or backend.policy
+        policy.check(manifest.receptive_field)
+        self._synthesizer = Synthesizer(
+            spec=manifest.spec,
+            output=OutputFormat(manifest.spec.hop, self.options.sample_format),
+            field=manifest.receptive_field,
+            edges=self.options.edges,
+            queue=RequestQueue(backend, policy, self.options.limits),
+            level_check=LevelCheck(manifest.spec, manifest.levels, manifest.normalization),
+        )
         self._streams = OpenStreams(self.options.limits.max_streams)
-        # The vocoder and its streams hold on to this, the workers do not: once all of them are dropped, and what was asked of them
-        # is done, the workers go.
-        weakref.finalize(self._synthesis, self.inflight.stop, drain=True)
+        # The vocoder and its streams refer to the synthesizer, the workers do not: once all of them are dropped and their requests
+        # are done, the workers end.
+        weakref.finalize(self._synthesizer, self.queue.stop, drain=True)
 
     @classmethod
     def load(
@@ -90,15 +92,16 @@ class Vocoder:
 
         Args:
             bundle: A voice.melrt folder.
-            device: `cuda` (the first), `cuda:1`, `cpu`, or `auto`: CUDA if it works, else the CPU.
+            device: `cuda` (the first GPU), `cuda:1`, `cpu`, or `auto`: CUDA if it works, otherwise the CPU.
             precision: `fp32`, `fp16`, `int8`, or `auto`: the fastest that keeps the voice's quality on the device.
             backend: `tensorrt`, `onnxruntime`, or `auto`: an engine if the bundle has one for this GPU.
             threads: CPU threads in all; one per usable core if None.
-            options: Windows, queue, ends and streams.
+            options: Windows, queue, ends of utterances and streams.
 
         Raises:
-            BundleError: The bundle is missing, damaged or too new.
-            BackendError: What was asked for cannot run here; the text says why.
+            BundleError: The bundle is missing, damaged, or newer than this melrt.
+            BackendError: The requested device, precision or backend cannot run here; the text gives the reason.
+            ConfigError: An argument is not one of the values above.
         """
         options = options or Options()
         choice = BackendChoice(device, precision, backend, threads, options.sample_format)
@@ -107,96 +110,118 @@ class Vocoder:
 
     @property
     def spec(self) -> MelSpec:
-        """The mel convention of the input."""
+        """Mel convention of the input."""
         return self.bundle.manifest.spec
 
     @property
     def sample_rate(self) -> int:
-        """Of the output, Hz."""
+        """Sample rate of the output in Hz."""
         return self.spec.sample_rate
 
     @property
     def edges(self) -> Edges:
-        """How the ends of an utterance are treated."""
+        """Frames added at an utterance's ends."""
         return self.options.edges
+
+    @property
+    def field(self) -> ReceptiveField:
+        """Receptive field of the network."""
+        return self._synthesizer.field
+
+    @property
+    def queue(self) -> RequestQueue:
+        """Queue that batches the windows of all calls."""
+        return self._synthesizer.queue
+
+    @property
+    def policy(self) -> Policy:
+        """Windows that the backend runs."""
+        return self.queue.policy
+
+    def __repr__(self) -> str:
+        backend = self.backend
+        return f"<Vocoder {self.bundle.manifest.name}: {backend.name} {backend.precision} on {backend.device}, {self.spec.describe()}>"
 
     def __call__(self, mel: ArrayLike) -> Audio:
         """Turn log-mel frames into a waveform.
 
         Args:
-            mel: Log-mel frames in this voice's convention (`self.spec`), shape (M, T) or (B, M, T). An engine also takes float32 arrays
-                on its GPU (PyTorch, CuPy, PyCUDA, Numba) and reads them there.
+            mel: Log-mel frames in this voice's convention (`self.spec`), shape (M, T) or (B, M, T). A vocoder that runs TensorRT engines
+                also takes float32 arrays in its GPU's memory (PyTorch, CuPy, PyCUDA, Numba) and reads them there.
 
         Returns:
-            Samples in [-1, 1], shape (N,) or (B, N), N = T * hop. A fresh numpy array; for an array on a GPU a fresh one of its kind there,
-            in order with the work on its library's current stream, and not waited for.
+            Samples in [-1, 1], shape (N,) or (B, N), N = T*hop. A fresh numpy array. For an array in GPU memory it is a fresh array of the
+            same library, in order with the work on that library's current stream; it is not waited for.
 
         Raises:
-            MelError: Wrong number of bands, too few or too many frames, or a value that is not finite (on a GPU that is not looked for).
-            OverdueError: It was not done within `Limits.timeout`.
+            MelError: Wrong number of bands, too few or too many frames, or a value that is not finite (not checked in GPU memory).
+            OverdueError: The audio was not done within `Limits.timeout`.
+            QueueFullError: The queue is full, and the limits say not to wait (longer).
             BackendError: The backend failed.
         """
-        if on_gpu(mel) and isinstance(self.backend, DeviceBackend):
-            self.options.limits.check_frames(cast(Any, mel).shape[-1])
-            audio = self.backend.speak(mel, self.spec, self.field, self.edges, self.policy)
-            return cast(Audio, audio)  # of the caller's kind; in most programs numpy arrays go in and out
-        frames = self.spec.check(mel, self._fewest())
-        utterances = frames.reshape(-1, *frames.shape[-2:])
-        pieces = list(self._in_order(self.inflight.submit(self._request(one)) for one in utterances))
-        return pieces[0] if frames.ndim == 2 else np.stack(pieces)
+        requests, device_audio = self._synthesizer.utterances(mel)
+        pieces = list(self._in_order(self.queue.submit(request) for request in requests))
+        if device_audio is not None:
+            return device_audio  # type: ignore[no-any-return]  # an array of the caller's library
+        return pieces[0] if np.ndim(mel) == 2 else np.stack(pieces)
 
     def batch(self, mels: Iterable[ArrayLike]) -> Iterator[Audio]:
-        """Utterances of any lengths, in order; their windows share runs without padding.
+        """Turn utterances of any lengths into waveforms, in order. Their windows share runs without padding.
 
         Args:
-            mels: (M, T) each; a generator is read only as far ahead as keeps the backend busy.
+            mels: Utterances (M, T) on the host. A generator is read only as far ahead as keeps the backend busy.
 
         Raises:
-            MelError: As for a call; it gives the utterance's index, and comes after the audio of those before it. None after it is read.
+            MelError: An utterance does not fit this voice. The error names its index and comes after the audio of the earlier ones;
+                later ones are not read.
         """
+        if isinstance(mels, np.ndarray) and mels.ndim != 3:
+            raise MelError(f"batch takes an iterable of utterances (bands, frames); it got one array of shape {mels.shape}.")
         return self._in_order(self._submitted(mels))
 
     def submit(self, mel: ArrayLike) -> Future[Audio]:
-        """As a call with (M, T), without waiting: a future to wait for, await (`asyncio.wrap_future`) or cancel.
+        """Queue one utterance (M, T) and return a future to wait for, to await (`asyncio.wrap_future`) or to cancel.
 
         Raises:
-            MelError: As for a call.
-            QueueFullError: The queue is full, and `Limits.wait` is false.
+            MelError: The utterance does not fit this voice.
+            QueueFullError: The queue is full, and the limits say not to wait (longer).
         """
-        return self.inflight.submit(self._request(self._own(mel)))
+        return self.queue.submit(self._synthesizer.utterance(self._synthesizer.owned_frames(mel)))
 
     async def call_async(self, mel: ArrayLike) -> Audio:
-        """As a call with (M, T), for a task: it waits, the event loop does not; cancelling it frees its windows."""
-        return await asyncio.wrap_future(await self.inflight.submit_async(self._request(self._own(mel))))
+        """Turn one utterance (M, T) into a waveform without blocking the event loop. Cancelling the task frees its windows."""
+        request = self._synthesizer.utterance(self._synthesizer.owned_frames(mel))
+        audio: Audio = await asyncio.wrap_future(await self.queue.submit_async(request))
+        return audio
 
     def open_stream(self, pace: StreamPace | None = None) -> Stream:
-        """Open a stream for one utterance: `push(frames)` gives audio as early as it is exact, `flush()` the rest.
+        """Open a stream for one utterance: `push(frames)` returns audio as early as it is exact, `flush()` returns the rest.
 
         Raises:
-            QueueFullError: As many streams as `Limits.max_streams` are open.
+            QueueFullError: `Limits.max_streams` streams are open.
         """
-        return self._streams.add(Stream(self._synthesis, pace or self.options.pace))
+        return self._streams.add(Stream(self._synthesizer, pace or self.options.pace))
 
     @property
     def open_streams(self) -> int:
-        """Streams that are open now."""
+        """Number of open streams."""
         return len(self._streams)
 
     def stream(self, source: Iterable[ArrayLike], pace: StreamPace | None = None) -> Iterator[Audio]:
-        """Audio of an iterable of frames (M, n), piece by piece."""
+        """Turn an iterable of frames (M, n) into audio, piece by piece."""
         return stream(source, self.open_stream(pace))
 
     def stream_async(self, source: AsyncIterable[ArrayLike] | Iterable[ArrayLike], pace: StreamPace | None = None) -> AsyncIterator[Audio]:
-        """As `stream`, for `async for`; cancelling the task frees its windows."""
+        """Turn frames into audio like `stream`, for `async for`. Cancelling the task frees its windows."""
         return stream_async(source, self.open_stream(pace))
 
     def stats(self) -> Stats:
-        """Counters for a service to scrape."""
-        return self.inflight.stats()
+        """Return counters for a service's monitoring."""
+        return self.queue.stats()
 
     def close(self, *, drain: bool = True) -> None:
-        """End the vocoder: after what is queued is done, or (not `drain`) with ClosedError for it."""
-        self.inflight.close(drain=drain)
+        """Close the vocoder: after the queue is empty, or (not `drain`) with ClosedError for the requests that wait."""
+        self.queue.close(drain=drain)
         self.backend.close()
 
     def __enter__(self) -> Self:
@@ -205,50 +230,31 @@ class Vocoder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _own(self, mel: ArrayLike) -> NDArray[np.float32]:
-        """Checked frames of one utterance, in memory of our own: the caller may refill its array while its windows wait."""
-        frames = self.spec.check(mel, self._fewest())
-        if frames.ndim != 2:
-            raise self.spec.wrong_axes(frames.shape)
-        return frames.copy() if np.may_share_memory(frames, np.asarray(mel)) else frames
-
-    def _request(self, frames: NDArray[np.float32]) -> Request:
-        self.options.limits.check_frames(frames.shape[1])
-        self._synthesis.mel_check.look(frames)
-        edges = self.edges
-        extended = edges.extend(frames)
-        total = extended.shape[1]
-        windows = plan(Span(edges.left, total - edges.right, total, ended=True), self.field, self.policy)
-        return Request(extended, 0, windows, self._sound, time.monotonic() + self.options.limits.default_deadline)
-
-    def _fewest(self) -> int:
-        return max(self.field.smallest_input - self.edges.left - self.edges.right, 1)
-
-    def _submitted(self, mels: Iterable[ArrayLike]) -> Iterator[Future[Audio]]:
-        """A future for each utterance; the first refused one has its error, and is the last."""
+    def _submitted(self, mels: Iterable[ArrayLike]) -> Iterator[Future[Any]]:
+        """Yield a future for each utterance; the first one that is refused has its error, and is the last."""
         for index, mel in enumerate(mels):
             try:
-                request = self._request(self._own(mel))
+                request = self._synthesizer.utterance(self._synthesizer.owned_frames(mel))
             except MelError as error:
-                refused: Future[Audio] = Future()
+                refused: Future[Any] = Future()
                 refused.set_exception(MelError(f"utterance {index}: {error}"))
                 yield refused
                 return
-            yield self.inflight.submit(request)
+            yield self.queue.submit(request)
 
-    def _in_order(self, futures: Iterable[Future[Audio]]) -> Iterator[Audio]:
-        """What lazily submitted futures give, submitting only as far ahead as keeps the backend busy."""
+    def _in_order(self, futures: Iterable[Future[Any]]) -> Iterator[Any]:
+        """Yield the results of lazily submitted futures, submitting only as far ahead as keeps the backend busy."""
         ahead = 2 * self.policy.workers * self.policy.batch
-        pending: deque[Future[Audio]] = deque()
+        pending: deque[Future[Any]] = deque()
         try:
             for future in futures:
                 pending.append(future)
                 if len(pending) > ahead:
-                    yield pending[0].result()  # taken out afterwards: an interrupted wait must not leave it queued
+                    yield pending[0].result()  # removed afterwards: an interrupted wait must not leave it queued
                     pending.popleft()
             while pending:
                 yield pending[0].result()
                 pending.popleft()
         finally:
-            for future in pending:  # the caller has gone, or one failed
+            for future in pending:  # the caller stopped, or one failed
                 future.cancel()

@@ -1,4 +1,4 @@
-"""The benchmark times what it says, in turn, and shows a wrong contender as wrong."""
+"""The inference benchmark: timing, contenders, report, comparison, streams and memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from melrt import Bundle, Vocoder
 from melrt.timing import Timing, interleave, median_interval, noise_note, warm_up
 from melrt_benchmarks.inference import contenders
-from melrt_benchmarks.inference.bench import Plan, run_bench
+from melrt_benchmarks.inference.bench import BenchPlan, run_bench
 from melrt_benchmarks.inference.memory import peak_memory
 from melrt_benchmarks.inference.roofline import WINDOW
 from melrt_benchmarks.measure.gpu_meter import Reading
@@ -23,31 +23,32 @@ from melrt_benchmarks.report.results import Latency, Report
 from melrt_export.generator.config import GeneratorConfig
 
 
-def test_every_contender_runs_once_per_round_in_changing_order() -> None:
+def test_contenders_run_once_per_round_in_shuffled_order() -> None:
     order: list[str] = []
     result = interleave({name: (lambda name=name: order.append(name)) for name in "abc"}, rounds=4)
-    counted = order[-12:]  # what comes before is warm-up
+    counted = order[-12:]  # the runs before these are warm-up
     rounds = ["".join(counted[i : i + 3]) for i in range(0, 12, 3)]
     assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
     assert len(set(rounds)) > 1
     assert all(len(timing.seconds) == 4 for timing in result.values())
 
 
-def test_figures_are_order_statistics() -> None:
+def test_timings_are_order_statistics() -> None:
     timing = Timing(np.arange(1.0, 11.0))
     assert (timing.median, timing.percentile(90), timing.percentile(100)) == (5.5, 10.0, 10.0)
     assert timing.ratio_to(Timing(2 * timing.seconds)) == (0.5, 0.5, 0.5)
     assert noise_note({"quiet": Timing(np.array([1.0, 1.01, 1.02, 1.01]))}) == ""
-    assert "spans 82 % of its median" in noise_note({"busy": timing})
+    assert "spans 82 % of its median. Only the ratios are reliable" in noise_note({"busy": timing})
+    assert "Not even the ratios are reliable; repeat the benchmark" in noise_note({"busier": Timing(np.array([1.0, 1.0, 9.0, 9.0]))})
     slow = interleave({"slow": lambda: time.sleep(0.02), "fast": lambda: None}, rounds=3)["slow"]
     assert slow.median >= 0.02
 
 
-def test_the_median_s_interval_holds_it_as_often_as_it_says() -> None:
-    """Of a skewed distribution, whose true median is ln 2; a fitted normal one would be far off."""
+def test_median_interval_has_the_stated_coverage() -> None:
+    """The exponential distribution is skewed and has the median ln 2; a fitted normal distribution would be far off."""
     draws = np.random.default_rng(0).exponential(size=(2000, 15))
-    held = np.mean([low <= np.log(2) <= high for _, low, high in map(median_interval, draws)])
-    assert 0.93 <= held <= 0.99
+    coverage = np.mean([low <= np.log(2) <= high for _, low, high in map(median_interval, draws)])
+    assert 0.93 <= coverage <= 0.99
 
 
 def test_warm_up_ends_when_runs_become_no_faster() -> None:
@@ -64,18 +65,18 @@ def test_warm_up_ends_when_runs_become_no_faster() -> None:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory, tiny_bundle_path: Path, tiny_checkpoint: Path) -> Report:
-    """A run of everything but what compiles for minutes."""
+    """Report of a run with every contender except torch.compile, which takes minutes."""
     pytest.importorskip("onnxscript", reason="the plain export needs onnxscript")
-    plan = Plan(
+    plan = BenchPlan(
         tiny_bundle_path, tiny_checkpoint, precisions=("fp32", "fp16"), seconds=(0.5,), batches=(1, 2), concurrency=(2,), rounds=3,
         threads=2, command="melrt bench",
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contenders, "_compiled", lambda _: (_ for _ in ()).throw(contenders.UnavailableError("left out: it takes long")))
+        patch.setattr(contenders, "_compiled", lambda _: (_ for _ in ()).throw(contenders.UnavailableError("left out: it takes minutes")))
         return run_bench(plan)
 
 
-def test_the_report_has_every_figure(report: Report, tmp_path: Path) -> None:
+def test_report_has_every_figure(report: Report, tmp_path: Path) -> None:
     names = ["PyTorch eager, weight norm", "PyTorch eager", "ONNX Runtime, plain export", "melrt's graph, whole"]
     names += ["melrt, onnxruntime fp32", "melrt, onnxruntime fp16"]
     found = [row.contender for row in report.latencies if row.batch == 1 and not row.contender.startswith("OpenVINO")]
@@ -96,7 +97,7 @@ def test_the_report_has_every_figure(report: Report, tmp_path: Path) -> None:
     assert Report.load(tmp_path / "x.json").latencies == report.latencies
 
 
-def test_the_profile_knows_every_convolution_and_its_limit(report: Report, tiny_bundle_path: Path) -> None:
+def test_profile_has_every_convolution_and_its_limit(report: Report, tiny_bundle_path: Path) -> None:
     bundle = Bundle.open(tiny_bundle_path)
     model = onnx.load_from_string(bundle.read(bundle.find("onnx", graph="interior", precision="fp32")[0]))
     convolutions = {node.name for node in model.graph.node if node.op_type == "Conv"}
@@ -104,72 +105,94 @@ def test_the_profile_knows_every_convolution_and_its_limit(report: Report, tiny_
     assert set(profiled) == convolutions
     assert sum(layer.share for layer in report.layers) == pytest.approx(1, abs=0.01)
     config = GeneratorConfig.from_dict(bundle.manifest.architecture)
-    # the interior graph computes what padding reaches into beyond the kept samples, so that it is not less than the generator's own count
+    # The interior graph also computes samples beyond the kept ones, where padding is needed. The generator's count does not include them.
     assert sum(layer.mflop for layer in profiled.values()) * 1e6 == pytest.approx(config.flop_per_frame * WINDOW, rel=0.05)
     assert all(layer.limit_microseconds > 0 for layer in profiled.values())
     assert report.ceilings["gflops"] > 1 < report.ceilings["gbytes"]
 
 
-def test_the_page_opens_offline_and_shows_what_is_wrong(report: Report, tmp_path: Path) -> None:
+def test_page_opens_offline_and_marks_wrong_outputs(report: Report, tmp_path: Path) -> None:
     wrong = replace(report.latencies[1], correct=False, contender="<b>planted</b>")
     streams = (
-        {"streams": 2, "in_flight": True, "underruns": 0, "pushes": 10, "latency_ms": [1, 2], "first_audio_ms": [1, 2], "held": True},
+        {
+            "streams": 2,
+            "shared_queue": True,
+            "underruns": 0,
+            "pushes": 10,
+            "latency_ms": [1, 2],
+            "first_audio_ms": [1, 2],
+            "sustained": True,
+        },
     )
     memory = ({"seconds": 30.0, "kind": "windows", "peak_mib": 251.0},)
     write_html(
-        replace(report, latencies=(wrong, *report.latencies), noise="It was loud.", streams=streams, memory=memory), tmp_path / "x.html"
+        replace(report, latencies=(wrong, *report.latencies), noise="The machine was busy.", streams=streams, memory=memory),
+        tmp_path / "x.html",
     )
     page = (tmp_path / "x.html").read_text()
     assert page.count('class="wrong">WRONG<') == 1
     assert "&lt;b&gt;planted" in page
-    assert "It was loud." in page
+    assert "The machine was busy." in page
     assert page.count('src="data:image/png;base64,') == 5
+    assert "torch.compile</td><td>left out: it takes minutes" in page
+    assert "Scroll the table sideways" in page
     assert not re.search(r"""(?:src|href)=["']?(?:http|//)""", page)
 
 
-def test_the_command_line(melrt, tiny_bundle_path: Path, tmp_path: Path) -> None:
-    """Without a checkpoint only melrt is timed; a second run compares with the first."""
+def test_command_line_without_a_checkpoint(melrt, tiny_bundle_path: Path, tmp_path: Path) -> None:
+    """Only melrt is timed. A comparison of a report with itself finds no change."""
     arguments = "bench", tiny_bundle_path, "--seconds", "0.5", "--rounds", "3", "--no-start-up", "--no-profile"
     for name in ("a", "b"):
-        code, out, _ = melrt(
+        code, out, err = melrt(
             *arguments, "--json", tmp_path / f"{name}.json", "--html", tmp_path / f"{name}.html", "--pictures", tmp_path / name
         )
-        assert (code, "needs the weights: --checkpoint" in out, "melrt, onnxruntime fp32" in out) == (0, True, True)
+        assert (code, "give it with --checkpoint" in out, "melrt, onnxruntime fp32" in out) == (0, True, True)
+        assert f"Wrote {tmp_path / name}.html." in out
+        assert "step 1 of 2: loading the contenders" in err
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["latency-of-each-run.png", "times-real-time.png"]
     code, out, _ = melrt("bench", "--compare", tmp_path / "a.json", tmp_path / "a.json")
-    assert (code, out.count("same"), out.count("yardstick")) == (0, 1, 1)
+    assert (code, out.count("same"), out.count("baseline")) == (0, 1, 1)
 
 
-def test_wrong_turns(melrt, tiny_bundle_path: Path, tmp_path: Path) -> None:
-    (tmp_path / "old.json").write_text('{"schema": 1}')
+def test_missing_onnxscript_is_reported(melrt, tiny_bundle_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("melrt_benchmarks.inference.plain_export.find_spec", lambda _: None)
+    arguments = "bench", tiny_bundle_path, "--checkpoint", tiny_checkpoint, "--only", "runtime, plain,melrt,", "--seconds", "0.5"
+    code, out, _ = melrt(*arguments, "--rounds", "3", "--no-start-up", "--no-profile")
+    assert code == 0
+    assert "Contenders that did not run:" in out
+    assert re.search(r'ONNX Runtime, plain export: .*onnxscript.*pip install ".*\[benchmarks]"', out)
+
+
+def test_unusable_arguments_are_refused(melrt, tiny_bundle_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text('{"schema": 2}')
     (tmp_path / "x.json").write_text("[]")
-    turns = [
+    cases = [
         (("bench",), "give a VOICE.melrt"),
         (("bench", tiny_bundle_path, "--seconds", "one"), "--seconds is 'one'"),
-        (("bench", tiny_bundle_path, "--seconds", "0"), "above 0 and up to 7200"),
-        (("bench", tiny_bundle_path, "--batch", "0"), "from 1 to 1024"),
-        (("bench", tiny_bundle_path, "--rounds", "2"), "at least 3"),
-        (("bench", tiny_bundle_path, "--only", "nobody,none"), "None has a name with nobody, none"),
-        (("bench", tiny_bundle_path, "--precisions", "int3"), "known are fp32, tf32, fp16, int8"),
-        (("bench", "--compare", tmp_path / "none.json", tmp_path / "x.json"), "is no file"),
-        (("bench", "--compare", tmp_path / "old.json", tmp_path / "x.json"), "has schema 1; this melrt reads 2"),
-        (("bench", "--compare", tmp_path / "x.json", tmp_path / "x.json"), "is no report"),
+        (("bench", tiny_bundle_path, "--seconds", "0"), "above 0 and at most 7200"),
+        (("bench", tiny_bundle_path, "--batch", "0"), "a whole number from 1 to 1024"),
+        (("bench", tiny_bundle_path, "--rounds", "2"), "rounds is 2; it must be a whole number from 3"),
+        (("bench", tiny_bundle_path, "--only", "nobody,none"), "None has a name that contains nobody or none"),
+        (("bench", tiny_bundle_path, "--precisions", "int3"), "one of fp32, tf32, fp16, int8"),
+        (("bench", "--compare", tmp_path / "none.json", tmp_path / "x.json"), "is missing or larger than 64 MiB"),
+        (("bench", "--compare", tmp_path / "old.json", tmp_path / "x.json"), "has schema 2; this melrt reads schema 1"),
+        (("bench", "--compare", tmp_path / "x.json", tmp_path / "x.json"), "does not hold a report"),
     ]
-    for arguments, message in turns:
+    for arguments, message in cases:
         code, _, err = melrt(*arguments)
         assert (code, message in err) == (2, True), (arguments, err)
 
 
-def test_a_wrong_contender_is_shown_as_wrong(melrt, tiny_bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_outputs_are_marked_and_exit_with_1(melrt, tiny_bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def planted(*_: object):
         yield contenders.Contender("silent", "fp32", lambda mel: np.zeros((len(mel), mel.shape[2] * 256), np.float32))
         yield contenders.Contender("fails", "fp32", lambda mel: mel.no_such_thing)
-        yield contenders.Contender("as long as it likes", "fp32", lambda mel: np.zeros((len(mel), 7), np.float32))
+        yield contenders.Contender("wrong shape", "fp32", lambda mel: np.zeros((len(mel), 7), np.float32))
 
-    monkeypatch.setattr("melrt_benchmarks.inference.bench.contenders", planted)
+    monkeypatch.setattr("melrt_benchmarks.inference.bench.load_contenders", planted)
     code, out, _ = melrt("bench", tiny_bundle_path, "--seconds", "0.5", "--rounds", "3", "--no-start-up", "--no-profile")
     assert (code, out.count("WRONG")) == (1, 2)
-    assert "not run: fails: failed on mels of shape (1, 80, 43)" in out
+    assert "fails: failed on mels of shape (1, 80, 43)" in out
 
 
 @pytest.mark.parametrize(
@@ -183,8 +206,8 @@ def test_a_wrong_contender_is_shown_as_wrong(melrt, tiny_bundle_path: Path, monk
         (2.0, 1.1, "uncertain", 0),
     ],
 )
-def test_ten_percent_are_found_through_noise(melrt, tmp_path: Path, machine: float, factor: float, verdict: str, code: int) -> None:
-    """The second run's machine is slower as a whole, and every run strays by 3 %; twice as slow, and nothing is certain."""
+def test_comparison_finds_ten_percent_in_noise(melrt, tmp_path: Path, machine: float, factor: float, verdict: str, code: int) -> None:
+    """The machine of the second run may be slower or faster, and every run has 3 % of noise. On one twice as slow, nothing is certain."""
     noise = np.random.default_rng(1)
 
     def row(name: str, median: float) -> Latency:
@@ -201,41 +224,41 @@ def test_ten_percent_are_found_through_noise(melrt, tmp_path: Path, machine: flo
     assert (result, verdict in line) == (code, True)
 
 
-def test_the_gpu_s_own_figures_come_through(tiny_bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a meter in place of a GPU: only what runs on one is read."""
+def test_gpu_readings_reach_the_report(tiny_bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a fake meter. Only contenders on the GPU are read."""
 
     class Meter:
         def read(self, call) -> Reading:
             call()
             return Reading(1.25, 0.5)
 
-    def planted(bench: contenders.Bench, *_: object):
+    def planted(voice: contenders.BenchVoice, *_: object):
         for name, on_gpu in (("host", False), ("device", True)):
-            made = contenders._melrt(bench, "onnxruntime", "fp32")
+            made = contenders._melrt(voice, "onnxruntime", "fp32")
             yield replace(made, name=name, on_gpu=on_gpu)
 
-    monkeypatch.setattr("melrt_benchmarks.inference.bench.contenders", planted)
+    monkeypatch.setattr("melrt_benchmarks.inference.bench.load_contenders", planted)
     monkeypatch.setattr("melrt_benchmarks.inference.bench.open_meter", Meter)
-    rows = run_bench(Plan(tiny_bundle_path, seconds=(0.5,), rounds=3, profiled=False, started=False)).latencies
+    rows = run_bench(BenchPlan(tiny_bundle_path, seconds=(0.5,), rounds=3, profiled=False, started=False)).latencies
     assert [(row.contender, row.device_ms, row.joules) for row in rows] == [("host", None, None), ("device", 1.25, 0.5)]
 
 
-def test_streams_rise_until_too_many(melrt, tiny_bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a listener who has next to nothing in hand, even one stream is too many; with plenty, few are held."""
-    from melrt_benchmarks.inference.streams import Load, measure
+def test_streams_are_sustained_only_with_enough_buffer(tiny_bundle_path: Path) -> None:
+    """Two streams are sustained with a long buffer; even one is not with hardly any."""
+    from melrt_benchmarks.inference.streams import StreamLoad, run_streams
 
     with Vocoder.load(tiny_bundle_path) as vocoder:
         vocoder(np.zeros((80, 200)))
-        for in_flight in (True, False):
-            patient = measure(vocoder, 2, Load(buffer=30.0, seconds=1.0), in_flight=in_flight)
-            assert patient.held
-            assert patient.pushes == 2 * 5
-            assert 0 < patient.latency_ms[0] <= patient.latency_ms[1]
-            assert not measure(vocoder, 1, Load(buffer=1e-6, seconds=1.0), in_flight=in_flight).held
+        for shared_queue in (True, False):
+            buffered = run_streams(vocoder, 2, StreamLoad(buffer=30.0, seconds=1.0), shared_queue=shared_queue)
+            assert buffered.sustained
+            assert buffered.pushes == 2 * 5
+            assert 0 < buffered.latency_ms[0] <= buffered.latency_ms[1]
+            assert not run_streams(vocoder, 1, StreamLoad(buffer=1e-6, seconds=1.0), shared_queue=shared_queue).sustained
 
 
-def test_memory_of_a_long_synthesis_stays(tiny_bundle_path: Path) -> None:
-    """Two minutes in windows take hardly more than ten seconds; whole, they take several times the growth."""
+def test_memory_in_windows_does_not_grow_with_length(tiny_bundle_path: Path) -> None:
+    """Two minutes in windows take less than 1.2 times the memory of ten seconds; in one run they take much more."""
     windowed = [peak_memory(tiny_bundle_path, seconds, whole=False) for seconds in (10, 120)]
     assert windowed[1] < 1.2 * windowed[0]
     assert peak_memory(tiny_bundle_path, 120, whole=True) > 1.3 * windowed[1]

@@ -1,8 +1,9 @@
-"""From a checkpoint to a bundle: right, reproducible, whole or not at all."""
+"""Export of a checkpoint as a bundle: it is exact and reproducible, and a failure leaves nothing."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,19 +13,22 @@ import onnx
 import pytest
 import torch
 
-from melrt.bundle import Bundle
-from melrt.errors import ParityError
+from melrt.bundle import Artifact, Bundle
+from melrt.errors import BundleError, ParityError
+from melrt.files.audio import read_audio
+from melrt.mel.features import mel_from_audio
 from melrt.vocoder import Vocoder
 from melrt_export import export as export_module
-from melrt_export.audio_features import mel_from_audio, read_audio
 from melrt_export.checkpoints import load_checkpoint
 from melrt_export.export import ExportOptions, export_voice
-from melrt_export.parity import FP16_MIN_SNR_DB, FP32_MAX_ABS, Difference, pytorch_audio, verify
+from melrt_export.generator.config import GeneratorConfig
+from melrt_export.generator.reference import PyTorchReference
+from melrt_export.parity import FP16_MIN_SNR_DB, FP32_MAX_ABS, Difference, verify
 
 
 def test_same_checkpoint_gives_the_same_bytes(tiny_checkpoint: Path, tiny_bundle_path: Path, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1 if threads > 1 else 2)  # of whoever exports: rounding depends on it
+    torch.set_num_threads(1 if threads > 1 else 2)  # PyTorch's rounding depends on the number of threads
     again = export_voice(tiny_checkpoint, tmp_path / "again.melrt").path
     torch.set_num_threads(threads)
     files = sorted(file.name for file in tiny_bundle_path.iterdir())
@@ -34,7 +38,7 @@ def test_same_checkpoint_gives_the_same_bytes(tiny_checkpoint: Path, tiny_bundle
         assert (again / name).read_bytes() == (tiny_bundle_path / name).read_bytes(), name
 
 
-def test_a_lone_model_file_knows_its_voice(tiny_bundle_path: Path) -> None:
+def test_model_file_states_its_voice(tiny_bundle_path: Path) -> None:
     model = onnx.load(tiny_bundle_path / "edge.fp16.onnx", load_external_data=False)
     facts = {prop.key: prop.value for prop in model.metadata_props}
     manifest = Bundle.open(tiny_bundle_path).manifest
@@ -44,7 +48,7 @@ def test_a_lone_model_file_knows_its_voice(tiny_bundle_path: Path) -> None:
     assert not any(tensor.external_data for tensor in model.graph.initializer)
 
 
-def test_parity_is_in_the_manifest(tiny_bundle_path: Path) -> None:
+def test_manifest_states_the_parity(tiny_bundle_path: Path) -> None:
     bundle = Bundle.open(tiny_bundle_path)
     for graph in ("edge", "interior"):
         full, half = bundle.find("onnx", graph=graph)
@@ -52,7 +56,7 @@ def test_parity_is_in_the_manifest(tiny_bundle_path: Path) -> None:
         assert min(half.quality["snr_db"], half.quality["half_snr_db"]) >= FP16_MIN_SNR_DB
 
 
-def test_a_wrong_graph_fails_the_export_and_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_graph_fails_the_export_and_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = export_module.deploy_graph
 
     def wrong(config, weights, *rest):
@@ -64,7 +68,7 @@ def test_a_wrong_graph_fails_the_export_and_leaves_nothing(tiny_checkpoint: Path
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_overwrite_keeps_the_old_bundle(tiny_checkpoint: Path, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_overwrite_keeps_the_old_bundle(tiny_checkpoint: Path, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {file.name: file.read_bytes() for file in tiny_bundle.path.iterdir()}
 
     def full(self: Path, data: bytes) -> int:
@@ -77,15 +81,47 @@ def test_a_failed_overwrite_keeps_the_old_bundle(tiny_checkpoint: Path, tiny_bun
     assert [path.name for path in tiny_bundle.path.parent.iterdir()] == ["tiny.melrt"]
 
 
-def test_verify_measures_against_pytorch(tiny_bundle: Bundle, tiny_checkpoint: Path) -> None:
+def test_verify_passes_with_and_without_pytorch(tiny_bundle: Bundle, tiny_checkpoint: Path) -> None:
     for checkpoint in (None, load_checkpoint(tiny_checkpoint)):
         rows = list(verify(tiny_bundle, checkpoint))
         assert [row.file for row in rows] == ["edge.fp32.onnx", "interior.fp32.onnx", "edge.fp16.onnx", "interior.fp16.onnx"]
         assert all(row.passed for row in rows)
 
 
-def test_the_project_s_own_audio(shared: Path, tmp_path: Path) -> None:
-    """`case.npz` holds what melgan-neurips's own code gave."""
+def test_verify_names_the_fields_that_differ(tiny_bundle: Bundle, make_voice, tmp_path: Path) -> None:
+    _, other = make_voice(GeneratorConfig(in_channels=8, channels=64, bias=False), tmp_path)
+    with pytest.raises(BundleError, match=r"in_channels is 8 in the checkpoint and 80 in the bundle; bias is False in") as raised:
+        list(verify(tiny_bundle, other))
+    assert "upsample_scales" not in str(raised.value)
+
+
+def test_verify_explains_the_snr_of_int8(melrt, tiny_bundle: Bundle) -> None:
+    (entry,) = tiny_bundle.find("onnx", graph="edge", precision="fp32")
+    model = tiny_bundle.read(entry)
+    int8 = Artifact.of("edge.int8.onnx", model, "onnx", graph="edge", precision="int8", quality={"snr_db": 12.5})
+    tiny_bundle.add(int8, model)
+    code, out, _ = melrt("verify", tiny_bundle.path)
+    assert code == 0
+    assert "synthetic probe" in out
+    assert "--report" in out
+
+
+def test_demo_writes_every_file_that_it_names(melrt, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("melrt_export.demo.DEMO_VOICE", tiny_checkpoint)
+    code, out, err = melrt("demo", "-o", tmp_path / "demo")
+    assert code == 0
+    assert sorted(file.name for file in (tmp_path / "demo").iterdir()) == ["LJ001-0032.png", "LJ001-0032.wav", "lj.melrt", "mel.npy"]
+    assert np.load(tmp_path / "demo" / "mel.npy").shape == (80, 609)
+    assert out.count(str(tmp_path / "demo")) == 6, "four files, and two of them in the next command"
+    assert "step 10 of 10: drawing" in err
+    (command,) = re.findall(r"`melrt (.*speech.wav)`", out)
+    monkeypatch.chdir(tmp_path)
+    assert melrt(*command.split())[0] == 0
+    assert (tmp_path / "speech.wav").stat().st_size > 600 * 256 * 2
+
+
+def test_audio_equals_that_of_melgan_neurips(shared: Path, tmp_path: Path) -> None:
+    """`case.npz` holds the output of melgan-neurips's own code."""
     folder = shared / "fixtures" / "checkpoints" / "descript"
     case = np.load(folder / "case.npz")
     audio = Vocoder.load(export_voice(folder, tmp_path / "x.melrt"))(case["mel"])
@@ -93,23 +129,24 @@ def test_the_project_s_own_audio(shared: Path, tmp_path: Path) -> None:
     assert np.abs(audio - case["audio"].reshape(-1)).max() < FP32_MAX_ABS
 
 
-def test_real_voice_on_real_speech(shared: Path, tmp_path: Path) -> None:
-    """A trained checkpoint and five recordings: FP32 to rounding, FP16 over its limit on each utterance."""
+def test_trained_voice_on_recorded_speech(shared: Path, tmp_path: Path) -> None:
+    """On five recordings, FP32 differs by rounding only, and FP16 is above its limit."""
     bundle = export_voice(shared / "voices" / "lj", tmp_path / "lj.melrt")
     checkpoint = load_checkpoint(shared / "voices" / "lj")
+    pytorch = PyTorchReference(checkpoint.config, checkpoint.weights)
     full, half = (Vocoder.load(bundle, precision=precision) for precision in ("fp32", "fp16"))
     for number in range(28, 33):
         recording = read_audio(shared / "audio" / "ljspeech" / f"LJ001-{number:04d}.wav", full.sample_rate)
         mel = mel_from_audio(recording, full.spec)
-        reference = pytorch_audio(checkpoint, mel[None])[0]
+        reference = pytorch.audio(mel[None])[0]
         assert Difference.between(reference, full(mel)).max_abs < FP32_MAX_ABS
         assert Difference.between(reference, half(mel)).snr_db > FP16_MIN_SNR_DB
-        if number >= 31:  # the two that its training never saw; PyTorch's half precision is slow on a CPU
-            assert Difference.between(reference, pytorch_audio(checkpoint, mel[None], half=True)[0]).snr_db > FP16_MIN_SNR_DB
+        if number >= 31:  # the two that were not used in training; PyTorch's half precision is slow on a CPU
+            assert Difference.between(reference, pytorch.half_audio(mel[None])[0]).snr_db > FP16_MIN_SNR_DB
 
 
-def test_disk_full_during_export_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """The kernel refuses to write past 200 KB, in the middle of the first model."""
+def test_full_disk_during_export_leaves_nothing(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """The kernel refuses to write more than 200 KB, which is in the middle of the first model."""
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "from melrt.cli.main import main; import melrt_export.export, torch, onnx, onnxruntime;"

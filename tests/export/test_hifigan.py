@@ -1,4 +1,4 @@
-"""HiFi-GAN's checkpoints: the exported voice gives what the project's own layers give."""
+"""HiFi-GAN checkpoints: an exported voice gives the output of the project's own layers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from melrt.errors import CheckpointError
+from melrt.files.audio import read_audio
+from melrt.mel.features import mel_from_audio
 from melrt.vocoder import Vocoder
 from melrt_export.assets import RECORDING
-from melrt_export.audio_features import mel_from_audio, read_audio
 from melrt_export.checkpoints import load_checkpoint
 from melrt_export.export import ExportOptions, export_voice
 from melrt_export.parity import FP16_MIN_SNR_DB, FP32_MAX_ABS, probe_mel
@@ -41,7 +42,7 @@ OTHER = V1 | {
 
 
 class Branch(nn.Module):
-    """`ResBlock1` (convs1, convs2) or `ResBlock2` (convs)."""
+    """Residual blocks of one kernel size: `ResBlock1` (convs1, convs2) or `ResBlock2` (convs)."""
 
     def __init__(self, kind: str, width: int, kernel: int, dilations: list[int]) -> None:
         super().__init__()
@@ -63,7 +64,7 @@ class Branch(nn.Module):
 
 
 class HifiGan(nn.Module):
-    """`Generator` of models.py, with weights that keep the signal's level so that every layer matters."""
+    """Generator of HiFi-GAN's models.py, with weights that keep the signal's level, so that every layer affects the output."""
 
     def __init__(self, h: dict[str, Any]) -> None:
         super().__init__()
@@ -90,8 +91,8 @@ class HifiGan(nn.Module):
         return torch.tanh(self.conv_post(F.leaky_relu(x)))
 
 
-def saved(folder: Path, settings: dict[str, Any], file: str = "g_02500000", weight_norm: bool = True) -> HifiGan:
-    """A training's folder, the discriminators' file included; returns the network."""
+def save_training(folder: Path, settings: dict[str, Any], file: str = "g_02500000", weight_norm: bool = True) -> HifiGan:
+    """Save a folder as a HiFi-GAN training leaves it, with the file of the discriminators, and return the network."""
     net = HifiGan(settings).eval()
     if weight_norm:
         for layer in net.modules():
@@ -116,9 +117,9 @@ CASES = {
 
 
 @pytest.mark.parametrize(("settings", "file", "weight_norm"), CASES.values(), ids=CASES.keys())
-def test_the_voice_gives_what_the_project_gives(tmp_path: Path, settings: dict[str, Any], file: str, weight_norm: bool) -> None:
-    net = saved(tmp_path / "LJ", settings, file, weight_norm)
-    half = settings in (V2, V3)  # the others are of the same two kinds, and PyTorch's half precision is slow on a CPU
+def test_voice_gives_the_output_of_the_project(tmp_path: Path, settings: dict[str, Any], file: str, weight_norm: bool) -> None:
+    net = save_training(tmp_path / "LJ", settings, file, weight_norm)
+    half = settings in (V2, V3)  # PyTorch's half precision is slow on a CPU, and the other cases have the same two kinds of blocks
     bundle = export_voice(tmp_path / "LJ", tmp_path / "voice.melrt", ExportOptions(("fp32", "fp16") if half else ("fp32",)))
     manifest = bundle.manifest
     assert (manifest.name, manifest.spec.log, manifest.receptive_field.smallest_input) == ("LJ", "ln", 1)
@@ -138,16 +139,16 @@ def test_the_voice_gives_what_the_project_gives(tmp_path: Path, settings: dict[s
         assert np.abs(audio - expected[case]).max() < FP32_MAX_ABS
 
 
-def test_an_fp16_engine(tmp_path: Path) -> None:
+def test_fp16_engine_can_be_built(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed here")
-    saved(tmp_path / "LJ", V3)
+    save_training(tmp_path / "LJ", V3)
     bundle = export_voice(tmp_path / "LJ", tmp_path / "voice.melrt", ExportOptions(precisions=("fp16",)))
     assert build_engine(bundle, EngineOptions(precision="fp16", graph="interior")).size > 10_000
 
 
-def test_the_mel_is_the_project_s(tmp_path: Path) -> None:
-    """`mel_spectrogram` in double precision: the 1e-9 under the root moves the quietest bands by up to a percent."""
-    saved(tmp_path / "LJ", V1)
+def test_mel_equals_that_of_the_project(tmp_path: Path) -> None:
+    """The expected mel is `mel_spectrogram` in double precision. Its 1e-9 under the root changes the quietest bands by up to 1 %."""
+    save_training(tmp_path / "LJ", V1)
     spec = load_checkpoint(tmp_path / "LJ").spec
     audio = read_audio(RECORDING, 22050)
     padded = F.pad(torch.from_numpy(audio).double()[None], (384, 384), "reflect")
@@ -165,20 +166,20 @@ def without(name: str) -> Callable[[dict[str, Any]], Any]:
     ("change", "message"),
     [
         (without("resblock"), "lacks resblock"),
-        (lambda s: s.update(gen_istft_n_fft=16), "options that HiFi-GAN's own code does not: gen_istft_n_fft"),
-        (lambda s: s.update(resblock=1), 'resblock is 1; it is "1" or "2"'),
+        (lambda s: s.update(gen_istft_n_fft=16), "options that HiFi-GAN's own code does not have: gen_istft_n_fft"),
+        (lambda s: s.update(resblock=1), 'resblock is 1; it must be "1" or "2"'),
         (lambda s: s.update(upsample_rates=[5, 5], upsample_kernel_sizes=[11, 11]), r"upsample_kernel_sizes \[11, 11\]"),
         (lambda s: s.update(upsample_rates="8"), "upsample_scales"),
-        (lambda s: s.update(resblock_kernel_sizes=[3, 4, 11]), "kernel_sizes is .* odd numbers"),
-        (lambda s: s.update(resblock_kernel_sizes=[3, 7]), "dilations is .* for each of 2 kernels"),
+        (lambda s: s.update(resblock_kernel_sizes=[3, 4, 11]), "kernel_sizes is .* odd number"),
+        (lambda s: s.update(resblock_kernel_sizes=[3, 7]), "dilations is .* for each of 2 kernel sizes"),
         (lambda s: s.update(resblock_dilation_sizes=[[1], [1], [10**9]]), "dilations is"),
         (lambda s: s.update(resblock_dilation_sizes=[[1, 3]] * 3), r"unexpected resblocks\.0\.convs1\.2"),
         (lambda s: s.update(num_mels=40), r"conv_pre\.weight has shape"),
         (lambda s: s.update(sampling_rate="fast"), "sample_rate"),
     ],
 )  # fmt: skip
-def test_a_config_of_something_else_is_refused(tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
-    saved(tmp_path / "LJ", V2)
+def test_unsupported_config_raises_an_error(tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str) -> None:
+    save_training(tmp_path / "LJ", V2)
     settings = dict(V2)
     change(settings)
     (tmp_path / "LJ" / "config.json").write_text(json.dumps(settings))
@@ -186,10 +187,10 @@ def test_a_config_of_something_else_is_refused(tmp_path: Path, change: Callable[
         load_checkpoint(tmp_path / "LJ")
 
 
-def test_melrt_s_own_checkpoints_keep_it(tmp_path: Path) -> None:
+def test_native_checkpoint_keeps_the_config(tmp_path: Path) -> None:
     from melrt_export.checkpoints import native
 
-    saved(tmp_path / "LJ", V3)
+    save_training(tmp_path / "LJ", V3)
     checkpoint = load_checkpoint(tmp_path / "LJ" / "g_02500000")
     native.save(tmp_path / "own", checkpoint)
     assert load_checkpoint(tmp_path / "own").config == checkpoint.config

@@ -1,4 +1,7 @@
-"""Files of every kind that a checkpoint consists of, made to run code, reach out or fill the memory: refused by name, and nothing runs."""
+"""Hostile files of every kind that a checkpoint consists of.
+
+They try to execute code, read or write other files, or fill the memory. The error names the file, and no code is executed.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,8 @@ from melrt_export.checkpoints.reading import parse_yaml, read_json, read_npy_dic
 
 
 class Hostile:
+    """Object whose pickle creates the file `target` when it is loaded without protection."""
+
     def __init__(self, target: Path) -> None:
         self.target = target
 
@@ -34,7 +39,7 @@ class Hostile:
 
 @pytest.fixture
 def trap(tmp_path: Path):
-    """A file that appears if anything of a hostile one runs."""
+    """An object that creates a file when it is unpickled; the test fails if the file exists at its end."""
     target = tmp_path / "it-ran"
     yield Hostile(target)
     assert not target.exists()
@@ -45,14 +50,14 @@ def trap(tmp_path: Path):
     lambda h: {"model": {"layers.1.weight": torch.zeros(1)}, "config": h},
     lambda h: {"model_g": {"generator.1.weight": torch.zeros(1)}, "hp_str": h},
 ])  # fmt: skip
-def test_pickles_of_the_projects(tmp_path: Path, trap: Hostile, wrap) -> None:
+def test_hostile_pickles_in_the_projects_layouts(tmp_path: Path, trap: Hostile, wrap) -> None:
     for name in ("checkpoint-1steps.pkl", "best_model.pth", "lj_aca5990_6400.pt"):
         torch.save(wrap(trap), tmp_path / name)
-        with pytest.raises(CheckpointError, match=r"system.*nothing of it was run"):
+        with pytest.raises(CheckpointError, match=r"system.*melrt executed nothing"):
             load_checkpoint(tmp_path / name)
 
 
-def test_statistics_that_numpy_would_unpickle(tmp_path: Path, trap: Hostile) -> None:
+def test_hostile_pickled_statistics(tmp_path: Path, trap: Hostile) -> None:
     np.save(tmp_path / "bad.npy", np.array({"mel_mean": trap}, dtype=object), allow_pickle=True)
     with pytest.raises(CheckpointError, match=r"bad.npy holds more than arrays.*system"):
         read_npy_dict(tmp_path / "bad.npy")
@@ -65,8 +70,8 @@ def test_statistics_that_numpy_would_unpickle(tmp_path: Path, trap: Hostile) -> 
             read_npy_dict(tmp_path / name)
 
 
-def test_a_config_in_an_attribute_dictionary_is_a_plain_one(tmp_path: Path, trap: Hostile, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Old Coqui checkpoints pickle their own class, which is a dict; no other class of that package is built."""
+def test_attribute_dictionaries_load_as_plain_dictionaries(tmp_path: Path, trap: Hostile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Old Coqui checkpoints pickle their own dictionary class. No other class of that package is built."""
 
     class AttrDict(dict):
         def __init__(self, *args, **kwargs):
@@ -81,11 +86,11 @@ def test_a_config_in_an_attribute_dictionary_is_a_plain_one(tmp_path: Path, trap
     torch.save({"config": AttrDict(audio=AttrDict(hop_length=256))}, tmp_path / "x.pth")
     torch.save({"config": AttrDict(audio=trap)}, tmp_path / "bad.pth")
     assert read_pickle(tmp_path / "x.pth")["config"]["audio"]["hop_length"] == 256
-    with pytest.raises(CheckpointError, match="nothing of it was run"):
+    with pytest.raises(CheckpointError, match="melrt executed nothing"):
         read_pickle(tmp_path / "bad.pth")
 
 
-def test_yaml_and_json(tmp_path: Path, trap: Hostile) -> None:
+def test_hostile_yaml_and_json(tmp_path: Path, trap: Hostile) -> None:
     text = f"a: !!python/object/apply:os.system ['touch {trap.target}']\n---\nb: 1\n"
     assert parse_yaml(text, tmp_path)[0]["a"] == [f"touch {trap.target}"]
     deep = tmp_path / "deep.json"
@@ -96,7 +101,7 @@ def test_yaml_and_json(tmp_path: Path, trap: Hostile) -> None:
     assert read_json(deep) == {"a": "http://x", 'b"//': [1]}
 
 
-def test_hdf5_reads_nothing_outside_the_file(tmp_path: Path) -> None:
+def test_hdf5_reads_only_inside_the_file(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "secret.h5", "w") as file:
         file["x"] = np.arange(3.0)
     (tmp_path / "secret.bin").write_bytes(bytes(24))
@@ -129,13 +134,13 @@ def _virtual(source: Path) -> h5py.VirtualLayout:
     return layout
 
 
-def test_archives_write_nothing_outside(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_archives_unpack_only_into_the_temporary_folder(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with tarfile.open(tmp_path / "bad.tar.gz", "w:gz") as tar:
         for name, kind in (("../../escaped", tarfile.REGTYPE), ("/etc/link", tarfile.SYMTYPE), ("dev", tarfile.CHRTYPE)):
             entry = tarfile.TarInfo(name)
             entry.type, entry.linkname, entry.size = kind, "/etc/passwd", 3 if kind == tarfile.REGTYPE else 0
             tar.addfile(entry, io.BytesIO(b"abc"))
-    with archives.unpacked(tmp_path / "bad.tar.gz") as folder:
+    with archives.unpack_archive(tmp_path / "bad.tar.gz") as folder:
         assert [file.name for file in folder.iterdir()] == ["escaped"]
         assert not (folder.parent.parent / "escaped").exists()
     assert not folder.exists()
@@ -168,32 +173,32 @@ def wavegan(folder: Path, **config) -> Path:
         ({"generator_params": [1]}, "no generator_params"),
         ({"params": {"channels": 10**9}}, "channels is 1000000000"),
         ({"params": {"bias": "yes"}}, "bias is 'yes'"),
-        ({"params": {"pad": "CircularPad1d"}}, "padding by CircularPad1d"),
-        ({"params": {"pad": ["a"]}}, "padding by"),
+        ({"params": {"pad": "CircularPad1d"}}, "the padding is CircularPad1d"),
+        ({"params": {"pad": ["a"]}}, "the padding is \\['a'\\]"),
         ({"params": {"nonlinear_activation": "ELU"}}, "activation is ELU"),
         ({"params": {"upsample_scales": 8}}, "upsample_scales is 8"),
-        ({"params": {"out_channels": 4}, "pqmf_params": {"taps": 10**9}}, "1000000000 taps"),
+        ({"params": {"out_channels": 4}, "pqmf_params": {"taps": 10**9}}, "taps is 1000000000"),
         ({"pqmf_params": {"cutoff_ratio": [1]}}, "cutoff_ratio"),
         ({}, "missing melgan.1.bias"),
     ],
 )
-def test_configs_of_parallel_wavegan(tmp_path: Path, config: dict, message: str) -> None:
+def test_wrong_configs_of_parallel_wavegan(tmp_path: Path, config: dict, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(wavegan(tmp_path, **config))
 
 
-def test_what_fits_two_projects_or_none(tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_files_of_two_projects_or_of_none(tmp_path: Path, tiny_checkpoint: Path) -> None:
     folder = wavegan(tmp_path / "two")
     shutil.copy(tiny_checkpoint / "best_netG.pt", folder)
-    with pytest.raises(CheckpointError, match=r"more than one.*melgan-neurips.*ParallelWaveGAN.*Name the file"):
+    with pytest.raises(CheckpointError, match=r"more than one.*melgan-neurips.*ParallelWaveGAN.*Give the path"):
         load_checkpoint(folder)
     torch.save({"model": {"resnet.1.weight": torch.zeros(1)}}, tmp_path / "other.pt")
-    with pytest.raises(CheckpointError, match=r"no checkpoint that melrt knows.*seungwonpark.*Coqui TTS.*TensorFlowTTS"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of a project that melrt supports.*seungwonpark.*Coqui TTS.*TensorFlowTTS"):
         load_checkpoint(tmp_path / "other.pt")
     (tmp_path / "hifi").mkdir()
     torch.save({"model": {"model_g.conv_pre.weight": torch.zeros(1)}}, tmp_path / "hifi" / "best_model.pth")
     (tmp_path / "hifi" / "config.json").write_text(json.dumps({"generator_model": "hifigan_generator"}))
-    with pytest.raises(CheckpointError, match=r"hifigan_generator.*melrt reads melgan_generator"):
+    with pytest.raises(CheckpointError, match=r"hifigan_generator.*supported generators of Coqui TTS are melgan_generator"):
         load_checkpoint(tmp_path / "hifi")
 
 
@@ -205,24 +210,24 @@ def test_keras_weights_of_another_network(tmp_path: Path) -> None:
         load_checkpoint(tmp_path)
     with h5py.File(tmp_path / "model.h5", "w") as file:
         file["lstm/recurrent:0"] = np.zeros((7, 80), "f4")
-    with pytest.raises(CheckpointError, match="no weight of this family"):
+    with pytest.raises(CheckpointError, match="not a weight of a MelGAN generator"):
         load_checkpoint(tmp_path)
 
 
-def test_raw_pickles_are_no_checkpoints(tmp_path: Path, trap: Hostile) -> None:
+def test_raw_pickles_are_not_checkpoints(tmp_path: Path, trap: Hostile) -> None:
     (tmp_path / "checkpoint-1steps.pkl").write_bytes(pickle.dumps(trap))
     with pytest.raises(CheckpointError, match="checkpoint-1steps.pkl"):
         load_checkpoint(tmp_path)
 
 
-def test_a_short_file_that_stands_for_a_long_one(tmp_path: Path) -> None:
-    """Lists of lists by alias, a list within itself, a tensor of many zeros, a deflated archive: none fills the memory, nor a message."""
+def test_small_files_that_expand_in_memory(tmp_path: Path) -> None:
+    """YAML aliases, a recursive list, an expanded tensor and a compressed archive fill neither the memory nor the message."""
     bomb = "a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n" + "".join(
         f"{n}: &{n} [{', '.join([f'*{p}'] * 9)}]\n" for p, n in zip("abcdefgh", "bcdefghi", strict=True)
     )
-    with pytest.raises(CheckpointError, match="more than 100000 settings"):
+    with pytest.raises(CheckpointError, match="more than the 100000 settings"):
         parse_yaml(bomb + "generator_type: *i\n", tmp_path)
-    with pytest.raises(CheckpointError, match="deeper than 50"):
+    with pytest.raises(CheckpointError, match="deeper than the 50 levels"):
         parse_yaml("a: &a [*a]\n", tmp_path)
     with pytest.raises(CheckpointError, match="characters; at most"):
         parse_yaml("# " + "x" * (2 << 20), tmp_path)

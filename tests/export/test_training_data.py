@@ -1,4 +1,4 @@
-"""A training's files: configs that cannot be, audio that cannot be used, and segments that are the same however they are read."""
+"""Configuration files, recordings that cannot be used, and segments that do not depend on how they are read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from melrt.errors import TrainingError
 from melrt_export.training.config import DataConfig, read_config
 from melrt_export.training.recordings import Corpus, find_corpus
-from melrt_export.training.segments import Segments, Share, batches
+from melrt_export.training.segments import BatchSampler, SegmentDataset, load_batches
 
 RATE = 8000
 SEGMENT = 2048
@@ -24,7 +24,7 @@ def tone(hertz: float, samples: int = 9000, level: float = 0.4) -> np.ndarray:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Five good files, each a tone that tells which it is."""
+    """Return a folder of five usable files. Each is a tone whose frequency identifies it."""
     (tmp_path / "wavs" / "more").mkdir(parents=True)
     for i in range(5):
         where = tmp_path / "wavs" / ("more" if i % 2 else ".") / f"u{i}.{'flac' if i == 2 else 'wav'}"
@@ -36,34 +36,34 @@ def data(folder: Path, **values) -> DataConfig:
     return DataConfig(str(folder), **{"segment": SEGMENT, "batch": 4, "workers": 0, "held_out": 2} | values)
 
 
-def read(corpus: Corpus, config: DataConfig, share: Share, seed: int = 0) -> list[torch.Tensor]:
-    return list(batches(Segments(corpus.train, config, RATE, seed), share, pinned=False))
+def read(corpus: Corpus, config: DataConfig, sampler: BatchSampler, seed: int = 0) -> list[torch.Tensor]:
+    return list(load_batches(SegmentDataset(corpus.train, config, RATE, seed), sampler, pinned=False))
 
 
 def test_segments_depend_on_seed_and_number_alone(folder: Path) -> None:
     config = data(folder)
     corpus = find_corpus(config, RATE)
-    whole = read(corpus, config, Share(4, 0, 1, 0, 6))
+    whole = read(corpus, config, BatchSampler(4, 0, 1, 0, 6))
     assert [batch.shape for batch in whole] == [(4, SEGMENT)] * 6
-    assert torch.equal(torch.stack(whole), torch.stack(read(corpus, config, Share(4, 0, 1, 0, 6))))
-    assert not torch.equal(whole[0], read(corpus, config, Share(4, 0, 1, 0, 1), seed=1)[0])
-    assert torch.equal(torch.stack(whole[4:]), torch.stack(read(corpus, config, Share(4, 0, 1, 4, 6)))), "resumed after four steps"
-    halves = [read(corpus, data(folder, workers=1), Share(4, rank, 2, 0, 6)) for rank in range(2)]
+    assert torch.equal(torch.stack(whole), torch.stack(read(corpus, config, BatchSampler(4, 0, 1, 0, 6))))
+    assert not torch.equal(whole[0], read(corpus, config, BatchSampler(4, 0, 1, 0, 1), seed=1)[0])
+    assert torch.equal(torch.stack(whole[4:]), torch.stack(read(corpus, config, BatchSampler(4, 0, 1, 4, 6)))), "resumed after four steps"
+    halves = [read(corpus, data(folder, workers=1), BatchSampler(4, rank, 2, 0, 6)) for rank in range(2)]
     assert torch.equal(torch.stack(whole), torch.cat([torch.stack(half) for half in halves], 1)), "two processes, with workers"
     assert len({segment.numpy().tobytes() for batch in whole for segment in batch}) == 24
 
 
-def test_every_recording_is_used_once_a_turn_at_its_peak_and_gain(folder: Path) -> None:
+def test_each_epoch_uses_every_recording_once_at_its_gain(folder: Path) -> None:
     config = data(folder, gain=(0.5, 1.0), peak=0.8)
     corpus = find_corpus(config, RATE)
     assert len(corpus.train) == 3
     assert len(corpus.validation) == 2
-    segments = Segments(corpus.train, config, RATE, 0)
-    for turn in range(4):
-        heard = [segments[3 * turn + i].numpy() for i in range(3)]
-        tones = [round(np.argmax(np.abs(np.fft.rfft(x))) * RATE / SEGMENT, -2) for x in heard]
+    segments = SegmentDataset(corpus.train, config, RATE, 0)
+    for epoch in range(4):
+        parts = [segments[3 * epoch + i].numpy() for i in range(3)]
+        tones = [round(np.argmax(np.abs(np.fft.rfft(x))) * RATE / SEGMENT, -2) for x in parts]
         assert len(set(tones)) == 3
-        assert all(0.8 * 0.5 - 1e-3 <= np.abs(x).max() <= 0.8 + 1e-3 for x in heard)
+        assert all(0.8 * 0.5 - 1e-3 <= np.abs(x).max() <= 0.8 + 1e-3 for x in parts)
 
 
 def test_lists_of_files_and_separate_validation(folder: Path) -> None:
@@ -74,14 +74,14 @@ def test_lists_of_files_and_separate_validation(folder: Path) -> None:
     assert [r.path.name for r in corpus.validation] == ["u4.wav"]
 
 
-def test_another_rate_and_two_channels_become_the_voice_s(folder: Path) -> None:
+def test_recordings_are_resampled_and_mixed(folder: Path) -> None:
     high = np.sin(2 * np.pi * 300 * np.arange(40000) / 16000).astype(np.float32)
     soundfile.write(folder / "a-high.wav", np.stack([high, high], 1) * 0.3, 16000)
     config = data(folder, held_out=5, gain=(1.0, 1.0))
     corpus = find_corpus(config, RATE)
     (recording,) = corpus.train
     assert (recording.path.name, recording.rate, recording.samples) == ("a-high.wav", 16000, 20000)
-    segment = Segments(corpus.train, config, RATE, 0)[0].numpy()
+    segment = SegmentDataset(corpus.train, config, RATE, 0)[0].numpy()
     spectrum = np.abs(np.fft.rfft(segment * np.hanning(SEGMENT)))
     assert abs(np.argmax(spectrum) * RATE / SEGMENT - 300) < 5
     assert np.abs(segment).max() == pytest.approx(0.95, abs=0.01)
@@ -89,7 +89,7 @@ def test_another_rate_and_two_channels_become_the_voice_s(folder: Path) -> None:
 
 @pytest.fixture
 def bad_files(folder: Path) -> dict[str, str]:
-    """Files that cannot be used as they are, with the rule that each falls under."""
+    """Write files that cannot be used as they are, and return the setting that decides the treatment of each."""
     soundfile.write(folder / "bad-rate.wav", tone(200), 16000)
     soundfile.write(folder / "bad-stereo.wav", np.stack([tone(200)] * 2, 1), RATE)
     soundfile.write(folder / "bad-short.wav", tone(200, SEGMENT - 1), RATE)
@@ -102,36 +102,36 @@ def bad_files(folder: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
-def test_files_that_cannot_be_used_are_named_and_skipped_or_refused(folder: Path, bad_files: dict[str, str]) -> None:
+def test_unusable_files_are_skipped_or_refused_by_name(folder: Path, bad_files: dict[str, str]) -> None:
     skipping = dict.fromkeys(bad_files.values(), "skip")
     corpus = find_corpus(data(folder, **skipping), RATE)
     assert len(corpus.train) + len(corpus.validation) == 5
     for name in bad_files:
         assert any(name in text for text in corpus.skipped), name
-    for name, rule in bad_files.items():
-        with pytest.raises(TrainingError, match=rf'{name}.*{rule} = "skip"'):
-            find_corpus(data(folder, **{**skipping, rule: "refuse"}), RATE)
+    for name, setting in bad_files.items():
+        with pytest.raises(TrainingError, match=rf'{name}.*{setting} = "skip"'):
+            find_corpus(data(folder, **{**skipping, setting: "refuse"}), RATE)
 
 
-def test_data_that_is_not_there(folder: Path) -> None:
+def test_missing_recordings_are_reported(folder: Path) -> None:
     (folder.parent / "empty").mkdir()
     (folder.parent / "gone.txt").write_text("wavs/gone.wav\n")
     cases = {"nowhere": "neither a folder", "empty": "no .wav", "gone.txt": r"held_out"}
     for name, message in cases.items():
         with pytest.raises(TrainingError, match=message):
             find_corpus(data(folder.parent / name), RATE)
-    with pytest.raises(TrainingError, match=r"gone\.wav.*Mend or remove"):
+    with pytest.raises(TrainingError, match=r"gone\.wav.*Fix or remove"):
         find_corpus(data(folder.parent / "gone.txt", validation=str(folder)), RATE)
-    with pytest.raises(TrainingError, match=r"no file to train with.*u0\.wav has 9000 samples"):
+    with pytest.raises(TrainingError, match=r"no usable file for training.*u0\.wav has 9000 samples"):
         find_corpus(data(folder, segment=16384), RATE)
 
 
-def test_a_file_that_goes_away_during_the_training_is_named(folder: Path) -> None:
+def test_file_deleted_during_training_is_reported(folder: Path) -> None:
     config = data(folder, workers=1)
     corpus = find_corpus(config, RATE)
     (folder / "u0.wav").unlink()
-    with pytest.raises(TrainingError, match=r"^\S*u0\.wav cannot be read.*Bring it back and resume"):
-        read(corpus, config, Share(4, 0, 1, 0, 3))
+    with pytest.raises(TrainingError, match=r"^\S*u0\.wav cannot be read.*Restore the file and resume"):
+        read(corpus, config, BatchSampler(4, 0, 1, 0, 3))
 
 
 @pytest.mark.parametrize(
@@ -139,36 +139,37 @@ def test_a_file_that_goes_away_during_the_training_is_named(folder: Path) -> Non
     [
         ('run = "r', "is not TOML"),
         ('run = "r"', "data is missing"),
-        ('run = "r"\ncolor = 1\n[data]\ntrain = "x"', "color is not known here; known are run, data"),
-        ('run = "r"\n[data]\ntrain = "x"\nsegmnt = 1', r"\[data\]: segmnt is not known here"),
+        ('run = "r"\ncolor = 1\n[data]\ntrain = "x"', "color is not a setting here; the settings are run, data"),
+        ('run = "r"\n[data]\ntrain = "x"\nsegmnt = 1', r"\[data\]: segmnt is not a setting here"),
         ('run = "r"\n[data]\nsegment = 8192', r"\[data\]: train is missing"),
-        ('run = "r"\n[data]\ntrain = "x"\nsegment = "8192"', "segment is '8192'; it is a whole number"),
-        ('run = "r"\n[data]\ntrain = "x"\nsegment = 12', "segment is 12; it lies from 256"),
-        ('run = "r"\n[data]\ntrain = "x"\nstereo = "left"', "stereo is 'left'; it is one of mix, skip, refuse"),
-        ('run = "r"\n[data]\ntrain = "x"\ngain = [0.5]', "gain is .0.5.; it is two numbers"),
-        ('run = "r"\n[data]\ntrain = "x"\ngain = [0, 2]', "gain is .0.0, 2.0.; it is a smallest"),
-        ('run = "r"\ndata = 3', "3; it is a table"),
+        ('run = "r"\n[data]\ntrain = "x"\nsegment = "8192"', "segment is '8192'; it must be a whole number"),
+        ('run = "r"\n[data]\ntrain = "x"\nsegment = 12', "segment is 12; it must be a whole number from 256"),
+        ('run = "r"\n[data]\ntrain = "x"\nstereo = "left"', "stereo is 'left'; it must be one of mix, skip, refuse"),
+        ('run = "r"\n[data]\ntrain = "x"\ngain = [0.5]', r"gain is \(0.5,\); it must be a list of 2 values"),
+        ('run = "r"\n[data]\ntrain = "x"\ngain = [0, 2]', r"gain is \(0.0, 2.0\); .* each a finite number above 0 and at most 1"),
+        ('run = "r"\n[data]\ntrain = "x"\ngain = [1, 0.5]', "the smaller factor must come first"),
+        ('run = "r"\ndata = 3', "3; it must be a table"),
         ('run = "r"\n[data]\ntrain = "x"\n[generator]\nchannels = 0', r"\[generator\]: channels is 0"),
         ('run = "r"\n[data]\ntrain = "x"\n[mel]\nhop = true', r"\[mel\]: mel convention: hop is True"),
         ('run = "r"\nstart_from = "x"\n[data]\ntrain = "x"\n[mel]\nhop = 256', r"remove \[mel\]"),
-        ('run = "r"\n[data]\ntrain = "x"\n[losses]\nadversarial = 0\nfeature_matching = 0', "nothing to learn from"),
+        ('run = "r"\n[data]\ntrain = "x"\n[losses]\nadversarial = 0\nfeature_matching = 0', "nothing can be trained"),
         ('run = "r"\n[data]\ntrain = "x"\n[losses]\nstft = nan', "stft is nan"),
         ('run = "r"\n[data]\ntrain = "x"\n[losses]\nstft = 1\ndiscriminator_from = 5', "before discriminator_from"),
-        ('run = "r"\n[data]\ntrain = "x"\n[losses]\nadversarial_from = 5', "nothing to learn before"),
+        ('run = "r"\n[data]\ntrain = "x"\n[losses]\nadversarial_from = 5', "earlier steps have no loss"),
         ('run = "r"\n[data]\ntrain = "x"\n[optimizer]\nlearning_rate = 0', "learning_rate is 0"),
-        ('run = "r"\n[data]\ntrain = "x"\n[optimizer]\nbetas = [0.5, 1]', "both lie in"),
+        ('run = "r"\n[data]\ntrain = "x"\n[optimizer]\nbetas = [0.5, 1]', "each a finite number at least 0 and below 1"),
         ('run = "r"\n[data]\ntrain = "x"\n[discriminator]\nchannels = 6', "multiple of 4"),
         ('run = "r"\n[data]\ntrain = "x"\n[schedule]\nlog_every = 0', "log_every is 0"),
     ],
 )
-def test_a_wrong_config_is_named(tmp_path: Path, text: str, message: str) -> None:
+def test_wrong_config_is_reported(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "x.toml").write_text(text)
     with pytest.raises(TrainingError, match=message) as caught:
         read_config(tmp_path / "x.toml")
     assert str(caught.value).startswith(str(tmp_path / "x.toml"))
 
 
-def test_paths_of_a_config_are_relative_to_it(tmp_path: Path) -> None:
+def test_paths_in_a_config_are_relative_to_it(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text('run = "runs/x"\n[data]\ntrain = "wavs"\n[generator]\nupsample_scales = [8, 8, 4]\n')
     config = read_config(tmp_path / "x.toml")
     assert (config.run, config.data.train, config.start_from) == (str(tmp_path / "runs/x"), str(tmp_path / "wavs"), "")

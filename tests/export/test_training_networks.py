@@ -1,4 +1,4 @@
-"""The training's networks and losses are the published ones: counted, compared value by value, and able to learn."""
+"""Networks and losses of a training: equal to the published ones in size and values, and able to learn."""
 
 from __future__ import annotations
 
@@ -13,31 +13,38 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from melrt.files.audio import read_audio
+from melrt.mel.features import mel_from_audio
 from melrt.mel.spec import MelSpec
 from melrt_export.assets import RECORDING
-from melrt_export.audio_features import mel_from_audio, read_audio
 from melrt_export.generator.config import GeneratorConfig
 from melrt_export.generator.network import Generator
 from melrt_export.training.config import DataConfig, DiscriminatorConfig, LossConfig, TrainingConfig
 from melrt_export.training.discriminator import Discriminator
-from melrt_export.training.distributed import Processes
+from melrt_export.training.distributed import ProcessGroup
 from melrt_export.training.losses import StftLoss, adversarial_loss, discriminator_loss, feature_matching_loss
 from melrt_export.training.mel import LogMel
 from melrt_export.training.step import AdversarialStep
-from melrt_export.training.voice import first_voice
+from melrt_export.training.voice import create_voice
 from melrt_export.training.weight_norm import add_weight_norm, folded_weights
 
 SMALL = DiscriminatorConfig(channels=4, layers=2)
-# "4.26 M" is the paper's count of the generator (table 1); it rounds to that with and without weight norm's magnitudes.
+# Table 1 of the paper gives 4.26 M weights for the generator; the count rounds to this with and without the magnitudes of weight norm.
 GENERATOR_WEIGHTS = 4.26e6
-# float32 sums of a few thousand products, in another order
+# float32 sums of a few thousand products in different orders
 ROUNDING = 1e-5
 MEL_TOLERANCE = 1e-4
+# The hinge loss begins at 6, which is 2 for each scale, and then rests near 3. At that plateau processor rounding decides whether a loss
+# is above or below 3. Five seeds with one and two threads, with and without oneDNN, and in float64 gave means of 2.76 to 3.17.
+DISCRIMINATOR_STEPS = 60
+DISCRIMINATOR_LOSS = 4.0
+# Mean score of unseen speech minus that of unseen noise. The hinge loss aims at 2; the same runs gave at least 1.39 in every scale.
+DISCRIMINATOR_MARGIN = 0.5
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Networks this small are ten times slower on two threads, where another process has one of the cores."""
+    """Use one thread: networks this small are ten times slower on two threads if another process uses one of the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -60,7 +67,7 @@ def speech() -> np.ndarray:
         MelSpec(log="log2", gain=0.5, floor=1e-3, padding="constant", preemphasis=0.97),
     ],
 )
-def test_the_mel_on_the_fly_is_the_voice_s(spec: MelSpec, speech: np.ndarray) -> None:
+def test_torch_mel_equals_the_numpy_mel(spec: MelSpec, speech: np.ndarray) -> None:
     batch = torch.from_numpy(np.stack([speech, 0.3 * speech[::-1]]))
     ours = LogMel(spec)(batch)
     for mel, audio in zip(ours, batch, strict=True):
@@ -71,7 +78,7 @@ def test_the_mel_on_the_fly_is_the_voice_s(spec: MelSpec, speech: np.ndarray) ->
 
 
 def published_scale() -> nn.Sequential:
-    """One of melgan-neurips's discriminators (ndf 16, n_layers 4, downsampling 4), from PyTorch's own layers."""
+    """Build one of melgan-neurips's discriminators (ndf 16, n_layers 4, downsampling 4) from PyTorch's layers."""
     layers: list[nn.Module] = [nn.Sequential(nn.ReflectionPad1d(7), nn.Conv1d(1, 16, 15), nn.LeakyReLU(0.2))]
     for before, after in ((16, 64), (64, 256), (256, 1024), (1024, 1024)):
         layers.append(nn.Sequential(nn.Conv1d(before, after, 41, 4, 20, groups=before // 4), nn.LeakyReLU(0.2)))
@@ -79,7 +86,7 @@ def published_scale() -> nn.Sequential:
     return nn.Sequential(*layers, nn.Conv1d(1024, 1, 3, 1, 1))
 
 
-def test_the_discriminators_are_the_published_ones(speech: np.ndarray) -> None:
+def test_discriminators_equal_the_published_ones(speech: np.ndarray) -> None:
     published = [published_scale() for _ in range(3)]
     ours = Discriminator(DiscriminatorConfig())
     folded = list(folded_weights(ours).values())
@@ -102,13 +109,13 @@ def test_the_discriminators_are_the_published_ones(speech: np.ndarray) -> None:
 
 
 def in_order(folded: list[np.ndarray], theirs: list[nn.Parameter]) -> list[np.ndarray]:
-    """Weight norm moves a layer's bias before its weight; PyTorch's layers have it behind."""
+    """Put weight before bias in each layer, as PyTorch does; after weight norm the bias comes first."""
     pairs = [sorted(folded[i : i + 2], key=lambda w: -w.ndim) for i in range(0, len(folded), 2)]
     assert len(folded) == len(theirs)
     return [w for pair in pairs for w in pair]
 
 
-def test_the_generator_has_the_published_count_and_keeps_its_function() -> None:
+def test_weight_norm_keeps_the_generator_s_weights() -> None:
     torch.manual_seed(0)
     generator = Generator(GeneratorConfig())
     before = {name: value.clone().numpy() for name, value in generator.state_dict().items()}
@@ -119,7 +126,7 @@ def test_the_generator_has_the_published_count_and_keeps_its_function() -> None:
     assert all(np.abs(after[name] - value).max() < 1e-6 for name, value in before.items())
 
 
-def test_losses_are_their_formulas() -> None:
+def test_losses_equal_their_formulas() -> None:
     noise = np.random.default_rng(0)
     shapes = [[(2, 4, 16), (2, 8, 4), (2, 8, 4), (2, 8, 4), (2, 1, 4)]] * 3
     real, fake = ([[noise.standard_normal(s).astype(np.float32) * 2 for s in scale] for scale in shapes] for _ in range(2))
@@ -129,11 +136,11 @@ def test_losses_are_their_formulas() -> None:
     assert float(adversarial_loss(tensors[1])) == pytest.approx(-sum(f[-1].mean() for f in fake), rel=1e-5)
     matching = sum(np.abs(r[i] - f[i]).mean() for r, f in zip(real, fake, strict=True) for i in range(4))
     assert float(feature_matching_loss(*tensors, "paper")) == pytest.approx(matching, rel=1e-6)
-    # two strided layers of five, three scales (scripts/train.py: 4.0 / (n_layers_D + 1), 1 / num_D)
+    # two of the five layers are strided, and there are three scales (scripts/train.py: 4.0 / (n_layers_D + 1), 1 / num_D)
     assert float(feature_matching_loss(*tensors, "neurips")) == pytest.approx(matching * 4 / 3 / 3, rel=1e-6)
 
 
-def test_the_stft_loss_is_its_formula(speech: np.ndarray) -> None:
+def test_stft_loss_equals_its_formula(speech: np.ndarray) -> None:
     noise = np.random.default_rng(0)
     real = np.stack([speech[:8192], 0.2 * speech[8192:16384], 1e-3 * speech[:8192]])  # the last is quieter than -40 dB
     fake = (0.7 * real + 0.02 * noise.standard_normal(real.shape)).astype(np.float32)
@@ -154,14 +161,14 @@ def test_the_stft_loss_is_its_formula(speech: np.ndarray) -> None:
 def small_step(**losses: float) -> AdversarialStep:
     shape = GeneratorConfig(channels=32)
     config = TrainingConfig("", DataConfig(""), generator=shape, discriminator=SMALL, losses=LossConfig(**losses))
-    return AdversarialStep(config, first_voice(config), Processes(torch.device("cpu")), {})
+    return AdversarialStep(config, create_voice(config), ProcessGroup(torch.device("cpu")), {})
 
 
 def test_gradients_reach_every_weight(speech: np.ndarray) -> None:
     step = small_step(stft=1.0, mel=1.0)
     values = step(torch.from_numpy(speech[:16384]).reshape(2, 8192), 0)
     assert {"discriminator", "adversarial", "feature_matching", "stft", "mel", "generator"} == set(values)
-    # While every score lies within the hinge, the recordings' and the syntheses' gradients of a score's bias cancel, -1 and +1.
+    # While every score is between -1 and 1, the gradients of a score's bias are -1 for recordings and +1 for syntheses, and cancel.
     cancelled = {f"scales.{i}.layers.{SMALL.layers + 2}.bias" for i in range(SMALL.scales)}
     for network in (step.generator, step.discriminator):
         for name, parameter in network.named_parameters():
@@ -172,22 +179,26 @@ def test_gradients_reach_every_weight(speech: np.ndarray) -> None:
     assert all(dict(step.discriminator.named_parameters())[name].grad.abs() > 0 for name in cancelled)
 
 
-def test_a_discriminator_alone_learns_to_tell_speech_from_noise(speech: np.ndarray) -> None:
+def test_discriminator_learns_to_tell_speech_from_noise(speech: np.ndarray) -> None:
     torch.manual_seed(0)
     network = Discriminator(replace(SMALL, channels=8))
-    optimizer = torch.optim.Adam(network.parameters(), 1e-3, (0.5, 0.9))
+    optimizer = torch.optim.Adam(network.parameters(), 2e-3, (0.5, 0.9))
     segments = torch.from_numpy(speech[:20480]).reshape(10, 1, 2048)
-    learnt, unseen = segments[::2], segments[1::2]
+    trained, unseen = segments[::2], segments[1::2]
 
     def noise_like(x: torch.Tensor) -> torch.Tensor:
         return x.std(dim=2, keepdim=True) * torch.randn_like(x)
 
-    for _ in range(50):
-        loss = discriminator_loss(network(learnt), network(noise_like(learnt)))
+    losses = []
+    for _ in range(DISCRIMINATOR_STEPS):
+        loss = discriminator_loss(network(trained), network(noise_like(trained)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(2 * SMALL.scales, rel=0.05), "random weights give scores near 0"
+    assert np.mean(losses[-10:]) < DISCRIMINATOR_LOSS
     with torch.no_grad():
         for real, fake in zip(network(unseen), network(noise_like(unseen)), strict=True):
             assert real[-1].mean() > 0 > fake[-1].mean()
-    assert float(loss.detach()) < 0.5 * 2 * SMALL.scales, "the hinge loss begins at 2 for each scale"
+            assert real[-1].mean() - fake[-1].mean() > DISCRIMINATOR_MARGIN

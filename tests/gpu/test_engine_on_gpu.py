@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from melrt import Bundle, Vocoder
-from melrt.files.wav import to_int16
+from melrt.files.audio import to_int16
 from melrt.system import find_gpu
 from melrt.vocoder import Options
 from melrt_export.parity import FP16_MIN_SNR_DB, Difference, probe_mel
 from melrt_export.tensorrt.accuracy_check import FP32_MAX_ABS
 from melrt_export.tensorrt.build import EngineOptions, build_engine
-from melrt_export.tensorrt.variant_search import tune_engine
+from melrt_export.tensorrt.variant_search import find_fastest_engine
 
 pytestmark = pytest.mark.gpu
 FLAVORS = ("tensorrt", "tensorrt_rtx")
@@ -118,10 +118,10 @@ def test_every_rewrite_of_the_graph_is_right_and_the_fastest_is_kept(voice: tupl
     bundle, flavor, precision = voice
     if precision != "fp16":
         pytest.skip("tuned in one precision; a tune builds eight engines")
-    draft, trials = tune_engine(bundle, EngineOptions(precision=precision, flavor=flavor, portable=False))
+    built, trials = find_fastest_engine(bundle, EngineOptions(precision=precision, flavor=flavor, portable=False))
     for trial in trials:
         print(trial.to_dict())
     assert [trial.verdict for trial in trials if trial.verdict not in ("fastest", "slower")] == []
     assert len(trials) == 7, "the bundle's graph, four others, two other windows"
-    assert draft.entry.target["tuned"] == [trial.to_dict() for trial in trials]
-    assert draft.entry.quality["snr_db"] > FP16_MIN_SNR_DB
+    assert built.entry.target["trials"] == [trial.to_dict() for trial in trials]
+    assert built.entry.quality["snr_db"] > FP16_MIN_SNR_DB

@@ -43,6 +43,10 @@ class Gpu:
         self.cache_blob = b""
         self.validity = "VALID"
         self.foreign_contexts: set[int] = set()
+        self.current_context = 0
+
+    def set_context(self, context: int) -> None:
+        self.current_context = context
 
     def allocate(self, size: int) -> int:
         block = np.full(size, 0xFF, np.uint8)  # bytes of a float that is not a number
@@ -89,13 +93,11 @@ class Stream:
         self.drain()
 
     def wait(self, other: Stream) -> None:
-        pending = list(other.queue)
-        done = {"count": 0}
+        last = other.queue[-1] if other.queue else None
 
         def catch_up() -> None:
-            while other.queue and done["count"] < len(pending) and other.queue[0] is pending[done["count"]]:
+            while any(item is last for item in other.queue):
                 other.queue.pop(0)()
-                done["count"] += 1
 
         self.add(catch_up)
 
@@ -318,7 +320,7 @@ def _core(gpu: Gpu, devices: int) -> types.SimpleNamespace:
                 raise ValueError(f"device_id must be within [0, {devices})")
 
         def set_current(self) -> None:
-            pass
+            gpu.set_context(1)
 
         def create_stream(self) -> Stream:
             return Stream(gpu)
@@ -377,7 +379,8 @@ def _bindings(gpu: Gpu) -> types.SimpleNamespace:
         CUpointer_attribute=types.SimpleNamespace(CU_POINTER_ATTRIBUTE_CONTEXT=2),
         CUresult=types.SimpleNamespace(CUDA_SUCCESS=0),
         cuPointerGetAttribute=lambda _, pointer: (0, 2 if pointer in gpu.foreign_contexts else 1),
-        cuCtxGetCurrent=lambda: (0, 1),
+        cuCtxGetCurrent=lambda: (0, gpu.current_context),
+        cuCtxSetCurrent=gpu.set_context,
     )
     return types.SimpleNamespace(driver=driver)
 

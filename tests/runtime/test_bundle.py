@@ -62,9 +62,9 @@ def edit(bundle: Bundle, change) -> Path:
         (lambda m: m.update(schema="1"), "schema '1'"),
         (lambda m: m.pop("spec"), "damaged"),
         (lambda m: m.update(color="red"), "damaged.*color"),
-        (lambda m: m["artifacts"][0].update(file="../../etc/passwd"), "only plain names"),
-        (lambda m: m["artifacts"][0].update(file=MANIFEST), "only plain names"),
-        (lambda m: m["artifacts"][0].update(size=1 << 50), "at most"),
+        (lambda m: m["artifacts"][0].update(file="../../etc/passwd"), "plain file name within the bundle"),
+        (lambda m: m["artifacts"][0].update(file=MANIFEST), "plain file name within the bundle"),
+        (lambda m: m["artifacts"][0].update(size=1 << 50), "from 0 to 2147483648"),
         (lambda m: m["artifacts"].append(m["artifacts"][0]), "twice"),
         (lambda m: m["spec"].update(hop="256"), "hop is '256'; it is a whole number"),
         (lambda m: m["spec"].update(f_max=99999), "do not lie within"),
@@ -74,13 +74,13 @@ def edit(bundle: Bundle, change) -> Path:
         (lambda m: m.update(receptive_field={"left": 6, "right": 10**400, "smallest_input": 4, "end_reach": 12}), "right is 1000"),
         (lambda m: m["receptive_field"].update(end_reach=None), "end_reach is None"),
         (lambda m: m["spec"].update(f_max=10**400), "damaged"),
-        (lambda m: m["artifacts"][0].update(quality={"snr_db": float("nan")}), "quality of snr_db nan"),
+        (lambda m: m["artifacts"][0].update(quality={"snr_db": float("nan")}), "quality snr_db nan"),
         (lambda m: m["artifacts"][0].update(quality={"snr_db": "[red]"}), "finite number"),
-        (lambda m: m.update(name=7), "name is 7; it is text"),
+        (lambda m: m.update(name=7), "name is 7; it must be text"),
         (lambda m: m.update(architecture=[]), "architecture is"),
-        (lambda m: m["artifacts"][0].update(quality=None), "quality is None; it is an object"),
-        (lambda m: m["artifacts"][0].update(graph=1), "graph is 1; it is text"),
-        (lambda m: m["artifacts"][0].update(file=1), "names a file 1"),
+        (lambda m: m["artifacts"][0].update(quality=None), "quality is None; it must be an object"),
+        (lambda m: m["artifacts"][0].update(graph=1), "graph is 1; it must be text"),
+        (lambda m: m["artifacts"][0].update(file=1), "file is 1; it must be a plain file name"),
         (lambda m: m["edges"].update(left=-1), "left is -1"),
         (lambda m: m["edges"].update(value="-5"), "value is '-5'"),
     ],
@@ -108,7 +108,7 @@ def test_nothing_is_overwritten_unasked(bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="--force"):
         Bundle.create(bundle.path, manifest(), [])
     (tmp_path / "home").mkdir()
-    with pytest.raises(BundleError, match="no bundle: give another name"):
+    with pytest.raises(BundleError, match="not a bundle: give another name"):
         Bundle.create(tmp_path / "home", manifest(), [], overwrite=True)
 
 
@@ -164,7 +164,7 @@ def test_a_file_is_replaced_as_often_as_one_likes(bundle: Bundle) -> None:
 def test_an_engine_does_not_join_a_bundle_it_was_not_made_from(bundle: Bundle) -> None:
     (source,) = bundle.manifest.artifacts
     Bundle.create(bundle.path, manifest(), [(Artifact.of("a.onnx", b"other", "onnx"), b"other")], overwrite=True)
-    with pytest.raises(BundleError, match="exported anew while b.engine was made"):
+    with pytest.raises(BundleError, match="exported again while b.engine was made"):
         bundle.add(Artifact.of("b.engine", b"b", "engine"), b"b", made_from=source)
     assert not (bundle.path / "b.engine").exists()
 

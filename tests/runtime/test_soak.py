@@ -1,6 +1,6 @@
-"""The soak: random requests from many threads, cancellations and failures among them; nothing is lost, swapped, leaked or stuck.
+"""Soak test: random requests from many threads, some of which fail or are cancelled. No audio is lost, swapped, leaked or stuck.
 
-`MELRT_SOAK=10000 .venv/bin/python -m pytest tests/runtime/test_soak.py -s` is the long one.
+`MELRT_SOAK=10000 .venv/bin/python -m pytest tests/runtime/test_soak.py -s` runs the long version.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.runtime.reference import FP32_MAX_ABS, speech_mel, whole_audio
 
 from melrt import Vocoder
 from melrt.backends.select import BackendChoice, open_backend
@@ -20,21 +21,19 @@ from melrt.bundle import Bundle
 from melrt.errors import BackendError
 from melrt.planning.windows import Policy
 from melrt.vocoder import Options
-from melrt_export.checkpoints import load_checkpoint
-from melrt_export.parity import FP32_MAX_ABS, probe_mel, pytorch_audio
 
 REQUESTS = int(os.environ.get("MELRT_SOAK", "400"))
 THREADS = 16
 LONGEST = 2000
-# A thirtieth of the runs fails; a batch that fails runs its windows one by one, so most requests still succeed.
+# One run of thirty fails. The windows of a failed batch run again one by one, so most requests still succeed.
 FAIL_EVERY = 30
-# From half of the run on, with one allocator arena: 10,000 requests that each leaked one short utterance's audio would be gigabytes.
+# Allowed for the second half of the run. If each of 10,000 requests leaked the audio of a short utterance, the growth would be gigabytes.
 ALLOWED_GROWTH_MIB = 32
 M_ARENA_MAX = -8  # malloc.h
 
 
 class Unreliable:
-    """The real backend, but for the runs that it drops."""
+    """The real backend, except that some runs fail."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.real = open_backend(bundle, BackendChoice(device="cpu"))
@@ -58,13 +57,12 @@ def resident_mib() -> float:
 
 
 @pytest.mark.timeout(3600)
-def test_soak(tiny_bundle_path: Path, tiny_checkpoint: Path) -> None:
-    ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)  # each thread's own arena would keep what it once had, and hide a leak
-    checkpoint = load_checkpoint(tiny_checkpoint)
+def test_random_requests_all_end_correctly(tiny_bundle_path: Path) -> None:
+    ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)  # one allocator arena: an arena for each thread would keep freed memory and hide a leak
     bundle = Bundle.open(tiny_bundle_path)
     noise = np.random.default_rng(0)
-    mels = [probe_mel(bundle.manifest.spec, int(n), seed) for seed, n in enumerate((4, 5, 11, 40, 96, 97, 300, 777, 1311, LONGEST))]
-    references = [pytorch_audio(checkpoint, mel[None])[0] for mel in mels]
+    mels = [speech_mel(bundle, frames, seed) for seed, frames in enumerate((4, 5, 11, 40, 96, 97, 300, 777, 1311, LONGEST))]
+    references = [whole_audio(bundle, mel) for mel in mels]
     outcomes = {"right": 0, "failed": 0, "cancelled": 0, "wrong": 0}
     lock, memory = threading.Lock(), []
 
@@ -72,7 +70,7 @@ def test_soak(tiny_bundle_path: Path, tiny_checkpoint: Path) -> None:
         random = np.random.default_rng(seed)
         for _ in range(requests):
             which = int(random.integers(len(mels)))
-            outcome = one(vocoder, mels[which], references[which], random)
+            outcome = run_request(vocoder, mels[which], references[which], random)
             with lock:
                 outcomes[outcome] += 1
                 if sum(outcomes.values()) % max(REQUESTS // 10, 1) == 0:
@@ -94,8 +92,8 @@ def test_soak(tiny_bundle_path: Path, tiny_checkpoint: Path) -> None:
     assert memory[-1] - memory[len(memory) // 2] < ALLOWED_GROWTH_MIB
 
 
-def one(vocoder: Vocoder, mel: np.ndarray, reference: np.ndarray, random: np.random.Generator) -> str:
-    """A request of a random kind, and what became of it."""
+def run_request(vocoder: Vocoder, mel: np.ndarray, reference: np.ndarray, random: np.random.Generator) -> str:
+    """Make a request of a random kind and return its outcome."""
     kind = random.choice(["whole", "stream", "cancel"], p=[0.6, 0.25, 0.15])
     try:
         if kind == "stream":

@@ -7,46 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
-from tests.runtime.fake_gpu import VERSION, Gpu, engine_bytes, install, install_cupy
+from tests.runtime.fake_engines import BATCH, WINDOW, add_engines
+from tests.runtime.fake_gpu import VERSION, Gpu, install, install_cupy
+from tests.runtime.reference import FP32_MAX_ABS, speech_mel
 
 from melrt import Vocoder
 from melrt.bundle import Artifact, Bundle
-from melrt.errors import BackendError, BundleError, EngineBuildError, MelError, MelrtError, MissingExtraError
-from melrt.files.wav import to_int16
+from melrt.errors import BackendError, BundleError, MelError, MelrtError, MissingExtraError
+from melrt.files.audio import to_int16
 from melrt.planning.edges import Edges
 from melrt.vocoder import Options
-from melrt_export.checkpoints import load_checkpoint, native
-from melrt_export.export import export_voice
-from melrt_export.generator.config import GeneratorConfig
-from melrt_export.parity import FP32_MAX_ABS, probe_mel
-from melrt_export.tensorrt.accuracy_check import check_accuracy
-from melrt_export.tensorrt.refit import refit_engines
-
-WINDOW, BATCH = 48, 4
-TARGET: dict[str, object] = {
-    "refittable": False,
-    "flavor": "tensorrt_rtx",
-    "version": VERSION,
-    "compute_capability": "9.0",
-    "gpu": "Fake GPU",
-}
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     return install(monkeypatch)
-
-
-def add_engines(bundle: Bundle, **facts: object) -> Bundle:
-    for graph, smallest in (("edge", 4), ("interior", WINDOW)):
-        (model,) = bundle.find("onnx", graph=graph, precision="fp32")
-        target = TARGET | {key: value for key, value in facts.items() if key in TARGET}
-        options = {key: value for key, value in facts.items() if key not in TARGET}
-        data = engine_bytes(bundle.read(model), (1, 80, smallest), (BATCH, 80, WINDOW), **options)
-        bundle.add(Artifact.of(f"{graph}.fp32.engine", data, "engine", graph=graph, precision="fp32", target=target), data)
-    return Bundle.open(bundle.path)
 
 
 @pytest.fixture
@@ -59,7 +35,7 @@ def load(voice: Bundle, **options: object) -> Vocoder:
 
 
 def test_every_length_and_batch_is_the_cpus(gpu: Gpu, voice: Bundle) -> None:
-    mels = [probe_mel(voice.manifest.spec, frames, frames) for frames in (4, 30, 47, 48, 100, 211, 100, 211)]
+    mels = [speech_mel(voice, frames, frames) for frames in (4, 30, 47, 48, 100, 211, 100, 211)]
     with Vocoder.load(voice, device="cpu") as cpu:
         expected = [cpu(mel) for mel in mels]
     with load(voice) as vocoder:
@@ -76,7 +52,7 @@ def test_windows_run_as_cuda_graphs_from_the_start_and_other_shapes_once_they_re
     with load(voice) as vocoder:
         lanes, warm = vocoder.backend.policy.workers, gpu.captures
         assert warm == 3 * lanes, "batches of 1, 2 and 4 in each lane"
-        mel = probe_mel(vocoder.spec, WINDOW + 40)
+        mel = speech_mel(vocoder.bundle, WINDOW + 40)
         vocoder(mel)
         launches = gpu.graph_launches
         allocated = dict(gpu.memory)
@@ -91,7 +67,7 @@ def test_windows_run_as_cuda_graphs_from_the_start_and_other_shapes_once_they_re
 
 
 def test_int16_is_made_on_the_device(gpu: Gpu, voice: Bundle) -> None:
-    mel = probe_mel(voice.manifest.spec, 150)
+    mel = speech_mel(voice, 150)
     with load(voice, sample_format="int16") as vocoder, load(voice) as floating:
         assert vocoder.backend.run("interior", mel[None, :, :WINDOW]).dtype == np.int16
         audio = vocoder(mel)
@@ -106,7 +82,7 @@ def test_what_is_no_number_is_an_error_in_16_bits_too(gpu: Gpu, voice: Bundle, m
         engine = vocoder.backend.engines["edge"]._engine
         monkeypatch.setattr(engine.model, "run", lambda mel: np.full((len(mel), mel.shape[2] * 256), np.nan, np.float32))
         with pytest.raises(BackendError, match="not finite"):
-            vocoder(probe_mel(vocoder.spec, 20))
+            vocoder(speech_mel(vocoder.bundle, 20))
 
 
 @pytest.mark.parametrize("edges", [Edges(), Edges(2, 2), Edges(0, 10, -5.0)])
@@ -119,7 +95,7 @@ def test_arrays_on_the_gpu_stay_there(gpu: Gpu, voice: Bundle, monkeypatch: pyte
         Vocoder.load(voice, device="cpu", options=options) as cpu,
     ):
         for frames in (20, WINDOW + 100):
-            mel = np.stack([probe_mel(voice.manifest.spec, frames, seed) for seed in range(3)])
+            mel = np.stack([speech_mel(voice, frames, seed) for seed in range(3)])
             for given, expected in ((mel[0], cpu(mel[0])), (mel, cpu(mel)), (mel[::2, :, ::-1], cpu(mel[::2, :, ::-1].copy()))):
                 array = on_gpu(given)
                 before = gpu.syncs
@@ -132,13 +108,13 @@ def test_arrays_on_the_gpu_stay_there(gpu: Gpu, voice: Bundle, monkeypatch: pyte
 
 def test_arrays_on_the_gpu_that_cannot_be_taken(gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu = install_cupy(monkeypatch, gpu)
-    mel = probe_mel(voice.manifest.spec, 60)
+    mel = speech_mel(voice, 60)
     with load(voice) as vocoder:
         elsewhere = on_gpu(mel)
         gpu.foreign_contexts.add(elsewhere.pointer)
         for array, message in (
             (on_gpu(mel[:40]), "40 bands"), (on_gpu(mel[:, :3].copy()), "3 frames; this network needs at least 4"),
-            (on_gpu(mel.astype(np.float16)), "dtype float16 on the GPU"), (on_gpu(mel[0].copy()), "expected"),
+            (on_gpu(mel.astype(np.float16)), "dtype float16; in GPU memory it must be float32"), (on_gpu(mel[0].copy()), "expected"),
             (on_gpu(mel, device_index=1), "mel is on cuda:1, this voice on cuda:0"), (elsewhere, "autoprimaryctx"),
         ):  # fmt: skip
             with pytest.raises(MelError, match=message):
@@ -157,10 +133,10 @@ def test_arrays_on_the_gpu_that_cannot_be_taken(gpu: Gpu, voice: Bundle, monkeyp
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
-        ({"version": "1.0"}, f"built by tensorrt_rtx 1.0, here is {VERSION}. Build it anew: melrt build .* --precision fp32"),
-        ({"compute_capability": "8.6"}, "for compute capability 8.6, and Fake GPU has 9.0.*--this-gpu"),
-        ({"flavor": "tensorrt_8"}, "engines are for one of tensorrt, tensorrt_rtx"),
-        ({"names": ["mel", "sound"]}, r"takes and gives \['mel', 'sound'\]"),
+        ({"version": "1.0"}, f"built by tensorrt_rtx 1.0; here is {VERSION}. Rebuild it: melrt build .* --precision fp32"),
+        ({"compute_capability": "8.6"}, "for compute capability 8.6; Fake GPU has 9.0.*--this-gpu"),
+        ({"flavor": "tensorrt_8"}, "engines are built by one of tensorrt, tensorrt_rtx"),
+        ({"names": ["mel", "sound"]}, r"has tensors \['mel', 'sound'\]"),
     ],
 )
 def test_engines_that_do_not_fit(gpu: Gpu, tiny_bundle: Bundle, facts: dict, message: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -208,48 +184,8 @@ def test_compiled_kernels_are_kept_between_processes(gpu: Gpu, voice: Bundle, ca
 
 def test_a_failed_run_touches_no_other(gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     with load(voice) as vocoder:
-        mel = probe_mel(vocoder.spec, 30)
+        mel = speech_mel(vocoder.bundle, 30)
         good = vocoder(mel)
         with pytest.raises(MelrtError, match=r"outside this engine's profile, \(1, 80, 4\) to \(4, 80, 48\)"):
             vocoder.backend.run("edge", np.zeros((1, 80, 3), np.float32))
         assert (vocoder(mel) == good).all()
-
-
-def test_an_engine_speaks_before_it_is_kept(gpu: Gpu, tiny_bundle: Bundle) -> None:
-    """The builder's last check, with real speech; here against the fake."""
-
-    def speak(graph: str, smallest: int, gain: float = 1.0) -> dict[str, float]:
-        model = onnx.load_from_string(tiny_bundle.read(tiny_bundle.find("onnx", graph=graph, precision="fp32")[0]))
-        last = next(tensor for tensor in model.graph.initializer if tensor.name == "last.weight")
-        last.CopyFrom(onnx.numpy_helper.from_array(np.float32(gain) * onnx.numpy_helper.to_array(last), last.name))
-        plan = engine_bytes(model.SerializeToString(), (1, 80, smallest), (BATCH, 80, WINDOW))
-        entry = Artifact.of("x.engine", plan, "engine", graph=graph, precision="fp16", target=TARGET)
-        return check_accuracy(tiny_bundle, entry, plan, graph)
-
-    assert speak("edge", 4)["max_abs"] < FP32_MAX_ABS
-    assert speak("interior", WINDOW)["max_abs"] < FP32_MAX_ABS
-    with pytest.raises(EngineBuildError, match=r"x.engine on Fake GPU: .* SNR .* the limit is SNR >= 45 dB. No engine was kept"):
-        speak("edge", 4, gain=1.1)
-    assert not gpu.memory
-
-
-def test_a_fine_tuned_voice_takes_over_the_engines(
-    gpu: Gpu, tiny_bundle: Bundle, tiny_checkpoint: Path, make_voice, tmp_path: Path
-) -> None:
-    """The weights change, the engine stays; what the refitted engine says is the new voice's."""
-    checkpoint = load_checkpoint(tiny_checkpoint)
-    weights = {name: 1.02 * value for name, value in checkpoint.weights.items()}
-    native.save(tmp_path / "tuned", replace(checkpoint, weights=weights))
-    tuned = export_voice(tmp_path / "tuned", tmp_path / "tuned.melrt")
-    with pytest.raises(EngineBuildError, match="no refittable engine: melrt build .*--refittable"):
-        list(refit_engines(tuned, tiny_bundle))
-    donor = add_engines(tiny_bundle, refittable=True)
-    entries = list(refit_engines(tuned, donor))
-    assert {entry.graph for entry in entries} == {"edge", "interior"}
-    mel = probe_mel(tuned.manifest.spec, 150)
-    with load(Bundle.open(tuned.path)) as vocoder, Vocoder.load(tuned, device="cpu") as cpu, load(donor) as old:
-        assert np.abs(vocoder(mel) - cpu(mel)).max() < FP32_MAX_ABS
-        assert np.abs(vocoder(mel) - old(mel)).max() > 0.001
-    other, _ = make_voice(GeneratorConfig(in_channels=8, channels=32, upsample_scales=(4, 4)), tmp_path)
-    with pytest.raises(BundleError, match="differ in .*channels.*only the same network"):
-        list(refit_engines(Bundle.open(other), donor))

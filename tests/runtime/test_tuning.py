@@ -1,4 +1,4 @@
-"""Windows by measurement: the cheapest candidate wins, is kept in the bundle, and is what the voice then runs with."""
+"""Tuned windows: the cheapest candidate is recorded in the bundle, and the voice uses it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from melrt import Vocoder
 from melrt.bundle import Bundle
 from melrt.errors import BackendError, BundleError
 from melrt.planning.windows import Policy
-from melrt.scheduling.policy_tuning import record, recorded, tune
+from melrt.scheduling.policy_tuning import PolicyTiming, _ranked, record, recorded_policy, tune
 from melrt.vocoder import Options
 
 POLICY = Policy(48, static=False, batch=1, workers=2)
 
 
 class Priced:
-    """A backend whose runs cost what the test says: 2 ms each, and 20 ms for windows of 64 frames."""
+    """A backend with known costs: 2 ms a run, and 20 ms a run for windows of 64 frames."""
 
-    name, device, machine, precision = "priced", "cpu", "the test's", "fp32"
+    name, device, machine, precision = "priced", "cpu", "the test machine", "fp32"
     policy = POLICY
     candidates = tuple(replace(POLICY, frames=frames) for frames in (12, 48, 64, 512))
 
@@ -35,57 +35,55 @@ class Priced:
         return np.zeros((len(mel), mel.shape[2] * 256), np.float32)
 
 
-def test_the_cheapest_window_is_chosen_kept_and_used(tiny_bundle: Bundle) -> None:
+def test_cheapest_window_is_recorded_and_used(tiny_bundle: Bundle) -> None:
     backend, steps = Priced(), []
-    assert recorded(tiny_bundle, backend) is None
-    trials = tune(tiny_bundle, backend, rounds=2, on_trial=lambda: steps.append(1))
-    assert [trial.policy.frames for trial in trials] == [512, 48, 64], "12 frames are no more than the context"
-    assert trials[2].microseconds > 3 * trials[1].microseconds > 9 * trials[0].microseconds
+    assert recorded_policy(tiny_bundle, backend) is None
+    timings = tune(tiny_bundle, backend, rounds=2, on_measured=lambda: steps.append(1))
+    assert [timing.policy.frames for timing in timings] == [512, 48, 64], "12 frames are not longer than the context"
+    assert timings[2].microseconds > 3 * timings[1].microseconds > 9 * timings[0].microseconds
     assert len(steps) == 9
     for _ in range(2):
-        entry = record(tiny_bundle, backend, trials)
+        entry = record(tiny_bundle, backend, timings)
     bundle = Bundle.open(tiny_bundle.path)
-    assert bundle.find("policy") == [entry], "a second record takes the place of the first"
+    assert bundle.find("policy") == [entry], "a second record replaces the first"
     assert Vocoder(bundle, backend).policy == replace(backend.policy, frames=512)
-    mine = replace(backend.policy, frames=100)
-    assert Vocoder(bundle, backend, Options(policy=mine)).policy == mine
+    given = replace(backend.policy, frames=100)
+    assert Vocoder(bundle, backend, Options(policy=given)).policy == given
     other = Priced()
     other.machine = "another"
     assert Vocoder(bundle, other).policy == backend.policy
 
 
-def test_of_windows_as_good_the_shorter_wins() -> None:
-    from melrt.scheduling.policy_tuning import Trial, _ranked
-
-    trials = [Trial(replace(Priced.policy, frames=frames), cost) for frames, cost in ((48, 130.0), (96, 101.0), (128, 100.0))]
-    assert _ranked(trials)[0] is trials[1]
+def test_shorter_of_two_equal_windows_is_chosen() -> None:
+    timings = [PolicyTiming(replace(Priced.policy, frames=frames), cost) for frames, cost in ((48, 130.0), (96, 101.0), (128, 100.0))]
+    assert _ranked(timings)[0] is timings[1]
 
 
-def test_records_that_cannot_be(tiny_bundle: Bundle) -> None:
+def test_damaged_records_are_refused(tiny_bundle: Bundle) -> None:
     backend = Priced()
-    trials = tune(tiny_bundle, backend, rounds=1)
-    wrong = replace(trials[0], policy=replace(backend.policy, workers=60_000))
+    timings = tune(tiny_bundle, backend, rounds=1)
+    wrong = replace(timings[0], policy=replace(backend.policy, workers=60_000))
     record(tiny_bundle, backend, [wrong])
-    assert recorded(Bundle.open(tiny_bundle.path), backend) is None, "only what the backend itself offers"
+    assert recorded_policy(Bundle.open(tiny_bundle.path), backend) is None, "the backend does not offer this policy"
     values = {"chosen": {"frames": "many", "static": False, "batch": 1, "workers": 2}}
     for content in (b"{", b"[]", json.dumps(values).encode()):
         (entry,) = Bundle.open(tiny_bundle.path).find("policy")
         tiny_bundle.add(replace(type(entry).of(entry.name, content, "policy", precision="fp32"), target=entry.target), content)
-        with pytest.raises(BundleError, match="is no record of windows"):
-            recorded(Bundle.open(tiny_bundle.path), backend)
+        with pytest.raises(BundleError, match="is not a record of windows"):
+            recorded_policy(Bundle.open(tiny_bundle.path), backend)
     narrow = Priced()
     narrow.candidates = (Policy(12, static=False, batch=1, workers=1),)
     with pytest.raises(BackendError, match=r"no window longer than this voice's context of 6 \+ 6"):
         tune(tiny_bundle, narrow)
 
 
-def test_the_command(tiny_bundle: Bundle, melrt) -> None:
+def test_tune_command_records_a_policy(tiny_bundle: Bundle, melrt) -> None:
     code, out, _ = melrt("tune", tiny_bundle.path, "--rounds", 1, "--device", "cpu")
     assert code == 0
-    assert out.count("chosen") == 1
+    assert out.count("│ chosen │") == 1
     bundle = Bundle.open(tiny_bundle.path)
     with Vocoder.load(bundle, device="cpu") as vocoder:
-        assert vocoder.policy == recorded(bundle, vocoder.backend)
+        assert vocoder.policy == recorded_policy(bundle, vocoder.backend)
         assert vocoder.policy in vocoder.backend.candidates
     code, out, _ = melrt("info", tiny_bundle.path)
     assert "policy.fp32.onnxruntime-cpu" in out

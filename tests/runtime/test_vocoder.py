@@ -1,4 +1,4 @@
-"""The runtime: shapes, choices, and mels that cannot be."""
+"""The vocoder: shapes and types, the choice of backend, and what it refuses."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from tests.runtime.echo import ONE, constant, load_echo
+from tests.runtime.reference import speech_mel
 
 from melrt import Vocoder, write_wav
 from melrt.bundle import Bundle
-from melrt.errors import AudioError, BackendError, BundleError, MelError
-from melrt.files.wav import to_int16
-from melrt_export.parity import probe_mel
+from melrt.errors import AudioError, BackendError, BundleError, ConfigError, MelError
+from melrt.files.audio import to_int16
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +23,8 @@ def vocoder(tiny_bundle_path: Path) -> Vocoder:
     return Vocoder.load(tiny_bundle_path)
 
 
-def test_one_utterance_and_a_batch_agree(vocoder: Vocoder) -> None:
-    mels = np.stack([probe_mel(vocoder.spec, 30, seed) for seed in range(3)])
+def test_batch_equals_single_utterances(vocoder: Vocoder) -> None:
+    mels = np.stack([speech_mel(vocoder.bundle, 30, seed) for seed in range(3)])
     batch = vocoder(mels)
     assert batch.shape == (3, 30 * 256)
     assert batch.dtype == np.float32
@@ -34,8 +35,8 @@ def test_one_utterance_and_a_batch_agree(vocoder: Vocoder) -> None:
         assert np.abs(alone - audio).max() < 1e-5
 
 
-def test_any_real_dtype_and_layout(vocoder: Vocoder) -> None:
-    mel = probe_mel(vocoder.spec, 12).astype(np.float16)
+def test_dtype_and_memory_layout_do_not_matter(vocoder: Vocoder) -> None:
+    mel = speech_mel(vocoder.bundle, 12).astype(np.float16)
     expected = vocoder(mel.astype(np.float32))
     for same in (mel, mel.astype(np.float64), np.asfortranarray(mel), mel.tolist(), mel[:, ::-1][:, ::-1]):
         assert np.array_equal(vocoder(same), expected)
@@ -58,27 +59,27 @@ def test_any_real_dtype_and_layout(vocoder: Vocoder) -> None:
         (np.array([[object()]]), "dtype object"),
     ],
 )
-def test_mels_that_cannot_be(vocoder: Vocoder, mel: np.ndarray, message: str) -> None:
+def test_wrong_mels_are_refused(vocoder: Vocoder, mel: np.ndarray, message: str) -> None:
     with pytest.raises(MelError, match=message):
         vocoder(mel)
 
 
 @pytest.mark.parametrize(
-    ("wish", "message"),
+    ("choice", "error", "message"),
     [
-        ({"precision": "fp8"}, "precision is 'fp8'; it is one of auto, fp32"),
-        ({"device": "tpu"}, "device is 'tpu'"),
-        ({"backend": "tvm"}, "backend is 'tvm'"),
-        ({"threads": 0}, "threads is 0"),
-        ({"precision": "int8"}, "has no int8 artifact; it has fp16 onnx, fp32 onnx"),
+        ({"precision": "fp8"}, ConfigError, "precision is 'fp8'; it must be one of auto, fp32"),
+        ({"device": "tpu"}, ConfigError, "device is 'tpu'"),
+        ({"backend": "tvm"}, ConfigError, "backend is 'tvm'"),
+        ({"threads": 0}, ConfigError, "threads is 0"),
+        ({"precision": "int8"}, BackendError, "has no int8 artifact; it has fp16 onnx, fp32 onnx"),
     ],
 )
-def test_wishes_that_cannot_be(tiny_bundle_path: Path, wish: dict, message: str) -> None:
-    with pytest.raises(BackendError, match=message):
-        Vocoder.load(tiny_bundle_path, **wish)
+def test_unavailable_choices_are_refused(tiny_bundle_path: Path, choice: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Vocoder.load(tiny_bundle_path, **choice)
 
 
-def test_the_gpu_is_never_replaced_silently(tiny_bundle_path: Path) -> None:
+def test_missing_gpu_is_an_error_not_a_fallback(tiny_bundle_path: Path) -> None:
     import onnxruntime
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
@@ -87,15 +88,15 @@ def test_the_gpu_is_never_replaced_silently(tiny_bundle_path: Path) -> None:
         Vocoder.load(tiny_bundle_path, device="cuda")
 
 
-def test_what_was_asked_for_is_what_runs(tiny_bundle_path: Path) -> None:
+def test_requested_precision_runs(tiny_bundle_path: Path) -> None:
     full, half = (Vocoder.load(tiny_bundle_path, precision=precision, threads=1) for precision in ("fp32", "fp16"))
     assert (full.backend.precision, half.backend.precision) == ("fp32", "fp16")
-    mel = probe_mel(full.spec, 20)
+    mel = speech_mel(full.bundle, 20)
     assert 0 < np.abs(full(mel) - half(mel)).max() < 0.05
     assert Vocoder.load(tiny_bundle_path).backend.precision == "fp32"
 
 
-def test_an_altered_model_is_never_loaded(tiny_bundle: Bundle) -> None:
+def test_altered_model_is_refused(tiny_bundle: Bundle) -> None:
     file = tiny_bundle.path / "edge.fp32.onnx"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
@@ -104,7 +105,65 @@ def test_an_altered_model_is_never_loaded(tiny_bundle: Bundle) -> None:
         Vocoder.load(tiny_bundle)
 
 
-def test_wav_files(tmp_path: Path) -> None:
+def test_batch_reads_its_source_lazily(tiny_bundle_path: Path) -> None:
+    vocoder, _ = load_echo(tiny_bundle_path, ONE)
+    read: list[int] = []
+
+    def source():
+        for value in range(100):
+            read.append(value)
+            yield constant(value)
+
+    audio = vocoder.batch(source())
+    assert (next(audio) == 0).all()
+    assert len(read) <= 4
+    audio.close()
+    assert vocoder.stats().queue_windows == 0
+    vocoder.close()
+
+
+def test_batch_names_the_utterance_it_refuses(tiny_bundle_path: Path) -> None:
+    vocoder, _ = load_echo(tiny_bundle_path, ONE)
+    read: list[int] = []
+
+    def source():
+        for index in range(9):
+            read.append(index)
+            yield constant(index) if index != 4 else np.zeros((40, 20))
+
+    batch = vocoder.batch(source())
+    assert [float(next(batch)[0]) for _ in range(4)] == [0, 1, 2, 3]
+    with pytest.raises(MelError, match="utterance 4: mel has 40 bands"):
+        next(batch)
+    assert read == [0, 1, 2, 3, 4]
+    vocoder.close()
+
+
+class TensorLike:
+    """An array of another library, like a PyTorch tensor, whose memory numpy shares."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+
+    def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
+        return self.values
+
+
+def test_array_may_be_refilled_during_a_batch(tiny_bundle_path: Path) -> None:
+    vocoder, _ = load_echo(tiny_bundle_path, ONE)
+    buffer = constant(0)
+
+    def source():
+        for value in range(5):
+            buffer[:] = value
+            yield buffer
+
+    assert [float(audio[0]) for audio in vocoder.batch(source())] == [0, 1, 2, 3, 4]
+    assert [float(audio[0]) for audio in vocoder.batch(TensorLike(one) for one in source())] == [0, 1, 2, 3, 4]
+    vocoder.close()
+
+
+def test_wav_files_have_the_right_samples(tmp_path: Path) -> None:
     audio = np.array([0.0, 0.5, -1.0, 1.0, 1.5, -2.0], np.float32)
     write_wav(tmp_path / "deep" / "a.wav", audio, 22050)
     samples, rate = soundfile.read(tmp_path / "deep" / "a.wav", dtype="int16")
@@ -119,8 +178,8 @@ def test_wav_files(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.wav", "deep"]
 
 
-def test_no_torch_and_no_export_to_speak(tiny_bundle_path: Path) -> None:
-    """Every module of the runtime imports, and a voice speaks, where nothing of the training side can be imported."""
+def test_runtime_needs_no_training_packages(tiny_bundle_path: Path) -> None:
+    """Every module of the runtime imports, and a voice synthesizes, where PyTorch and the exporter cannot be imported."""
     code = f"""
 import importlib, pkgutil, sys
 for name in ("torch", "onnx", "librosa", "safetensors", "melrt_export"):
@@ -134,8 +193,8 @@ assert audio.shape == (9 * 256,) and abs(audio).max() > 0.01
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_importing_is_light() -> None:
-    """No engine, no audio library, no command line before they are needed (0.1 s more than numpy would show them)."""
+def test_import_loads_no_large_package() -> None:
+    """Inference engines, audio and command-line libraries are imported when they are first needed."""
     heavy = "onnxruntime", "soundfile", "typer", "rich", "torch"
     code = f"import sys, melrt; loaded = [n for n in {heavy} if n in sys.modules]; assert not loaded, loaded"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,4 +1,4 @@
-"""The planner: every sample once, each with its full context or at the utterance's true end, for any network, length and policy."""
+"""The planner: every frame is kept once, with its full context or at a true end, for any network, length and policy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def networks(draw: st.DrawFn) -> tuple[ReceptiveField, Policy]:
 
 
 def check(window: Window, span: Span, field: ReceptiveField, policy: Policy) -> None:
-    """What makes a window exact."""
+    """Check that the kept frames of a window are exact."""
     assert 0 <= window.start <= window.keep_start < window.keep_stop <= window.stop <= span.received
     whole = window.start == 0 and window.stop == span.received and span.ended
     left = window.keep_start - window.start >= field.left
@@ -32,13 +32,13 @@ def check(window: Window, span: Span, field: ReceptiveField, policy: Policy) -> 
     else:
         assert left or window.start == 0
         assert right or (span.ended and window.stop == span.received)
-        # long enough for every reflection, and for what a reflection reaches, unless the utterance itself is shorter
+        # long enough for reflection at an end, unless the utterance itself is shorter
         assert window.frames >= field.edge or whole
 
 
 @settings(max_examples=400)
 @given(networks(), st.integers(1, 700))
-def test_a_whole_utterance(network: tuple[ReceptiveField, Policy], total: int) -> None:
+def test_whole_utterance_is_covered_once(network: tuple[ReceptiveField, Policy], total: int) -> None:
     field, policy = network
     span = Span(0, total, total, ended=True)
     windows = list(plan(span, field, policy))
@@ -54,13 +54,13 @@ def test_a_whole_utterance(network: tuple[ReceptiveField, Policy], total: int) -
 
 @settings(max_examples=400)
 @given(networks(), st.lists(st.integers(0, 120), min_size=1, max_size=12), st.integers(0, 40))
-def test_a_stream_in_any_pieces(network: tuple[ReceptiveField, Policy], pieces: list[int], least: int) -> None:
-    """Frames come in any pieces, and go out whenever at least so many are ready."""
+def test_stream_in_any_pieces_is_covered_once(network: tuple[ReceptiveField, Policy], pieces: list[int], least: int) -> None:
+    """Frames arrive in any pieces. Windows run whenever at least `least` frames can be computed."""
     field, policy = network
     received = done = held = 0
     kept: list[Window] = []
     for piece in pieces:
-        held = max(held, done - look_back(field, policy))  # the first frame that the stream still has
+        held = max(held, done - look_back(field, policy))  # the first frame that the stream must still hold
         received += piece
         until = ready(received, False, field)
         if until - done >= least:
@@ -81,8 +81,8 @@ def test_a_stream_in_any_pieces(network: tuple[ReceptiveField, Policy], pieces: 
     assert (kept[-1].keep_stop if kept else 0) == received
 
 
-def test_the_published_generator() -> None:
-    """Context 6 and 6: one static window of 64 keeps 52 frames; each end is 12 frames long and keeps 6."""
+def test_windows_of_the_published_generator() -> None:
+    """The context is 6 + 6 frames, so that a static window of 64 keeps 52. Each end is a window of 12 that keeps 6."""
     field = ReceptiveField(6, 6, 4, 7)
     policy = Policy(frames=64, static=True, batch=8, workers=1)
     assert list(plan(Span(0, 120, 120, True), field, policy)) == [
@@ -95,7 +95,7 @@ def test_the_published_generator() -> None:
     assert list(plan(Span(0, 100, 100, True), field, free)) == [Window("edge", 0, 56, 0, 50), Window("edge", 44, 100, 50, 100)]
 
 
-def test_windows_that_keep_nothing_are_refused() -> None:
+def test_windows_that_keep_no_frame_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"windows of 12 frames leave nothing.*at least 13"):
         Policy(12, static=True, batch=1, workers=1).check(ReceptiveField(6, 6, 4, 7))
     with pytest.raises(ConfigError, match="workers is 0"):

@@ -1,1 +1,1 @@
-"""Benchmarks of inference: latency, throughput, streams, memory, start-up, per-layer roofline."""
+"""Benchmarks of inference: latency, throughput, streams, memory, start-up, roofline."""

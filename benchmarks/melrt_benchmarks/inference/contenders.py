@@ -1,4 +1,4 @@
-"""The ways to run a MelGAN checkpoint, each as its own users would; what cannot run here says why."""
+"""The ways to run a MelGAN checkpoint, each as its own users would run it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from melrt.backends.onnxruntime import OnnxModel
 from melrt.bundle import Bundle
-from melrt.errors import MelrtError
+from melrt.errors import MelrtError, MissingExtraError
 from melrt.system import find_gpu
+from melrt.types import FloatAudio, Mel
 from melrt.vocoder import Options, Vocoder
 from melrt_benchmarks.inference.plain_export import plain_onnx
 from melrt_benchmarks.report.results import Skipped
@@ -25,123 +25,139 @@ from melrt_export.checkpoints import Checkpoint
 from melrt_export.tensorrt.options import FLAVORS
 from melrt_export.tensorrt.polygraphy import polygraphy_for
 
-Run = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+Run = Callable[[Mel], FloatAudio]
 
 
 class UnavailableError(MelrtError):
-    """A contender that cannot run here."""
+    """A contender that cannot run on this machine."""
 
 
 @dataclass(frozen=True, slots=True)
-class Bench:
-    """What the contenders run."""
+class BenchVoice:
+    """The voice that all contenders run."""
 
     bundle: Bundle
     checkpoint: Checkpoint | None
-    """None: only melrt runs."""
+    """Checkpoint the bundle was exported from; without it only melrt runs."""
     threads: int
+    """CPU threads of every contender."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One way to run a voice."""
+    """One way to run a voice, loaded."""
 
     name: str
     precision: str
-    """Whose limit its output is held to: `fp32`, `tf32`, `fp16` or `int8`."""
+    """Precision whose limit the output must keep: `fp32`, `tf32`, `fp16` or `int8`."""
     run: Run
-    """Mels (B, M, T) to audio (B, N), both on the host."""
+    """Turns mels (B, M, T) into audio (B, N), both on the host."""
     close: Callable[[], None] = lambda: None
+    """Frees what `run` holds."""
     on_gpu: bool = False
-    """Whether the GPU is what it costs."""
+    """True if it computes on the GPU."""
 
 
-def contenders(
-    bench: Bench, precisions: tuple[str, ...], backends: tuple[str, ...], only: tuple[str, ...] = ()
+def load_contenders(
+    voice: BenchVoice, precisions: tuple[str, ...], backends: tuple[str, ...], only: tuple[str, ...] = ()
 ) -> Iterator[Contender | Skipped]:
-    """Each contender whose name holds one of `only`, ready to run, or why it cannot; the first that runs is what all are compared with."""
-    for name, precision, make in _list(bench, precisions, backends):
+    """Load each contender, or say why it cannot run. The first one that runs is the baseline.
+
+    Args:
+        voice: What they run.
+        precisions: Precisions of melrt.
+        backends: Backends of melrt.
+        only: Parts of names; a contender is loaded if its name contains one of them. Empty: all.
+    """
+    for name, precision, load in _list(voice, precisions, backends):
         if only and not any(part.lower() in name.lower() for part in only):
             continue
         try:
-            made = make()
-            yield made if isinstance(made, Contender) else Contender(name, precision, made, on_gpu="GPU" in name or "CUDA" in name)
-        except (MelrtError, ImportError) as error:
+            loaded = load()
+            yield loaded if isinstance(loaded, Contender) else Contender(name, precision, loaded, on_gpu="GPU" in name or "CUDA" in name)
+        except MelrtError as error:
             yield Skipped(name, str(error).splitlines()[0])
+        except ImportError as error:
+            yield Skipped(name, str(MissingExtraError("this contender", error.name or "a package", "benchmarks")))
 
 
-def _list(bench: Bench, precisions: tuple[str, ...], backends: tuple[str, ...]) -> Iterator[tuple[str, str, Callable[[], Any]]]:
-    yield "PyTorch eager, weight norm", "fp32", partial(_eager, bench, weight_norm=True)
-    yield "PyTorch eager", "fp32", partial(_eager, bench)
-    yield "torch.compile", "fp32", partial(_compiled, bench)
-    yield "PyTorch eager, GPU, FP16", "fp16", partial(_torch_gpu, bench, graph=False)
-    yield "PyTorch CUDA graph, FP16", "fp16", partial(_torch_gpu, bench, graph=True)
-    yield "ONNX Runtime, plain export", "fp32", partial(_plain, bench, "cpu")
-    yield "ONNX Runtime CUDA, plain", "tf32", partial(_plain, bench, "cuda")
-    yield "ONNX Runtime TensorRT GPU", "fp16", partial(_plain_tensorrt, bench)
-    yield "TensorRT GPU, plain export", "tf32", partial(_tensorrt, bench)
-    yield "OpenVINO, plain export", "fp32", partial(_openvino, bench)
-    yield "melrt's graph, whole", "fp32", partial(_whole, bench)
+def _list(
+    voice: BenchVoice, precisions: tuple[str, ...], backends: tuple[str, ...]
+) -> Iterator[tuple[str, str, Callable[[], Run | Contender]]]:
+    """Name, precision and loader of each contender."""
+    yield "PyTorch eager, weight norm", "fp32", partial(_eager, voice, weight_norm=True)
+    yield "PyTorch eager", "fp32", partial(_eager, voice)
+    yield "torch.compile", "fp32", partial(_compiled, voice)
+    yield "PyTorch eager, GPU, FP16", "fp16", partial(_torch_gpu, voice, graph=False)
+    yield "PyTorch CUDA graph, FP16", "fp16", partial(_torch_gpu, voice, graph=True)
+    yield "ONNX Runtime, plain export", "fp32", partial(_plain, voice, "cpu")
+    yield "ONNX Runtime CUDA, plain", "tf32", partial(_plain, voice, "cuda")
+    yield "ONNX Runtime TensorRT GPU", "fp16", partial(_plain_tensorrt, voice)
+    yield "TensorRT GPU, plain export", "tf32", partial(_tensorrt, voice)
+    yield "OpenVINO, plain export", "fp32", partial(_openvino, voice)
+    yield "melrt's graph, whole", "fp32", partial(_whole, voice)
     for backend in backends:
         for precision in precisions:
-            yield f"melrt, {backend} {precision}", precision, partial(_melrt, bench, backend, precision)
+            yield f"melrt, {backend} {precision}", precision, partial(_melrt, voice, backend, precision)
 
 
-def _checkpoint(bench: Bench) -> Checkpoint:
-    if bench.checkpoint is None:
-        raise UnavailableError("needs the weights: --checkpoint")
-    return bench.checkpoint
+def _require_gpu() -> None:
+    if find_gpu() is None:
+        raise UnavailableError("this machine has no NVIDIA GPU.")
 
 
-def _generator(bench: Bench) -> Any:
+def _generator(voice: BenchVoice) -> Any:
+    if voice.checkpoint is None:
+        raise UnavailableError("it needs the checkpoint that the voice was exported from; give it with --checkpoint.")
     import torch
 
     from melrt_export.generator.network import Generator
 
-    checkpoint = _checkpoint(bench)
-    torch.set_num_threads(bench.threads)
-    return Generator.from_weights(checkpoint.config, {k: torch.from_numpy(v) for k, v in checkpoint.weights.items()})
+    torch.set_num_threads(voice.threads)
+    return Generator.from_weights(voice.checkpoint.config, {k: torch.from_numpy(v) for k, v in voice.checkpoint.weights.items()})
 
 
-def _eager(bench: Bench, *, weight_norm: bool = False) -> Run:
+def _eager(voice: BenchVoice, *, weight_norm: bool = False) -> Run:
     import torch
 
-    generator = _generator(bench)
-    if weight_norm:  # as published checkpoints are run: every forward computes the weights from direction and magnitude
+    generator = _generator(voice)
+    if weight_norm:  # published checkpoints run so: every forward pass computes the weights from direction and magnitude
         for layer in generator.modules():
             if isinstance(layer, torch.nn.Conv1d | torch.nn.ConvTranspose1d):
                 torch.nn.utils.parametrizations.weight_norm(layer)
     return _on_cpu(generator)
 
 
+def _compiled(voice: BenchVoice) -> Run:
+    import torch
+
+    generator = _generator(voice)
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        raise UnavailableError("torch.compile needs a C++ compiler; install one, for example with `apt install g++`.")
+    return _on_cpu(torch.compile(generator, dynamic=False))
+
+
 def _on_cpu(generator: Any) -> Run:
     import torch
 
-    def run(mel: NDArray[np.float32]) -> NDArray[np.float32]:
+    def run(mel: Mel) -> FloatAudio:
         with torch.inference_mode():
             return np.asarray(generator(torch.from_numpy(mel))[:, 0].numpy())
 
     return run
 
 
-def _compiled(bench: Bench) -> Run:
+def _torch_gpu(voice: BenchVoice, *, graph: bool) -> Run:
+    """Run PyTorch at half precision. Mels and audio are copied to and from the GPU, as melrt does. Not yet run on a GPU."""
     import torch
 
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
-        raise UnavailableError("torch.compile needs a C++ compiler")
-    return _on_cpu(torch.compile(_generator(bench), dynamic=False))
-
-
-def _torch_gpu(bench: Bench, *, graph: bool) -> Contender:
-    """Never run by melrt's authors on a GPU yet: device-synchronized, mels and audio cross the bus as they do for melrt."""
-    import torch
-
+    _require_gpu()
     if not torch.cuda.is_available():
-        raise UnavailableError("this PyTorch sees no GPU")
-    generator = _generator(bench).half().cuda()
+        raise UnavailableError("this PyTorch cannot use the GPU; install a build for CUDA from https://pytorch.org/get-started.")
+    generator = _generator(voice).half().cuda()
     captured: dict[tuple[int, ...], tuple[Any, Any, Any]] = {}
 
-    def audio_of(mel: NDArray[np.float32]) -> Any:
+    def audio_of(mel: Mel) -> Any:
         if not graph:
             return generator(torch.from_numpy(mel).cuda().half())
         if mel.shape not in captured:
@@ -151,15 +167,18 @@ def _torch_gpu(bench: Bench, *, graph: bool) -> Contender:
         recorded.replay()
         return audio
 
-    def run(mel: NDArray[np.float32]) -> NDArray[np.float32]:
+    def run(mel: Mel) -> FloatAudio:
         with torch.inference_mode():
             return np.asarray(audio_of(mel)[:, 0].float().cpu().numpy())
 
-    return Contender(f"PyTorch {'CUDA graph' if graph else 'eager, GPU'}, FP16", "fp16", run, on_gpu=True)
+    return run
 
 
 def _capture(generator: Any, shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
-    """A CUDA graph of the generator, its input and its output (PyTorch's notes on CUDA graphs: warm up on a side stream)."""
+    """Return a CUDA graph of the generator, its input and its output.
+
+    PyTorch's notes on CUDA graphs ask for the warm-up on a side stream.
+    """
     torch: Any = importlib.import_module("torch")
     frames = torch.zeros(shape, dtype=torch.half, device="cuda")
     side = torch.cuda.Stream()
@@ -173,72 +192,74 @@ def _capture(generator: Any, shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
     return recorded, frames, audio
 
 
-def _plain(bench: Bench, device: str) -> Run:
-    if device == "cuda" and find_gpu() is None:
-        raise UnavailableError("no NVIDIA GPU")
-    model = OnnxModel(plain_onnx(_generator(bench)), "cuda:0" if device == "cuda" else "cpu", threads=bench.threads)
+def _plain(voice: BenchVoice, device: str) -> Run:
+    if device == "cuda":
+        _require_gpu()
+    model = OnnxModel(plain_onnx(_generator(voice)), "cuda:0" if device == "cuda" else "cpu", threads=voice.threads)
     return lambda mel: model.run(mel).reshape(len(mel), -1)
 
 
-def _plain_tensorrt(bench: Bench) -> Run:
-    """ONNX Runtime's TensorRT provider, at half precision; never run by melrt's authors on a GPU yet."""
+def _plain_tensorrt(voice: BenchVoice) -> Run:
+    """Run ONNX Runtime's TensorRT provider at half precision. Not yet run on a GPU."""
     import onnxruntime
 
+    _require_gpu()
     if "TensorrtExecutionProvider" not in onnxruntime.get_available_providers():
-        raise UnavailableError("this ONNX Runtime has no TensorRT provider")
+        raise MissingExtraError("ONNX Runtime's TensorRT provider", "onnxruntime-gpu", "gpu")
     providers = [("TensorrtExecutionProvider", {"trt_fp16_enable": True}), "CUDAExecutionProvider"]
-    session = onnxruntime.InferenceSession(plain_onnx(_generator(bench)), providers=providers)
+    session = onnxruntime.InferenceSession(plain_onnx(_generator(voice)), providers=providers)
     return lambda mel: np.asarray(session.run(None, {"mel": mel})[0]).reshape(len(mel), -1)
 
 
-def _tensorrt(bench: Bench) -> Contender:
-    """A first attempt with TensorRT: Polygraphy's own runner on the plain export; never run by melrt's authors on a GPU yet."""
+def _tensorrt(voice: BenchVoice) -> Contender:
+    """Run the plain export by Polygraphy's runner, as a first attempt with TensorRT would. Not yet run on a GPU."""
+    _require_gpu()
     flavor = next((name for name in FLAVORS if importlib.util.find_spec(name)), None)
-    if find_gpu() is None or flavor is None:
-        raise UnavailableError("no NVIDIA GPU" if flavor else "TensorRT is not installed")
-    bands = bench.bundle.manifest.spec.n_mels
+    if flavor is None:
+        raise MissingExtraError("this contender", "TensorRT", "tensorrt")
+    bands = voice.bundle.manifest.spec.n_mels
     with polygraphy_for(flavor):
         from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
         from polygraphy.backend.trt import CreateConfig, EngineFromNetwork, NetworkFromOnnxBytes, Profile, TrtRunner
 
         profile = Profile().add("mel", (1, bands, 64), (1, bands, 400), (64, bands, 3000))
         config = CreateConfigRTX(profiles=[profile]) if flavor == "tensorrt_rtx" else CreateConfig(profiles=[profile], tf32=True)
-        runner = TrtRunner(EngineFromNetwork(NetworkFromOnnxBytes(plain_onnx(_generator(bench))), config=config))
+        runner = TrtRunner(EngineFromNetwork(NetworkFromOnnxBytes(plain_onnx(_generator(voice))), config=config))
         runner.activate()
 
-    def run(mel: NDArray[np.float32]) -> NDArray[np.float32]:
+    def run(mel: Mel) -> FloatAudio:
         (audio,) = runner.infer({"mel": mel}).values()
         return np.array(audio, np.float32).reshape(len(mel), -1)
 
     return Contender("TensorRT GPU, plain export", "tf32", run, runner.deactivate, on_gpu=True)
 
 
-def _openvino(bench: Bench) -> Run:
+def _openvino(voice: BenchVoice) -> Run:
     if importlib.util.find_spec("openvino") is None:
-        raise UnavailableError('not installed: pip install "melrt[openvino]"')
+        raise MissingExtraError("this contender", "OpenVINO", "openvino")
     openvino: Any = importlib.import_module("openvino")
     core = openvino.Core()
-    # its default on processors that have bfloat16 is to round everything to it: 2e-2 off, where fp32 is meant
-    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": bench.threads, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = core.compile_model(core.read_model(plain_onnx(_generator(bench))), "CPU", settings)
-    mine = threading.local()  # a request serves one caller at a time
+    # On processors with bfloat16 OpenVINO by default rounds everything to it, which is 2e-2 off where fp32 is meant.
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": voice.threads, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = core.compile_model(core.read_model(plain_onnx(_generator(voice))), "CPU", settings)
+    local = threading.local()  # an inference request serves one caller at a time
 
-    def run(mel: NDArray[np.float32]) -> NDArray[np.float32]:
-        if not hasattr(mine, "request"):
-            mine.request = compiled.create_infer_request()
-        return np.array(mine.request.infer([mel])[0]).reshape(len(mel), -1)
+    def run(mel: Mel) -> FloatAudio:
+        if not hasattr(local, "request"):
+            local.request = compiled.create_infer_request()
+        return np.array(local.request.infer([mel])[0]).reshape(len(mel), -1)
 
     return run
 
 
-def _whole(bench: Bench) -> Run:
-    edge = bench.bundle.find("onnx", graph="edge", precision="fp32")
+def _whole(voice: BenchVoice) -> Run:
+    edge = voice.bundle.find("onnx", graph="edge", precision="fp32")
     if not edge:
-        raise UnavailableError("the bundle has no fp32 graph")
-    model = OnnxModel(bench.bundle.read(edge[0]), threads=bench.threads, blocked=bench.threads == 1)
+        raise UnavailableError("the bundle has no graph in fp32; export the voice again with --precision fp32.")
+    model = OnnxModel(voice.bundle.read(edge[0]), threads=voice.threads, blocked=voice.threads == 1)
     return model.run
 
 
-def _melrt(bench: Bench, backend: str, precision: str) -> Contender:
-    vocoder = Vocoder.load(bench.bundle, backend=backend, precision=precision, threads=bench.threads, options=Options())
+def _melrt(voice: BenchVoice, backend: str, precision: str) -> Contender:
+    vocoder = Vocoder.load(voice.bundle, backend=backend, precision=precision, threads=voice.threads, options=Options())
     return Contender(f"melrt, {backend} {precision}", precision, vocoder, vocoder.close, vocoder.backend.device != "cpu")

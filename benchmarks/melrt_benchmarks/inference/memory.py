@@ -1,4 +1,4 @@
-"""Peak memory of a synthesis, each in a process of its own."""
+"""Peak memory of a synthesis, measured in a fresh process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from melrt.bundle import Bundle
 from melrt.errors import BackendError
 from melrt_export.parity import probe_mel
 
-# The kernel's own high-water mark of the process: a parent's getrusage would also count the parent, as it was at the fork.
+# The kernel's high-water mark of the process. A parent's getrusage would also count the parent's memory at the time of the fork.
 _REPORT = """
 import atexit, pathlib
 atexit.register(lambda: print(pathlib.Path("/proc/self/status").read_text()))
@@ -30,10 +30,15 @@ write_wav({wav!r}, audio, bundle.manifest.spec.sample_rate)
 
 
 def peak_memory(voice: Path, seconds: float, *, whole: bool) -> float:
-    """Peak resident memory of `melrt synth`, or of one run over the whole utterance, in MiB.
+    """Return the peak resident memory of one synthesis in MiB.
+
+    Args:
+        voice: The bundle.
+        seconds: Length of the audio.
+        whole: Run the graph once over the whole utterance; otherwise run `melrt synth`, which works in windows.
 
     Raises:
-        BackendError: The process failed (a whole utterance of some minutes needs more memory than there is).
+        BackendError: The process failed; a whole utterance of some minutes needs more memory than many machines have.
     """
     spec = Bundle.open(voice).manifest.spec
     frames = round(seconds * spec.sample_rate / spec.hop)
@@ -42,7 +47,8 @@ def peak_memory(voice: Path, seconds: float, *, whole: bool) -> float:
         piece = probe_mel(spec, 1000)
         np.save(mel, np.tile(piece, (1, -(-frames // 1000)))[:, :frames])
         code = _REPORT + (_WHOLE if whole else _WINDOWED).format(voice=str(voice), mel=str(mel), wav=str(wav))
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise BackendError(f"synthesis of {seconds:g} s {'whole' if whole else 'in windows'} ended with code {done.returncode}.")
-        return int(done.stdout.rpartition("VmHWM:")[2].split()[0]) / 1024
+        process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        if process.returncode:
+            kind = "in one run" if whole else "in windows"
+            raise BackendError(f"the synthesis of {seconds:g} s {kind} ended with exit code {process.returncode}. Is there enough memory?")
+        return int(process.stdout.rpartition("VmHWM:")[2].split()[0]) / 1024

@@ -1,27 +1,31 @@
-"""What a user gets who exports the folded generator without further thought."""
+"""The plain export: the ONNX model that `torch.onnx.export` makes of the folded generator, with no further work."""
 
 from __future__ import annotations
 
 import io
 import logging
 import warnings
+from importlib.util import find_spec
 from typing import Any
+
+from melrt.errors import MissingExtraError
 
 
 def plain_onnx(generator: Any) -> bytes:
-    """`torch.onnx.export` of a generator, batch and frames dynamic.
+    """Return the plain export of a generator, with dynamic batch and frames.
 
     Raises:
-        ImportError: onnxscript is not installed.
+        MissingExtraError: onnxscript is not installed.
     """
-    import onnxscript  # noqa: F401  # torch's own message for its absence is a page long
+    if find_spec("onnxscript") is None:  # PyTorch's own message about it fills a page
+        raise MissingExtraError("the plain ONNX export", "onnxscript", "benchmarks")
     from torch import onnx
 
     example = next(generator.parameters()).new_zeros(1, generator.config.in_channels, 64)
     stream = io.BytesIO()
-    noisy = logging.getLogger("torch.onnx")
-    level = noisy.level
-    noisy.setLevel(logging.ERROR)
+    export_logger = logging.getLogger("torch.onnx")
+    level = export_logger.level
+    export_logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -30,5 +34,5 @@ def plain_onnx(generator: Any) -> bytes:
             )
             program.save(stream, external_data=False)
     finally:
-        noisy.setLevel(level)
+        export_logger.setLevel(level)
     return stream.getvalue()

@@ -1,50 +1,50 @@
-"""Where the time goes: each operation of the deploy graph in one window on one thread, against its own limit on this machine."""
+"""Roofline: the time of each operation of the deploy graph, in one window on one thread, against the limits of this machine."""
 
 from __future__ import annotations
 
-import json
-import tempfile
-import time
-from collections import defaultdict
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
+from melrt.backends.kernel_profile import profile_kernels
+from melrt.backends.onnxruntime import OnnxModel
 from melrt.bundle import Bundle
 from melrt.errors import MelrtError
+from melrt.timing import timed
 from melrt_benchmarks.report.results import Layer
 from melrt_export.parity import probe_mel
 
 WINDOW = 128
 RUNS = 15
-# What ONNX Runtime adds to the name of a tensor in its blocked layout.
-_BLOCKED = "_nchwc"
-# A product this large is at the rate of the machine's GEMM, and its operands (3 MiB) stay near the core.
+WARM_UP_RUNS = 2
+# A product of this size runs at the rate of the machine's GEMM, and its operands (3 MiB) stay near the core.
 GEMM_SIZE = 512
-# Copied back and forth within the second-level cache, as a window's tensors are.
+# Half a MiB stays in the second-level cache, as the tensors of a window do.
 COPY_BYTES = 512 << 10
+# The best of this many runs is the ceiling: what the machine can do undisturbed.
+CEILING_RUNS = 200
 
 
 def profile(bundle: Bundle) -> tuple[tuple[Layer, ...], dict[str, float]]:
-    """The operations of the FP32 interior graph, longest first, and the ceilings that they are held against.
+    """Profile the operations of the FP32 interior graph, and measure the ceilings that limit them.
+
+    Returns:
+        The operations, longest first, and the ceilings: `gflops` of `gemm_gflops` and `gbytes` of `copy_gbytes`.
 
     Raises:
         MelrtError: The bundle has no FP32 interior graph.
     """
     entry = bundle.find("onnx", graph="interior", precision="fp32")
     if not entry:
-        raise MelrtError(f"{bundle.path} has no interior graph in fp32 to profile.")
+        raise MelrtError(f"{bundle.path} has no FP32 interior graph to profile; export the voice with `--precision fp32`.")
     data = bundle.read(entry[0])
     ceilings = {"gflops": gemm_gflops(), "gbytes": copy_gbytes()}
     model = onnx.load_from_string(data)
     work, fused = _work(model), _fused(model)
-    measured = _times(data, probe_mel(bundle.manifest.spec, WINDOW)[None])
-    times = {fused.get(name.removesuffix(_BLOCKED), name): value for name, value in measured.items()}
+    kernels = profile_kernels(data, probe_mel(bundle.manifest.spec, WINDOW)[None], RUNS + WARM_UP_RUNS)
+    times = {fused.get(k.origin, k.name): (k.kind, 1e6 * float(np.median(k.seconds[WARM_UP_RUNS:]))) for k in kernels}
     total = sum(microseconds for _, microseconds in times.values())
     layers = []
     for name, (kind, microseconds) in sorted(times.items(), key=lambda item: -item[1][1]):
@@ -58,61 +58,28 @@ def profile(bundle: Bundle) -> tuple[tuple[Layer, ...], dict[str, float]]:
 
 
 def gemm_gflops() -> float:
-    """Billions of operations a second of a float32 matrix product on one thread, by ONNX Runtime's own GEMM."""
+    """Measure the rate of ONNX Runtime's float32 matrix product on one thread, in billions of operations per second."""
     shape = [GEMM_SIZE, GEMM_SIZE]
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("a", "c")]
-    weight = numpy_helper.from_array(np.ones(shape, np.float32), "b")
-    graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["c"])], "gemm", ends[:1], ends[1:], [weight])
-    session = _session(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9).SerializeToString())
-    values = {"a": np.ones(shape, np.float32)}
-    return 2 * GEMM_SIZE**3 / _best(lambda: session.run(None, values)) / 1e9
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("mel", "product")]
+    weight = numpy_helper.from_array(np.ones(shape, np.float32), "weight")
+    graph = helper.make_graph([helper.make_node("MatMul", ["mel", "weight"], ["product"])], "gemm", ends[:1], ends[1:], [weight])
+    model = OnnxModel(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9).SerializeToString(), threads=1)
+    values = np.ones(shape, np.float32)
+    return 2 * GEMM_SIZE**3 / _least_seconds(lambda: model.run(values)) / 1e9
 
 
 def copy_gbytes() -> float:
-    """Billions of bytes a second, read and written, of a copy within the cache on one thread."""
+    """Measure the rate of a copy within the cache on one thread, in billions of bytes read and written per second."""
     source, target = np.ones(COPY_BYTES, np.uint8), np.empty(COPY_BYTES, np.uint8)
-    return 2 * COPY_BYTES / _best(lambda: np.copyto(target, source)) / 1e9
+    return 2 * COPY_BYTES / _least_seconds(lambda: np.copyto(target, source)) / 1e9
 
 
-def _best(run: Any) -> float:
-    """The least seconds of a run: a ceiling is what the machine can do undisturbed."""
-    least = np.inf
-    for _ in range(200):
-        start = time.perf_counter()
-        run()
-        least = min(least, time.perf_counter() - start)
-    return float(least)
-
-
-def _session(model: bytes, folder: str | None = None) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    if folder:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder) / "profile")
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def _times(model: bytes, mel: np.ndarray) -> dict[str, tuple[str, float]]:
-    """Kind and median microseconds of each node, as ONNX Runtime runs it (fused nodes under the name of the first)."""
-    with tempfile.TemporaryDirectory() as folder:
-        session = _session(model, folder)
-        for _ in range(RUNS + 2):
-            session.run(None, {"mel": mel})
-        events = json.loads(Path(session.end_profiling()).read_text())
-    found: dict[str, list[float]] = defaultdict(list)
-    kinds: dict[str, str] = {}
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            name = event["name"].removesuffix("_kernel_time")
-            found[name].append(float(event["dur"]))
-            kinds[name] = event["args"]["op_name"]
-    return {name: (kinds[name], float(np.median(values[2:]))) for name, values in found.items()}
+def _least_seconds(run: Callable[[], object]) -> float:
+    return min(timed(run) for _ in range(CEILING_RUNS))
 
 
 def _fused(model: onnx.ModelProto) -> dict[str, str]:
-    """The convolution that each tensor comes from: ONNX Runtime names a fused operation after the last tensor that it makes."""
+    """Map each tensor to the convolution that produces it: ONNX Runtime names a fused kernel after its last tensor."""
     source: dict[str, str] = {}
     for node in model.graph.node:
         if node.op_type == "Conv":
@@ -123,7 +90,7 @@ def _fused(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def _work(model: onnx.ModelProto) -> Mapping[str, tuple[float, float]]:
-    """Operations and bytes of each convolution in one window; bytes are input, weights and output, each once."""
+    """Count the operations and bytes of each convolution in one window; the bytes are input, weights and output, each once."""
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
     model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = WINDOW
     graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph

@@ -1,1 +1,1 @@
-"""What a measurement needs: the environment record, the GPU meter, progress."""
+"""Tools that every benchmark uses: environment record, GPU meter, progress."""

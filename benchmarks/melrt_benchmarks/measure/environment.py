@@ -1,4 +1,4 @@
-"""What figures depend on: machine, versions, settings, and the state of the source."""
+"""Environment of a measurement: machine, versions, settings and commit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ _THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 
 
 def environment(threads: int) -> dict[str, Any]:
-    """A record for a report."""
+    """Return everything that the figures of a report depend on, ready for JSON.
+
+    Args:
+        threads: CPU threads of every contender.
+    """
     gpu = find_gpu()
     return {
         "date": datetime.now(UTC).date().isoformat(),
@@ -39,13 +43,14 @@ def environment(threads: int) -> dict[str, Any]:
 
 
 def _governor() -> str:
+    """Return the frequency governor of the first core."""
     with suppress(OSError):
         return Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").read_text().strip()
-    return "not told"
+    return "unknown"
 
 
 def _gpu_state() -> str:
-    """Driver, clocks, power and temperature, as NVIDIA's own tool gives them."""
+    """Return driver, clocks, power and temperature, as `nvidia-smi` prints them."""
     query = "driver_version,clocks.sm,clocks.mem,power.draw,temperature.gpu"
     return _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", "0")
 
@@ -59,7 +64,7 @@ def _versions() -> dict[str, str]:
 
 
 def _source() -> str:
-    """The commit that ran, if melrt runs from a checkout."""
+    """Return the commit that runs, or `installed` outside a checkout."""
     folder = str(Path(__file__).parent)
     commit = _output("git", "-C", folder, "rev-parse", "--short=12", "HEAD")
     changed = _output("git", "-C", folder, "status", "--porcelain", "--untracked-files=no")

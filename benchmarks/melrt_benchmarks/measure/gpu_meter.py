@@ -1,4 +1,4 @@
-"""The GPU's own clock, energy counter and memory, beside the host's clock. No GPU has confirmed these readings yet."""
+"""Time, energy and memory by the GPU's own clock and counters. These readings have not been confirmed on a GPU yet."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ TIMED_CALLS = 15
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What calls cost the GPU."""
+    """GPU time and energy of one call."""
 
     milliseconds: float
-    """Of one call, between two events on a stream of its own: median."""
+    """Median time between two events on a separate stream."""
     joules: float | None
-    """Of one call, the whole board's, idle power included; None where the GPU has no counter."""
+    """Energy of the whole board, idle power included; None where the GPU has no counter."""
 
 
 class GpuMeter:
-    """Reads the first GPU, through its driver and NVML.
+    """Meter of the first GPU, read through its driver and NVML.
 
     Raises:
         ImportError: cuda-core is not installed.
@@ -44,7 +44,7 @@ class GpuMeter:
         self._handle = nvml.device_get_handle_by_index_v2(0)
 
     def read(self, call: Callable[[], object]) -> Reading:
-        """Measure calls that return when their result is on the host."""
+        """Measure a call that returns when its result is on the host."""
         times = sorted(self._milliseconds(call) for _ in range(TIMED_CALLS))
         return Reading(times[TIMED_CALLS // 2], self._joules(call))
 
@@ -69,7 +69,7 @@ class GpuMeter:
 
 
 def open_meter() -> GpuMeter | None:
-    """A meter of the first GPU; None without one, or without the packages that read it."""
+    """Return a meter of the first GPU; None without a GPU or without the packages that read it."""
     if find_gpu() is None:
         return None
     try:

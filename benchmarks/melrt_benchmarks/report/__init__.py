@@ -1,1 +1,1 @@
-"""Result files, comparison, plots and the HTML report."""
+"""Result files, their comparison, plots and the HTML report."""

@@ -1,4 +1,4 @@
-"""Two reports, row by row: faster, slower, or the same within what each of them says of its own spread."""
+"""Comparison of two reports, row by row: faster, slower, or the same within the spread that each of them measured."""
 
 from __future__ import annotations
 
@@ -13,65 +13,69 @@ from melrt.timing import median_interval
 from melrt_benchmarks.report.results import Latency, Report
 
 Key = tuple[str, float, int]
-Verdict = Literal["same", "faster", "slower", "now wrong", "now right", "gone", "new", "yardstick", "uncertain"]
-# A yardstick that moved by more than this is another machine, or a busy one, which slows contenders unequally.
-MOVED = 1.25
+Verdict = Literal["same", "faster", "slower", "now wrong", "now right", "gone", "new", "baseline", "uncertain"]
+# A baseline that moved by more than this ran on another machine, or on a busy one, which slows contenders unequally.
+MAX_BASELINE_CHANGE = 1.25
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One contender at one length and batch in both reports."""
+    """Difference between two reports for one contender at one length and batch."""
 
     contender: str
     seconds: float
+    """Seconds of audio in each utterance."""
     batch: int
     ratio: float | None
-    """New time over old time, None where only one has the row; relative to the reports' first contender where that is the same in both."""
+    """New time divided by old time, relative to the baseline where the reports share one; None if only one report has the row."""
     verdict: Verdict
 
 
 def compare(old: Report, new: Report) -> Iterator[Change]:
-    """Each row of either report.
+    """Compare each row of either report.
 
-    Where both began with the same contender and have another in common, that first one is the yardstick: times are taken relative
-    to it, round by round, since a machine that is slower today slows both. A row is faster or slower where the 95 % intervals of the
-    two medians do not meet. It is uncertain where times alone say otherwise than times beside the yardstick, or where that moved by
-    more than a quarter: a busy machine slows contenders unequally.
+    If both reports begin with the same contender and share another one, the first contender is the baseline. Times are then divided by
+    the baseline's time of the same round, because a machine that is slower today slows both. A row is faster or slower if the 95 %
+    intervals of the two medians don't overlap. It is uncertain if the plain times and the times relative to the baseline give different
+    verdicts, or if the baseline moved by more than a quarter.
 
     Raises:
         MelrtError: The reports have no row in common.
     """
-    before, after = _rows(old), _rows(new)
-    if not before.keys() & after.keys():
-        raise MelrtError("the reports have no contender, length and batch in common; compare two runs of one command.")
-    yardstick = _yardstick(old, new, before.keys() & after.keys())
-    for key in {**before, **after}:
-        if key in before and key in after:
-            yield _change(old, new, key, yardstick)
+    old_rows, new_rows = _rows(old), _rows(new)
+    common = old_rows.keys() & new_rows.keys()
+    if not common:
+        raise MelrtError("the reports have no contender, length and batch in common; compare two runs of the same command.")
+    baseline = _baseline(old, new, common)
+    for key in {**old_rows, **new_rows}:
+        if key in common:
+            yield _change(old, new, key, baseline)
         else:
-            yield Change(*key, None, "gone" if key in before else "new")
+            yield Change(*key, None, "gone" if key in old_rows else "new")
 
 
-def _yardstick(old: Report, new: Report, common: Set[Key]) -> str | None:
+def _baseline(old: Report, new: Report, common: Set[Key]) -> str | None:
     first = old.latencies[0].contender
     others = {name for name, _, _ in common} - {first}
     return first if first == new.latencies[0].contender and others else None
 
 
-def _change(old: Report, new: Report, key: Key, yardstick: str | None) -> Change:
-    was, now = _rows(old)[key], _rows(new)[key]
-    alone = [_interval(report, row, None) for report, row in ((old, was), (new, now))]
-    verdict = _verdict(was, now, *alone)
-    if yardstick is None or was.correct != now.correct:
-        return Change(*key, round(alone[1][0] / alone[0][0], 4), verdict)
-    if key[0] == yardstick:
-        return Change(*key, round(alone[1][0] / alone[0][0], 4), "yardstick")
-    beside = [_interval(report, row, yardstick) for report, row in ((old, was), (new, now))]
-    certain = _verdict(was, now, *beside) == verdict and _moved(old, new, (yardstick, *key[1:])) <= MOVED
-    return Change(*key, round(beside[1][0] / beside[0][0], 4), verdict if certain else "uncertain")
+def _change(old: Report, new: Report, key: Key, baseline: str | None) -> Change:
+    old_row, new_row = _rows(old)[key], _rows(new)[key]
+    plain = [_interval(report, row, None) for report, row in ((old, old_row), (new, new_row))]
+    verdict = _verdict(old_row, new_row, *plain)
+    if baseline is None or old_row.correct != new_row.correct:
+        return Change(*key, round(plain[1][0] / plain[0][0], 4), verdict)
+    if key[0] == baseline:
+        return Change(*key, round(plain[1][0] / plain[0][0], 4), "baseline")
+    relative = [_interval(report, row, baseline) for report, row in ((old, old_row), (new, new_row))]
+    steady = _change_factor(old, new, (baseline, *key[1:])) <= MAX_BASELINE_CHANGE
+    certain = steady and _verdict(old_row, new_row, *relative) == verdict
+    return Change(*key, round(relative[1][0] / relative[0][0], 4), verdict if certain else "uncertain")
 
 
-def _moved(old: Report, new: Report, key: Key) -> float:
+def _change_factor(old: Report, new: Report, key: Key) -> float:
+    """Ratio of the two medians, at least 1."""
     times = [median_interval(np.array(_rows(report)[key].milliseconds))[0] for report in (old, new)]
     return max(times) / min(times)
 
@@ -80,17 +84,16 @@ def _rows(report: Report) -> dict[Key, Latency]:
     return {(row.contender, row.seconds, row.batch): row for row in report.latencies}
 
 
-def _interval(report: Report, row: Latency, relative_to: str | None) -> tuple[float, float, float]:
+def _interval(report: Report, row: Latency, baseline: str | None) -> tuple[float, float, float]:
     times = np.array(row.milliseconds)
-    if relative_to:
-        first = _rows(report)[relative_to, row.seconds, row.batch]
-        times = times / np.array(first.milliseconds)
+    if baseline:
+        times = times / np.array(_rows(report)[baseline, row.seconds, row.batch].milliseconds)
     return median_interval(times)
 
 
-def _verdict(was: Latency, now: Latency, old: tuple[float, float, float], new: tuple[float, float, float]) -> Verdict:
-    if was.correct != now.correct:
-        return "now right" if now.correct else "now wrong"
+def _verdict(old_row: Latency, new_row: Latency, old: tuple[float, float, float], new: tuple[float, float, float]) -> Verdict:
+    if old_row.correct != new_row.correct:
+        return "now right" if new_row.correct else "now wrong"
     if new[1] > old[2]:
         return "slower"
     return "faster" if new[2] < old[1] else "same"

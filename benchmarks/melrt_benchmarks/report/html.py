@@ -1,42 +1,57 @@
-"""The report as one HTML file that opens offline: tables, pictures, and what the figures depend on."""
+"""The report as one HTML file that opens offline: tables, plots and environment."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
 from melrt.files.atomic import atomic_write
-from melrt_benchmarks.report.plots import draw
-from melrt_benchmarks.report.results import Report
+from melrt_benchmarks.report.plots import draw_plots
+from melrt_benchmarks.report.results import Latency, Report
 
+# A table wider than the page scrolls inside its box. The four backgrounds draw a shadow at each side where columns are hidden (two
+# covers move with the content, two shadows stay), and `.hint` says so in words on narrow screens.
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; background: #fff }
-h1 { font-size: 1.6rem; margin-bottom: 0 } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: 13px; white-space: nowrap }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 1.5rem auto; padding: 0 1rem; color: #1a1a1a; background: #fff }
+h1 { font-size: 1.6rem; margin-bottom: 0 } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem } p { margin: .4rem 0; overflow-wrap: anywhere }
+.scroll { overflow-x: auto; width: fit-content; max-width: 100%; border: 1px solid #ddd; border-radius: 4px; background:
+ linear-gradient(to right, #fff 50%, #fff0) 0 0 / 48px 100% no-repeat local,
+ linear-gradient(to left, #fff 50%, #fff0) 100% 0 / 48px 100% no-repeat local,
+ linear-gradient(to right, #0004, #0000) 0 0 / 16px 100% no-repeat scroll,
+ linear-gradient(to left, #0004, #0000) 100% 0 / 16px 100% no-repeat scroll }
+table { border-collapse: collapse; font-size: 13px; white-space: nowrap }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd } th { border-bottom: 2px solid #888 }
-th:first-child, td:first-child { text-align: left } .wrong { color: #b00020; font-weight: bold }
-img { max-width: min(100%, 62rem); height: auto }
-.quiet { color: #555 } .note { background: #fff3cd; padding: .6rem 1rem; border-radius: 4px }
+th:first-child, td:first-child, .text th, .text td { text-align: left } .wrong { color: #b00020; font-weight: bold }
+.text td + td { white-space: normal; overflow-wrap: anywhere } .text td { vertical-align: top }
+.plots { display: flex; flex-wrap: wrap; gap: 0 2rem } .plots section { flex: 0 1 36rem } img { width: 100%; height: auto }
+.quiet, .hint { color: #555 } .hint { display: none; font-size: 13px }
+.note { background: #fff3cd; padding: .6rem 1rem; border-radius: 4px }
+@media (max-width: 60rem) { .hint { display: block } .text td { white-space: normal }
+ table:not(.text) :is(th, td):first-child { position: sticky; left: 0; background: #fff } }
 """
-# Of the profile; the rest is one line.
-MOST_LAYERS = 20
+# Layers shown one by one; the others share the last row.
+MAX_LAYERS = 20
+# Tables with more columns than this do not fit a telephone.
+NARROW_COLUMNS = 3
 
 
 def write_html(report: Report, path: Path) -> None:
-    """Write the page; it appears whole or not at all."""
+    """Write the page atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(_page(report), encoding="utf-8")
 
 
 def _page(report: Report) -> str:
-    title = f"{report.voice}: measured"
+    title = f"{report.voice}: benchmark"
+    skipped = f"Contenders that did not run: {len(report.skipped)}. The table below the latencies gives the reasons and the commands."
     sections = [
-        f"<h1>{escape(title)}</h1>", f'<p class="quiet">{escape(_where(report))}</p>',
+        f"<h1>{escape(title)}</h1>", *(f'<p class="quiet">{escape(line)}</p>' for line in _summary(report)),
         f'<p class="note">{escape(report.noise)}</p>' if report.noise else "",
-        _latencies(report), _pictures(report), _throughputs(report), _start_ups(report), _streams(report), _memory(report), _layers(report),
-        _skipped(report), _artifacts(report), _environment(report),
+        f'<p class="note">{skipped}</p>' if report.skipped else "",
+        _latencies(report.latencies), _skipped(report), _plots(report), _throughputs(report), _start_ups(report), _streams(report),
+        _memory(report), _layers(report), _artifacts(report), _environment(report),
     ]  # fmt: skip
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -44,53 +59,47 @@ def _page(report: Report) -> str:
     )
 
 
-def _where(report: Report) -> str:
+def _summary(report: Report) -> tuple[str, str]:
     record = report.environment
     gpu = "" if record.get("gpu", "none") == "none" else f", {record['gpu']}"
+    where = f"{record['date']}, {record['cpu']}, {record['threads']} of {record['cores']} cores{gpu}, {report.rounds} rounds."
+    return where, report.command
+
+
+def _latencies(latencies: Sequence[Latency]) -> str:
+    heads = ["contender", "audio", "p50 ms", "p90", "p95", "p99", "worst", "real-time factor", "times real time", "speedup", "max abs",
+             "SNR dB"]  # fmt: skip
+    on_gpu = any(row.device_ms is not None for row in latencies)
+    rows = [_latency_cells(row) + (_gpu_cells(row) if on_gpu else ()) for row in latencies]
+    text = (
+        "Times are from the call to the result on the host. Each contender ran once per round, in changing order, after its output had "
+        "been compared with the reference. The speedup is over the first contender, with its 95 % interval. The real-time factor is "
+        "compute time divided by audio time."
+    )
+    return _section("Latency", (*heads, "GPU ms", "joules") if on_gpu else heads, rows, text)
+
+
+def _latency_cells(row: Latency) -> tuple[str, ...]:
     return (
-        f"{record['date']}, {record['cpu']}, {record['threads']} of {record['cores']} cores{gpu}, {report.rounds} rounds. {report.command}"
-    )
+        row.contender, f"{row.seconds:.2f} s" + (f" × {row.batch}" if row.batch > 1 else ""), f"{row.p50_ms:.1f}", f"{row.p90_ms:.1f}",
+        f"{row.p95_ms:.1f}", f"{row.p99_ms:.1f}", f"{row.worst_ms:.1f}", f"{row.real_time_factor:.4f}", f"{row.times_real_time:.1f}",
+        "{:.2f} ({:.2f} to {:.2f})".format(*row.speedup), f"{row.max_abs:.0e}", f"{row.snr_db:.0f}" if row.correct else "WRONG",
+    )  # fmt: skip
 
 
-def _latencies(report: Report) -> str:
-    heads: tuple[str, ...] = (
-        "contender",
-        "audio",
-        "p50 ms",
-        "p90",
-        "p95",
-        "p99",
-        "worst",
-        "real-time factor",
-        "times real time",
-        "against the first",
-        "max abs",
-        "SNR dB",
-    )
-    rows: list[tuple[str, ...]] = [
-        (
-            row.contender, f"{row.seconds:.2f} s" + (f" × {row.batch}" if row.batch > 1 else ""), f"{row.p50_ms:.1f}", f"{row.p90_ms:.1f}",
-            f"{row.p95_ms:.1f}", f"{row.p99_ms:.1f}", f"{row.worst_ms:.1f}", f"{row.real_time_factor:.4f}", f"{row.times_real_time:.1f}",
-            "{:.2f} ({:.2f} to {:.2f})".format(*row.speedup), f"{row.max_abs:.0e}", f"{row.snr_db:.0f}" if row.correct else "WRONG",
-        )
-        for row in report.latencies
-    ]  # fmt: skip
-    if any(row.device_ms is not None for row in report.latencies):
-        heads += ("GPU ms", "joules")
-        rows = [
-            (*cells, "" if row.device_ms is None else f"{row.device_ms:.2f}", "" if row.joules is None else f"{row.joules:.2g}")
-            for cells, row in zip(rows, report.latencies, strict=True)
-        ]
-    text = "From the call to the result on the host. Each contender ran once a round, in changing order; outputs were compared first."
-    return _section("Latency", heads, rows, text)
+def _gpu_cells(row: Latency) -> tuple[str, ...]:
+    return "" if row.device_ms is None else f"{row.device_ms:.2f}", "" if row.joules is None else f"{row.joules:.2g}"
 
 
-def _pictures(report: Report) -> str:
-    tags = (
-        f'<h2>{escape(title)}</h2><img alt="{escape(title)}" src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
-        for title, picture in draw(report).items()
-    )
-    return "\n".join(tags)
+def _skipped(report: Report) -> str:
+    rows = [(row.contender, row.reason) for row in report.skipped]
+    return _section("Contenders that did not run", ("contender", "reason"), rows, css="text")
+
+
+def _plots(report: Report) -> str:
+    images = ((escape(title), base64.b64encode(plot).decode()) for title, plot in draw_plots(report).items())
+    sections = (f'<section><h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{image}"></section>' for title, image in images)
+    return f'<div class="plots">{"".join(sections)}</div>'
 
 
 def _throughputs(report: Report) -> str:
@@ -99,64 +108,50 @@ def _throughputs(report: Report) -> str:
          f"{row.p99_ms:.1f}")
         for row in report.throughputs
     ]  # fmt: skip
-    return _section("Throughput", ("contender", "callers", "each", "requests", "times real time", "p50 ms", "p99 ms"), rows)
+    heads = ("contender", "callers", "audio each", "requests", "times real time", "p50 ms", "p99 ms")
+    return _section("Throughput with concurrent callers", heads, rows)
 
 
 def _start_ups(report: Report) -> str:
-    heads = ("contender", "import ms", "load ms", "load again ms", "first second of audio ms", "peak MiB", "GPU MiB")
     rows = [
-        (
-            row.contender,
-            f"{row.import_ms:.0f}",
-            f"{row.load_ms:.0f}",
-            f"{row.reload_ms:.0f}",
-            f"{row.first_audio_ms:.0f}",
-            f"{row.peak_mib:.0f}",
-            f"{row.device_mib:.0f}",
-        )
+        (row.contender, *(f"{value:.0f}" for value in
+         (row.import_ms, row.load_ms, row.reload_ms, row.first_audio_ms, row.peak_mib, row.device_mib)))
         for row in report.start_ups
-    ]
-    return _section("Start-up", heads, rows, "Each in a process of its own, medians.")
+    ]  # fmt: skip
+    heads = ("contender", "import ms", "first load ms", "second load ms", "first second of audio ms", "peak MiB", "GPU MiB")
+    return _section("Start-up", heads, rows, "Medians; each start is a fresh process.")
 
 
 def _streams(report: Report) -> str:
-    heads = ("streams", "", "late", "of", "latency p50 ms", "p99", "first audio p50 ms", "p99", "")
     rows = [
         (
-            str(row["streams"]), "one queue" if row["in_flight"] else "each alone", str(row["underruns"]), str(row["pushes"]),
-            *(f"{value:g}" for value in (*row["latency_ms"], *row["first_audio_ms"])), "held" if row["held"] else "too many",
+            str(row["streams"]), "shared queue" if row["shared_queue"] else "separate threads", f"{row['underruns']} of {row['pushes']}",
+            *(f"{value:g}" for value in (*row["latency_ms"], *row["first_audio_ms"])), "yes" if row["sustained"] else "no",
         )
         for row in report.streams
     ]  # fmt: skip
-    return _section("Real-time streams", heads, rows)
+    heads = ("streams", "through", "late pushes", "latency p50 ms", "p99", "first audio p50 ms", "p99", "sustained")
+    return _section("Real-time streams", heads, rows, "A number of streams is sustained if at most one push in a hundred is late.")
 
 
 def _memory(report: Report) -> str:
     rows = [(f"{row['seconds']:g} s", row["kind"], f"{row['peak_mib']:.0f}") for row in report.memory]
-    return _section("Memory of a synthesis", ("audio", "", "peak MiB"), rows)
+    return _section("Memory of a synthesis", ("audio", "computed", "peak MiB"), rows)
 
 
 def _layers(report: Report) -> str:
-    if not report.layers:
-        return ""
     rows = [
         (layer.name, layer.kind, f"{layer.microseconds:.0f}", f"{100 * layer.share:.1f} %", f"{layer.mflop:.1f}" if layer.mflop else "",
          f"{layer.kilobytes:.0f}" if layer.mflop else "",
          f"{100 * layer.limit_microseconds / layer.microseconds:.0f} %" if layer.limit_microseconds else "")
-        for layer in report.layers[:MOST_LAYERS]
+        for layer in report.layers[:MAX_LAYERS]
     ]  # fmt: skip
-    rest = report.layers[MOST_LAYERS:]
-    rows.append(
-        (f"{len(rest)} more", "", f"{sum(x.microseconds for x in rest):.0f}", f"{100 * sum(x.share for x in rest):.1f} %", "", "", "")
-    )
+    if others := report.layers[MAX_LAYERS:]:
+        time, share = sum(layer.microseconds for layer in others), sum(layer.share for layer in others)
+        rows.append((f"{len(others)} more", "", f"{time:.0f}", f"{100 * share:.1f} %", "", "", ""))
     heads = ("operation", "kind", "µs", "share", "MFLOP", "kB", "of its limit")
-    return _section(
-        "Where the time goes: one window on one thread", heads, rows, "Operations under the names that ONNX Runtime gives them."
-    )
-
-
-def _skipped(report: Report) -> str:
-    return _section("Not run", ("contender", "why"), [(row.contender, row.reason) for row in report.skipped])
+    text = "Operations have the names that ONNX Runtime gives them. 100 % of its limit is the highest speed this machine allows."
+    return _section("Time of each operation: one window on one thread", heads, rows, text)
 
 
 def _artifacts(report: Report) -> str:
@@ -167,21 +162,24 @@ def _artifacts(report: Report) -> str:
 
 
 def _environment(report: Report) -> str:
-    values: Mapping[str, object] = report.environment
     rows = [
-        (key, ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)) for key, value in values.items()
+        (key, ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value))
+        for key, value in report.environment.items()
+        if value not in ("", {})
     ]
-    return _section("Environment", ("", ""), rows)
+    return _section("Environment", ("setting", "value"), rows, css="text")
 
 
-def _section(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], text: str = "") -> str:
+def _section(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], text: str = "", css: str = "") -> str:
     rows = list(rows)
     if not rows:
         return ""
     head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     body = "\n".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
-    said = f'<p class="quiet">{escape(text)}</p>' if text else ""
-    return f'<h2>{escape(title)}</h2>{said}<div class="scroll"><table><tr>{head}</tr>\n{body}\n</table></div>'
+    intro = f'<p class="quiet">{escape(text)}</p>' if text else ""
+    hint = '<p class="hint">Scroll the table sideways to see all columns &rarr;</p>' if len(heads) > NARROW_COLUMNS else ""
+    table = f'<table class="{css}"><tr>{head}</tr>\n{body}\n</table>'
+    return f'<h2>{escape(title)}</h2>{intro}{hint}<div class="scroll">{table}</div>'
 
 
 def _cell(value: str) -> str:

@@ -1,4 +1,4 @@
-"""What a benchmark gives, and its JSON (`docs/benchmarks.md` tells the fields)."""
+"""Results of a benchmark and their JSON form (described in `docs/benchmarks.md`)."""
 
 from __future__ import annotations
 
@@ -11,53 +11,57 @@ from typing import Any
 from melrt.errors import MelrtError
 from melrt.files.atomic import atomic_write
 
-SCHEMA = 2
+SCHEMA = 1
 MAX_REPORT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """One contender on one shape of work."""
+    """Times and accuracy of one contender at one length and batch."""
 
     contender: str
+    """Name of the contender."""
     seconds: float
-    """Of audio, each utterance."""
+    """Seconds of audio in each utterance."""
     batch: int
     """Utterances in one call."""
     milliseconds: tuple[float, ...]
-    """Of each counted round, in order."""
+    """Time of each counted round, in order."""
     p50_ms: float
     p90_ms: float
     p95_ms: float
     p99_ms: float
     worst_ms: float
     real_time_factor: float
-    """Median compute time over audio time."""
+    """Median compute time divided by audio time."""
     times_real_time: float
-    """Its inverse."""
+    """Inverse of the real-time factor."""
     speedup: tuple[float, float, float]
-    """Over the first contender: median of the rounds' ratios, and the bounds of its 95 % interval."""
+    """Speedup over the baseline, which is the first contender: median of the rounds' ratios and the bounds of its 95 % interval."""
     device_ms: float | None
-    """Median by the GPU's own clock; None on a CPU."""
+    """Median time by the GPU's clock; None on a CPU."""
     joules: float | None
-    """Of one call, by the GPU's counter; None where there is none."""
+    """Energy of one call by the GPU's counter; None where there is no counter."""
     max_abs: float
     """Largest difference of a sample from the reference."""
     snr_db: float
-    """Energy of the reference over that of the difference, dB."""
+    """Energy of the reference divided by the energy of the difference, in dB."""
     correct: bool
-    """Whether that is within the limit of its precision."""
+    """True if the difference is within the limit of the contender's precision."""
 
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """One contender under so many callers at once."""
+    """Throughput and latency of one contender with several concurrent callers."""
 
     contender: str
+    """Name of the contender."""
     concurrency: int
+    """Concurrent callers."""
     seconds: float
-    """Of audio, each request."""
+    """Seconds of audio in each request."""
     requests: int
+    """Requests of all callers together."""
     times_real_time: float
     """Seconds of audio per second, all callers together."""
     p50_ms: float
@@ -66,10 +70,12 @@ class Throughput:
 
 @dataclass(frozen=True, slots=True)
 class StartUp:
-    """From nothing to sound, in a process of its own; medians."""
+    """Start-up times in fresh processes; medians."""
 
     contender: str
+    """Name of the contender."""
     import_ms: float
+    """Import of melrt, numpy included."""
     load_ms: float
     """First load in the process."""
     reload_ms: float
@@ -77,9 +83,9 @@ class StartUp:
     first_audio_ms: float
     """First second of audio after the first load."""
     peak_mib: float
-    """Of the process."""
+    """Peak resident memory of the process."""
     device_mib: float
-    """Taken on the first GPU from before the import to after the first audio; 0 without one."""
+    """Memory taken on the first GPU between the start of the import and the end of the first audio; 0 without a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,72 +93,87 @@ class Layer:
     """One operation of the deploy graph in one window."""
 
     name: str
+    """Name that ONNX Runtime gives it."""
     kind: str
+    """ONNX operator."""
     microseconds: float
     """Median of the runs."""
     share: float
-    """Of all operations' time."""
+    """Share of the time of all operations, 0 to 1."""
     mflop: float
-    """Two for each multiply-add."""
+    """Millions of operations; a multiply-add counts as two."""
     kilobytes: float
-    """Input, weights and output, each once."""
+    """Size of input, weights and output, each counted once."""
     limit_microseconds: float
-    """The longer of its arithmetic at the measured GEMM rate and its bytes at the measured copy rate; 0 for what is no convolution."""
+    """Shortest time the machine allows: the longer of the arithmetic at the measured GEMM rate and the bytes at the measured copy rate.
+
+    0 for operations other than convolutions.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A contender that did not run, and why."""
+    """A contender that did not run."""
 
     contender: str
+    """Name of the contender."""
     reason: str
+    """Why it did not run, with the command that installs what it needs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything of one run."""
+    """All results of one run."""
 
     voice: str
+    """Name of the voice."""
     command: str
+    """Command line of the run."""
     environment: Mapping[str, Any]
+    """Machine, versions and settings (`measure/environment.py`)."""
     rounds: int
+    """Counted rounds."""
     latencies: tuple[Latency, ...] = ()
     throughputs: tuple[Throughput, ...] = ()
     start_ups: tuple[StartUp, ...] = ()
     streams: tuple[Mapping[str, Any], ...] = ()
+    """`StreamRun` as a dictionary, one per number of streams (`inference/streams.py`)."""
     memory: tuple[Mapping[str, Any], ...] = ()
+    """Peak memory of a synthesis: `seconds`, `kind` (`windows` or `whole`), `peak_mib`."""
     artifacts: tuple[Mapping[str, Any], ...] = ()
+    """Files of the bundle: `file`, `kind`, `precision`, `bytes`."""
     layers: tuple[Layer, ...] = ()
     ceilings: Mapping[str, float] = field(default_factory=dict)
-    """Of one thread: `gflops` of a matrix product, `gbytes` of a copy within the cache, per second."""
+    """Limits of one thread, per second: `gflops` of a matrix product, `gbytes` of a copy within the cache."""
     skipped: tuple[Skipped, ...] = ()
     noise: str = ""
-    """What the machine's unrest makes uncertain; empty if it was quiet."""
+    """Which figures a busy machine made unreliable; empty if the machine was quiet."""
 
     def save(self, path: Path) -> None:
-        """Write the JSON; it appears whole or not at all."""
+        """Write the JSON file atomically."""
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps({"schema": SCHEMA} | asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Report:
-        """Read `save`'s form.
+        """Read a file that `save` wrote.
 
         Raises:
-            MelrtError: No such file, or not a report of this schema.
+            MelrtError: The file is missing, or is not a report of this schema.
         """
         if not path.is_file() or path.stat().st_size > MAX_REPORT_BYTES:
-            raise MelrtError(f"{path} is no file of at most {MAX_REPORT_BYTES >> 20} MiB; give the JSON that `melrt bench --json` wrote.")
+            limit = MAX_REPORT_BYTES >> 20
+            raise MelrtError(f"{path} is missing or larger than {limit} MiB; give the JSON file that `melrt bench --json` wrote.")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             schema = values.pop("schema")
             if schema != SCHEMA:
-                raise MelrtError(f"{path} has schema {str(schema)[:20]}; this melrt reads {SCHEMA}: measure anew.")
+                raise MelrtError(f"{path} has schema {str(schema)[:20]}; this melrt reads schema {SCHEMA}. Run `melrt bench --json` again.")
             for name, kind in _ROWS.items():
                 values[name] = tuple(_row(kind, row) for row in values[name])
             return cls(**values)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise MelrtError(f"{path} is no report of `melrt bench` ({error}).") from error
+            raise MelrtError(f"{path} does not hold a report of `melrt bench` ({error}); give the file that its --json wrote.") from error
 
 
 _ROWS: dict[str, Any] = {

@@ -1,1 +1,1 @@
-"""Benchmarks of serving: request load on Vocoder and on Triton."""
+"""Benchmarks of serving: the same request load on `Vocoder` and on a Triton server."""

@@ -1,4 +1,4 @@
-"""The command `melrt bench-serving`."""
+"""The `melrt bench-serving` command."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -15,64 +14,68 @@ from melrt.bundle import Bundle
 from melrt.cli.commands import Voice
 from melrt.errors import BackendError, MelrtError, QueueFullError
 from melrt.scheduling.limits import Limits
-from melrt.serving.triton.voice import probe_mel
+from melrt.types import Audio, Mel
 from melrt.vocoder import Options, Vocoder
-from melrt_benchmarks.serving.load import Load, Submit, closed, mixed, offered
+from melrt_benchmarks.serving.load import RequestRun, Submit, mixed_lengths, run_closed_loop, run_open_loop
 
 console = Console(highlight=False)
-# Waiting in this process, about as many as a server with the default limits lets wait; what is beyond is refused by both.
-WINDOWS = 256
+# Windows that may wait in this process: about as many as in a server with the default limits. Both refuse more.
+MAX_WINDOWS = 256
+# Largest difference of a sample between the server's audio and this process's; more is another voice or precision.
+MAX_DIFFERENCE = 1e-3
 
 
 def bench_serving(
     voice: Voice,
-    triton: Annotated[str, typer.Option(help="A Triton server's gRPC address.")] = "127.0.0.1:8001",
-    model: Annotated[str | None, typer.Option(help="The voice's model there; the bundle's file name if left out.")] = None,
-    clients: Annotated[list[int] | None, typer.Option(help="Clients at once; 1 and 8 if left out.")] = None,
-    seconds: Annotated[float, typer.Option(help="Of each load.", min=0.1)] = 10.0,
-    rounds: Annotated[int, typer.Option(help="Times that each load comes, interleaved.", min=1)] = 3,
-    overload: Annotated[float, typer.Option(help="Then this many times what the server held with the most clients.")] = 0.0,
-    overload_seconds: Annotated[float, typer.Option(help="For so long, and then one client again.", min=0.1)] = 120.0,
+    triton: Annotated[str, typer.Option(help="gRPC address of the Triton server.")] = "127.0.0.1:8001",
+    model: Annotated[str | None, typer.Option(help="Name of the voice's model on the server. Default: the bundle's file name.")] = None,
+    clients: Annotated[list[int] | None, typer.Option(help="Number of concurrent clients; repeatable. Default: 1 and 8.")] = None,
+    seconds: Annotated[float, typer.Option(help="Duration of each load.", min=0.1)] = 10.0,
+    rounds: Annotated[int, typer.Option(help="Interleaved repetitions of each load; the median one is shown.", min=1)] = 3,
+    overload: Annotated[float, typer.Option(help="Then send requests at this many times the highest measured rate. 0: off.")] = 0.0,
+    overload_seconds: Annotated[float, typer.Option(help="Duration of the overload; one client follows it.", min=0.1)] = 120.0,
 ) -> None:
-    """Compare a voice on a Triton server with `Vocoder` in this process, under the same load of mixed lengths."""
+    """Compare a voice on a Triton server with `Vocoder` in this process, under the same load of utterances of mixed lengths."""
     bundle = Bundle.open(voice)
-    mels = mixed(probe_mel(bundle))
-    table = Table("voice", "load", "requests/s", "p50 ms", "p99 ms", "refused")
-    with Vocoder.load(bundle, options=Options(limits=Limits(max_windows=WINDOWS, wait=False))) as vocoder:
-        voices: dict[str, Submit] = {"Vocoder": vocoder.submit, "Triton": _submit(triton, model or voice.resolve().stem)}
-        _check_alike(voices, mels[0])
-        held = 0.0
+    mels = mixed_lengths(bundle.probe()[0][0])
+    table = Table("system", "load", "requests/s", "p50 ms", "p99 ms", "refused")
+    with Vocoder.load(bundle, options=Options(limits=Limits(max_windows=MAX_WINDOWS, wait=False))) as vocoder:
+        systems: dict[str, Submit] = {"Vocoder": vocoder.submit, "Triton": _connect(triton, model or voice.resolve().stem)}
+        _check_same_audio(systems, mels[0])
+        highest = 0.0
         for number in clients or [1, 8]:
-            for name, load in _interleaved(voices, mels, number, seconds, rounds).items():
-                _row(table, name, f"{number} clients", load)
-                held = max(held, load.rate)
-        for name, submit in voices.items() if overload else ():
-            _row(table, name, f"{overload * held:.0f} requests/s", offered(submit, mels, overload * held, overload_seconds))
-            _row(table, name, "1 client, after that", closed(submit, mels, 1, seconds))
+            for name, run in _interleaved(systems, mels, number, seconds, rounds).items():
+                _add_row(table, name, f"{number} client{'s' * (number > 1)}", run)
+                highest = max(highest, run.rate)
+        for name, submit in systems.items() if overload else ():
+            rate = overload * highest
+            _add_row(table, name, f"{rate:.0f} requests/s", run_open_loop(submit, mels, rate, overload_seconds))
+            _add_row(table, name, "1 client, after that", run_closed_loop(submit, mels, 1, seconds))
     console.print(table)
+    console.print("Times are from the request to its audio. A refused request found the queue full.")
 
 
-def _interleaved(voices: dict[str, Submit], mels: list[NDArray[np.float32]], clients: int, seconds: float, rounds: int) -> dict[str, Load]:
-    """Of each voice the round of middle throughput."""
-    loads: dict[str, list[Load]] = {name: [] for name in voices}
+def _interleaved(systems: dict[str, Submit], mels: list[Mel], clients: int, seconds: float, rounds: int) -> dict[str, RequestRun]:
+    """Return the round of median throughput of each system."""
+    runs: dict[str, list[RequestRun]] = {name: [] for name in systems}
     for _ in range(rounds):
-        for name, submit in voices.items():
-            loads[name].append(closed(submit, mels, clients, seconds))
-    return {name: sorted(done, key=lambda load: load.rate)[len(done) // 2] for name, done in loads.items()}
+        for name, submit in systems.items():
+            runs[name].append(run_closed_loop(submit, mels, clients, seconds))
+    return {name: sorted(done, key=lambda run: run.rate)[len(done) // 2] for name, done in runs.items()}
 
 
-def _row(table: Table, name: str, kind: str, load: Load) -> None:
-    table.add_row(name, kind, f"{load.rate:.1f}", f"{1000 * load.p50:.0f}", f"{1000 * load.p99:.0f}", str(load.refused))
+def _add_row(table: Table, name: str, load: str, run: RequestRun) -> None:
+    table.add_row(name, load, f"{run.rate:.1f}", f"{1000 * run.p50:.0f}", f"{1000 * run.p99:.0f}", str(run.refused))
 
 
-def _check_alike(voices: dict[str, Submit], mel: NDArray[np.float32]) -> None:
-    """Times of a voice that says something else mean nothing."""
-    audio = [submit(mel).result(60) for submit in voices.values()]
-    if audio[0].shape != audio[1].shape or audio[0].dtype != audio[1].dtype or np.abs(audio[0] - audio[1]).max() > 1e-3:
-        raise MelrtError("the server's audio is not this voice's; is it the same bundle, precision and format?")
+def _check_same_audio(systems: dict[str, Submit], mel: Mel) -> None:
+    """Check that both systems give the same audio; otherwise their times cannot be compared."""
+    local, remote = (submit(mel).result(60) for submit in systems.values())
+    if local.shape != remote.shape or local.dtype != remote.dtype or np.abs(local - remote).max() > MAX_DIFFERENCE:
+        raise MelrtError("the server's audio differs from this voice's. Serve the same bundle at the same precision and sample format.")
 
 
-def _submit(url: str, model: str) -> Submit:
+def _connect(url: str, model: str) -> Submit:
     import tritonclient.grpc as grpc
     from tritonclient.utils import InferenceServerException
 
@@ -82,8 +85,8 @@ def _submit(url: str, model: str) -> Submit:
     except InferenceServerException as error:
         raise BackendError(f"no Triton server answers at {url}: {error}. Give its gRPC address with --triton.") from error
 
-    def submit(mel: NDArray[np.float32]) -> Future[Any]:
-        future: Future[Any] = Future()
+    def submit(mel: Mel) -> Future[Audio]:
+        future: Future[Audio] = Future()
 
         def end(result: Any, error: Any) -> None:
             if error is None:

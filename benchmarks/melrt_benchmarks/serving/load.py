@@ -1,4 +1,4 @@
-"""A voice under load: clients that wait for their audio, and a stream of requests that does not care."""
+"""Request load on a voice: closed loop (clients that wait for their audio) and open loop (requests at a steady rate)."""
 
 from __future__ import annotations
 
@@ -8,75 +8,73 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from melrt.errors import MelrtError, QueueFullError
+from melrt.types import Audio, Mel
 
-Mel = NDArray[np.float32]
-Submit = Callable[[Mel], Future[Any]]
-"""Hands a mel to a voice, and gives its audio's future; QueueFullError, now or in the future, is a refusal."""
+Submit = Callable[[Mel], Future[Audio]]
+"""Submits a mel to a voice and returns the future of its audio. `QueueFullError`, raised or in the future, is a refusal."""
 
 SHORTEST, LONGEST = 40, 400
 """Mel frames of an utterance: half a second to more than four."""
-# Longest that a driver waits for the last answers, seconds.
-PATIENCE = 60.0
+ANSWER_TIMEOUT = 60.0
+"""Longest wait for the last answers, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """What a voice did under a load."""
+class RequestRun:
+    """Result of a request load on one voice."""
 
     seconds: float
-    """From the first request to the last answer."""
-    spoken: int
+    """Time from the first request to the last answer."""
+    completed: int
     """Requests answered with audio."""
     refused: int
-    """Requests turned away."""
+    """Requests refused because the queue was full."""
     p50: float
-    """Median of the spoken ones, seconds from asking to audio."""
+    """Median time from a completed request to its audio, in seconds."""
     p99: float
-    """As `p50`, of one in a hundred."""
+    """99th percentile of the same time, in seconds."""
 
     @property
     def rate(self) -> float:
-        """Requests spoken per second."""
-        return self.spoken / self.seconds
+        """Completed requests per second."""
+        return self.completed / self.seconds
 
 
-def mixed(probe: Mel, count: int = 256) -> list[Mel]:
-    """Mels (M, T) of mixed lengths, the same in each call; evenly between `SHORTEST` and `LONGEST`."""
+def mixed_lengths(probe: Mel, count: int = 256) -> list[Mel]:
+    """Return mels (M, T) whose lengths are spread evenly from `SHORTEST` to `LONGEST`; the same ones in each call."""
     noise = np.random.default_rng(0)
     speech = np.tile(probe, (1, -(-2 * LONGEST // probe.shape[1])))
     starts, lengths = noise.integers(0, LONGEST, count), noise.integers(SHORTEST, LONGEST + 1, count)
     return [np.ascontiguousarray(speech[:, start : start + length]) for start, length in zip(starts, lengths, strict=True)]
 
 
-def closed(submit: Submit, mels: Sequence[Mel], clients: int, seconds: float) -> Load:
-    """Clients that each ask again when they have their audio."""
+def run_closed_loop(submit: Submit, mels: Sequence[Mel], clients: int, seconds: float) -> RequestRun:
+    """Run clients that each send their next request when they have their audio."""
     supply = itertools.cycle(mels)
     until = time.perf_counter() + seconds
 
-    def ask(_: int) -> list[float]:
+    def client(_: int) -> list[float]:
         times = []
         while (start := time.perf_counter()) < until:
-            submit(next(supply)).result(PATIENCE)
+            submit(next(supply)).result(ANSWER_TIMEOUT)
             times.append(time.perf_counter() - start)
         return times
 
     start = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
-        times = [one for times in pool.map(ask, range(clients)) for one in times]
-    return _load(times, 0, time.perf_counter() - start)
+        times = list(itertools.chain.from_iterable(pool.map(client, range(clients))))
+    return _result(times, 0, time.perf_counter() - start)
 
 
-def offered(submit: Submit, mels: Sequence[Mel], rate: float, seconds: float) -> Load:
-    """Requests at a steady rate, whatever becomes of them.
+def run_open_loop(submit: Submit, mels: Sequence[Mel], rate: float, seconds: float) -> RequestRun:
+    """Send requests at a steady rate without waiting for answers.
 
     Raises:
-        MelrtError: A request that was neither spoken nor refused.
+        MelrtError: A request was neither completed nor refused.
     """
     answers = _Answers()
     begin = time.perf_counter()
@@ -84,11 +82,11 @@ def offered(submit: Submit, mels: Sequence[Mel], rate: float, seconds: float) ->
         time.sleep(max(begin + number / rate - time.perf_counter(), 0))
         answers.follow(submit, mel)
     answers.wait()
-    return _load(answers.times, answers.refused, time.perf_counter() - begin)
+    return _result(answers.times, answers.refused, time.perf_counter() - begin)
 
 
 class _Answers:
-    """Times and refusals of requests that nobody waits for one by one."""
+    """Times and refusals of the requests of an open loop."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -98,6 +96,7 @@ class _Answers:
         self._changed = threading.Condition()
 
     def follow(self, submit: Submit, mel: Mel) -> None:
+        """Submit a request and record its answer when it comes."""
         start = time.perf_counter()
         with self._changed:
             self._open += 1
@@ -109,9 +108,10 @@ class _Answers:
             future.add_done_callback(lambda done: self._end(done.exception(), start))
 
     def wait(self) -> None:
+        """Wait for every answer."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self._open == 0, PATIENCE):
-                raise MelrtError(f"{self._open} requests had no answer {PATIENCE} s after the last was sent.")
+            if not self._changed.wait_for(lambda: self._open == 0, ANSWER_TIMEOUT):
+                raise MelrtError(f"{self._open} requests had no answer {ANSWER_TIMEOUT} s after the last one was sent.")
         if self._errors:
             raise MelrtError(f"{len(self._errors)} requests failed, the first with: {self._errors[0]}")
 
@@ -127,8 +127,8 @@ class _Answers:
             self._changed.notify_all()
 
 
-def _load(times: Sequence[float], refused: int, seconds: float) -> Load:
+def _result(times: Sequence[float], refused: int, seconds: float) -> RequestRun:
     if not times:
-        raise MelrtError(f"nothing was spoken in {seconds:.1f} s ({refused} refused).")
+        raise MelrtError(f"no request was completed in {seconds:.1f} s ({refused} were refused).")
     p50, p99 = np.percentile(times, (50, 99), method="higher")
-    return Load(seconds, len(times), refused, float(p50), float(p99))
+    return RequestRun(seconds, len(times), refused, float(p50), float(p99))

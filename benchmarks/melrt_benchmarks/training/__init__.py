@@ -1,1 +1,1 @@
-"""Benchmark of training."""
+"""Benchmark of training steps."""

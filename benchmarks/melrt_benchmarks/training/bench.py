@@ -1,4 +1,4 @@
-"""Steps of a training per second: melrt's against a plain loop of the same networks, interleaved."""
+"""Training steps per second: melrt against a plain loop with the same networks, interleaved."""
 
 from __future__ import annotations
 
@@ -17,45 +17,54 @@ from melrt.timing import interleave
 from melrt_benchmarks.measure.environment import environment
 from melrt_export.generator.config import GeneratorConfig
 from melrt_export.training.config import DataConfig, TrainingConfig
-from melrt_export.training.distributed import Processes
+from melrt_export.training.distributed import ProcessGroup
 from melrt_export.training.step import AdversarialStep
-from melrt_export.training.voice import first_voice
+from melrt_export.training.voice import create_voice
 
 OURS, PLAIN = "melrt", "plain loop"
-# One step from the same weights on the same batch; Adam's first step turns rounding of the smallest gradients into whole steps.
+# Both make one step from the same weights on the same batch. Adam's first step moves every weight by the full learning rate, so
+# rounding of the smallest gradients can flip the direction of whole steps.
 LOSS_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingBench:
-    """What is timed: the published discriminators, and a generator of this width."""
+    """Sizes of the benchmark. The discriminators have the published shape."""
 
     channels: int = 512
     """Channels after the generator's first convolution."""
     batch: int = 16
-    """Segments of a step, in memory already."""
+    """Segments in one step, which are already in memory."""
     segment: int = 8192
-    """Samples of a segment."""
+    """Length of a segment in samples."""
     rounds: int = 9
-    """Counted steps of each."""
+    """Timed steps of each contender."""
     threads: int = 1
-    """CPU threads."""
+    """Number of CPU threads."""
 
 
-def run_training_bench(options: TrainingBench, on_step: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Time both; the losses of their first step are compared, so that what is timed is the same training."""
+def run_training_bench(options: TrainingBench, on_stage: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Time both contenders, and compare the losses of their first step to show that they run the same training.
+
+    Args:
+        options: Sizes and rounds.
+        on_stage: Function that receives the name of each stage as it begins.
+
+    Returns:
+        Environment and one row for each contender, as JSON values.
+    """
     torch.set_num_threads(options.threads)
     data = DataConfig(train="", batch=options.batch, segment=options.segment)
     config = TrainingConfig(run="", data=data, generator=GeneratorConfig(channels=options.channels))
-    step = AdversarialStep(config, first_voice(config), Processes(torch.device("cpu")), {})
+    step = AdversarialStep(config, create_voice(config), ProcessGroup(torch.device("cpu")), {})
     plain = PlainLoop(copy.deepcopy(step.generator), copy.deepcopy(step.discriminator), config.mel)
     noise = np.random.default_rng(0).standard_normal((options.batch, options.segment))
     batch = torch.from_numpy((0.1 * noise).astype(np.float32))
-    on_step("comparing the first step")
+    on_stage("comparing the losses of the first step")
     ours = step(batch, 0)
     theirs = plain(batch)
     differences = {name: abs(float(ours[name]) - value) / max(abs(value), 1.0) for name, value in theirs.items()}
-    on_step("timing")
+    on_stage("timing training steps")
     timings = interleave({OURS: lambda: step(batch, 1), PLAIN: lambda: plain(batch)}, options.rounds)
     rows = [
         {
@@ -69,10 +78,10 @@ def run_training_bench(options: TrainingBench, on_step: Callable[[str], None] = 
 
 
 class PlainLoop:
-    """The loop as one writes it down from the paper, in the order of melgan-neurips's `scripts/train.py`."""
+    """Training loop written directly from the paper, in the order of melgan-neurips's `scripts/train.py`."""
 
     def __init__(self, generator: nn.Module, discriminator: nn.Module, spec: MelSpec) -> None:
-        from melrt_export.audio_features import mel_filters
+        from melrt.mel.features import mel_filters
 
         self.generator = generator
         self.discriminator = discriminator
@@ -110,7 +119,7 @@ class PlainLoop:
         return {"discriminator": loss_d.item(), "adversarial": loss_g.item(), "feature_matching": matching.item()}
 
     def mel(self, x: Tensor) -> Tensor:
-        """Log-mel frames of the published convention, (B, M, T)."""
+        """Return log-mel frames in the published convention, (B, M, T), from samples (B, 1, N)."""
         spec = self.spec
         pad = (spec.n_fft - spec.hop) // 2
         padded = F.pad(x, (pad, pad), "reflect").squeeze(1)

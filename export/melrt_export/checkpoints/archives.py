@@ -1,4 +1,4 @@
-"""Archives that checkpoints are published in: tar (compressed or not) and zip, unpacked file by file into a folder of our own."""
+"""Archives in which checkpoints are published: tar (compressed or not) and zip, unpacked into a temporary folder."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ MAX_MEMBERS = 1000
 
 
 def is_archive(path: Path) -> bool:
-    """Whether this is an archive by its name; `.pth.tar` is what projects call a pickle."""
+    """Return whether the name is that of an archive. Projects give the name `.pth.tar` to a pickle, which is not one."""
     name = path.name.lower()
     return path.is_file() and name.endswith(SUFFIXES) and ".pth" not in name and ".pt." not in name
 
 
 @contextlib.contextmanager
-def unpacked(path: Path) -> Iterator[Path]:
-    """A temporary folder with the archive's files, by their base names; it is removed at the end.
+def unpack_archive(path: Path) -> Iterator[Path]:
+    """Unpack an archive into a temporary folder, each file under its base name; the folder is removed at the end.
 
-    Links, devices and folders are passed over, and nothing is written outside the folder.
+    Links, devices and folders are skipped, and nothing is written outside the temporary folder.
 
     Raises:
-        CheckpointError: No such archive, damaged, more than it may unpack to, or two files of one name.
+        CheckpointError: The archive is damaged, unpacks to too much, or holds two files of one name.
     """
     with tempfile.TemporaryDirectory(prefix="melrt-") as name:
         folder = Path(name) / path.name.split(".")[0]
         folder.mkdir()
-        left = MAX_WEIGHTS_BYTES
+        remaining = MAX_WEIGHTS_BYTES
         try:
             for count, (member, stream) in enumerate(_members(path)):
                 if count >= MAX_MEMBERS:
-                    raise CheckpointError(f"{path} holds more than {MAX_MEMBERS} files.")
+                    raise CheckpointError(f"{path} holds more than {MAX_MEMBERS} files. Unpack it, and give the checkpoint's path.")
                 target = folder / PurePosixPath(member.replace("\\", "/")).name
                 if target.exists():
-                    raise CheckpointError(f"{path} holds two files named {target.name}; unpack it, and name the checkpoint.")
-                left -= _copy(stream, target, left, path)
+                    raise CheckpointError(f"{path} holds two files named {target.name}. Unpack it, and give the checkpoint's path.")
+                remaining -= _copy(stream, target, remaining, path)
         except CheckpointError:
             raise
-        except Exception as error:  # a damaged archive fails anywhere in the reader
+        except Exception as error:  # a damaged archive can fail anywhere in the reader
             raise CheckpointError(f"{path} cannot be read as an archive: {str(error)[:200]}") from error
         yield folder
 
@@ -68,12 +68,12 @@ def _members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
 
 
 def _copy(stream: IO[bytes], target: Path, limit: int, path: Path) -> int:
-    """What is really unpacked is counted: an archive may say less of itself."""
+    """Copy one file and return its size. The written bytes are counted, because an archive's header may state fewer."""
     written = 0
     with target.open("xb") as file:
         while piece := stream.read(1 << 20):
             written += len(piece)
             if written > limit or shutil.disk_usage(target.parent).free < len(piece):
-                raise CheckpointError(f"{path} unpacks to more than {limit} bytes, or than the disk has room for.")
+                raise CheckpointError(f"{path} unpacks to more than {limit} bytes, or to more than the disk has space for.")
             file.write(piece)
     return written

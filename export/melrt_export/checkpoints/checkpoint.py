@@ -1,4 +1,7 @@
-"""What every loader returns, and what they share: folding, comparing tensors, hashing."""
+"""The checkpoint that every project's reader returns, and the steps that the readers share.
+
+These steps fold weight norm, rename and check tensors, fold the mel normalization, and hash files.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from melrt.errors import BundleError, CheckpointError
+from melrt.errors import CheckpointError, ConfigError
 from melrt.mel.normalization import Normalization
 from melrt.mel.spec import MelSpec
 from melrt.planning.edges import Edges
@@ -18,63 +21,65 @@ from melrt_export.generator.config import GeneratorConfig
 
 State = Mapping[str, np.ndarray]
 
-# The norm's magnitude and direction: torch.nn.utils.weight_norm, and torch.nn.utils.parametrizations.weight_norm.
+# Magnitude and direction, as named by torch.nn.utils.weight_norm and by torch.nn.utils.parametrizations.weight_norm.
 _WEIGHT_NORM = (("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1"))
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A generator as its project trained it, folded and renamed."""
+    """A trained generator, with weight norm folded and its tensors renamed."""
 
     name: str
-    """A name for the voice."""
+    """Name of the voice."""
     format: str
-    """The project whose layout it has."""
+    """Project whose file layout the checkpoint has."""
     source: Path
-    """The file with the weights."""
+    """File with the weights."""
     sha256: str
-    """Of that file."""
+    """SHA-256 of `source`, hexadecimal."""
     config: GeneratorConfig
-    """The generator's shape."""
+    """Shape of the generator."""
     weights: dict[str, np.ndarray]
-    """Folded float32 tensors, named as `config.tensors()` names them."""
+    """float32 tensors with weight norm folded, named as in `config.tensors()`."""
     spec: MelSpec
-    """The mel convention of the input: plain log-mels, a normalization of the project is part of config and weights."""
+    """Mel convention of the input, a plain log-mel: the project's normalization is part of `config` and `weights`."""
     edges: Edges = field(default_factory=Edges)
-    """What the project does at the ends of an utterance."""
+    """Frames that the project adds at the ends of an utterance at inference."""
     normalization: Normalization | None = None
-    """What the training took off its mels."""
+    """Per-band mel normalization used in training; None for none."""
     lacks_statistics: bool = False
-    """The training took something off its mels, and the checkpoint does not say what: the voice takes normalized mels."""
+    """True if the training normalized its mels but the checkpoint lacks the statistics. The voice then takes normalized mels."""
 
 
 def fold_weight_norm(state: State) -> dict[str, np.ndarray]:
-    """Replace each weight-norm pair by the weight that it stands for: g · v / ‖v‖, the norm over all axes but the first.
+    """Replace each weight-norm pair by its weight g · v / ‖v‖, where the norm runs over all axes but the first.
 
-    That is the first axis of transposed convolutions too, (C_in, C_out, K): a norm per input channel (dim=0 is PyTorch's default).
+    The first axis of a transposed convolution (C_in, C_out, K) is the input channel, so there each input channel has its own norm
+    (dim=0 is PyTorch's default).
 
     Args:
-        state: A state dict in either spelling, or without weight norm.
+        state: A state dict with either naming of the pair, or without weight norm.
 
     Returns:
-        float32 tensors; computed in float64.
+        float32 tensors, computed in float64.
 
     Raises:
-        CheckpointError: Half of a pair, a magnitude that does not fit, or a direction of length zero.
+        CheckpointError: One half of a pair is missing, a magnitude has a wrong shape, or a direction has length zero.
     """
     folded = {}
     for name, value in state.items():
-        stem, last = _split(name)
-        if last is None:
+        stem, part = _split_weight_norm(name)
+        if part is None:
             folded[name] = value.astype(np.float32)
-        elif last == 1:
-            folded[f"{stem}weight"] = _folded(state, stem, name)
+        elif part == 1:
+            folded[f"{stem}weight"] = _fold_pair(state, stem, name)
         elif not any(f"{stem}{direction}" in state for _, direction in _WEIGHT_NORM):
-            raise CheckpointError(f"{name} has no direction beside it; a weight-norm pair needs both.")
+            raise CheckpointError(f"{name} is a weight-norm magnitude without its direction. The checkpoint needs both.")
     return folded
 
 
-def _split(name: str) -> tuple[str, int | None]:
+def _split_weight_norm(name: str) -> tuple[str, int | None]:
+    """Split a tensor's name into its stem and its part of a weight-norm pair: 0 magnitude, 1 direction, None neither."""
     for pair in _WEIGHT_NORM:
         for part, suffix in enumerate(pair):
             if name == suffix or name.endswith("." + suffix):
@@ -82,13 +87,13 @@ def _split(name: str) -> tuple[str, int | None]:
     return name, None
 
 
-def _folded(state: State, stem: str, direction_name: str) -> np.ndarray:
+def _fold_pair(state: State, stem: str, direction_name: str) -> np.ndarray:
     v = state[direction_name].astype(np.float64)
     g = next((state[stem + magnitude] for magnitude, _ in _WEIGHT_NORM if stem + magnitude in state), None)
     if g is None:
-        raise CheckpointError(f"{direction_name} has no magnitude beside it; a weight-norm pair needs both.")
+        raise CheckpointError(f"{direction_name} is a weight-norm direction without its magnitude. The checkpoint needs both.")
     if not v.ndim:
-        raise CheckpointError(f"{direction_name} is a single number; a direction has the weight's shape.")
+        raise CheckpointError(f"{direction_name} is a single number. A weight-norm direction has the shape of its weight.")
     if g.size != len(v):
         raise CheckpointError(f"{stem}: magnitude of shape {g.shape} for a direction of shape {v.shape}; expected {len(v)} values.")
     norm = np.sqrt((v**2).sum(axis=tuple(range(1, v.ndim))))
@@ -98,16 +103,16 @@ def _folded(state: State, stem: str, direction_name: str) -> np.ndarray:
     return np.asarray(v * factor, np.float32)
 
 
-def named_tensors(state: State, names: Mapping[str, str], config: GeneratorConfig) -> dict[str, np.ndarray]:
-    """Rename a folded state dict to melrt's names, and hold it against the generator's shape.
+def rename_tensors(state: State, names: Mapping[str, str], config: GeneratorConfig) -> dict[str, np.ndarray]:
+    """Rename the tensors of a folded state dict to melrt's names, and check them against the generator's shape.
 
     Args:
-        state: Folded tensors under their project's names.
-        names: For each convolution of `config`, its project's name.
+        state: Folded tensors under the project's names.
+        names: The project's name of each convolution of `config`, by melrt's name.
         config: The generator's shape.
 
     Raises:
-        CheckpointError: Missing, extra or wrongly shaped tensors, all of them named, or a value that is not finite.
+        CheckpointError: Tensors are missing, unexpected or of a wrong shape, or hold values that are not finite. The message names them.
     """
     expected = {}
     for ours, shape in config.tensors():
@@ -122,33 +127,34 @@ def named_tensors(state: State, names: Mapping[str, str], config: GeneratorConfi
             problems.append(f"{name} holds values that are not finite")
     if problems:
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
-        raise CheckpointError(f"the tensors are not those of the generator {config}: {'; '.join(problems[:8])}{more}.")
+        raise CheckpointError(f"the tensors do not match the generator {config}: {'; '.join(problems[:8])}{more}.")
     return {ours: state[name] for name, (ours, _) in expected.items()}
 
 
-def with_normalization(
+def fold_normalization(
     config: GeneratorConfig, weights: State, normalization: Normalization | None
 ) -> tuple[GeneratorConfig, dict[str, np.ndarray]]:
-    """The generator that takes plain log-mels: clipping becomes a node, and the affine map part of the first convolution.
+    """Return the generator that takes plain log-mels: the normalization becomes part of its config and weights.
 
-    Folding is exact because a per-band affine map commutes with reflection and replication. With zeros it does not, and without a bias
-    there is nothing to fold the mean into: then the map is a node too.
+    Clipping becomes a node. The per-band affine map is folded into the first convolution, which is exact because it commutes with
+    reflection and replication. With zero padding it does not commute, and without a bias there is no place for the mean: then the
+    map becomes a node too.
 
     Args:
         config: The generator's shape.
         weights: Folded weights under melrt's names; not changed.
-        normalization: What the project does to its log-mels.
+        normalization: The project's normalization of log-mels.
 
     Raises:
-        CheckpointError: It is of another number of bands, or the second one.
+        CheckpointError: The number of bands differs, or the generator already normalizes its input.
     """
     if normalization is None:
         return config, dict(weights)
     mean, scale = np.array(normalization.mean), np.array(normalization.scale)
     if len(mean) != config.in_channels:
-        raise CheckpointError(f"the normalization is of {len(mean)} bands, the generator takes {config.in_channels}.")
+        raise CheckpointError(f"the normalization has {len(mean)} bands, and the generator takes {config.in_channels}.")
     if config.input_affine:
-        raise CheckpointError("the generator normalizes its input already (input_affine), and a second normalization is given.")
+        raise CheckpointError("the generator already normalizes its input (input_affine). Remove the second normalization.")
     config = replace(config, input_clip=normalization.clip or config.input_clip)
     if config.padding_mode == "zeros" or not config.bias:
         affine = {"input.mean": mean.astype(np.float32), "input.scale": scale.astype(np.float32)}
@@ -160,10 +166,10 @@ def with_normalization(
 
 
 def read_normalization(mean: Any, scale: Any, path: Path, bands: int) -> Normalization:
-    """A mean and a scale per band, from arrays of any shape with that many numbers.
+    """Return the normalization with this mean and scale, each an array of any shape with one number per band.
 
     Raises:
-        CheckpointError: Other numbers of values, values that are not finite, or a scale that is not above 0.
+        CheckpointError: The number of values is wrong, a value is not finite, or a scale is not above 0.
     """
     try:
         means, scales = (np.asarray(values, np.float64).reshape(bands).tolist() for values in (mean, scale))
@@ -172,24 +178,24 @@ def read_normalization(mean: Any, scale: Any, path: Path, bands: int) -> Normali
         raise CheckpointError(f"{path}: normalization is not a mean and a scale for each of {bands} bands ({error}).") from error
 
 
-def mel_spec(values: Mapping[str, Any], path: Path) -> MelSpec:
-    """A mel convention from what a project's config says; the rest as in melgan-neurips.
+def build_mel_spec(values: Mapping[str, Any], path: Path) -> MelSpec:
+    """Return the mel convention with these fields; every other field is that of melgan-neurips.
 
     Raises:
-        CheckpointError: A value that cannot be.
+        CheckpointError: A value is not allowed; the message names `path`.
     """
     try:
         return MelSpec.from_dict({**MelSpec().to_dict(), **values})
-    except (BundleError, TypeError) as error:
+    except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def sub_state(state: State, prefix: str) -> dict[str, np.ndarray]:
-    """The tensors below this prefix, without it."""
+def strip_prefix(state: State, prefix: str) -> dict[str, np.ndarray]:
+    """Return the tensors whose names begin with the prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def sha256_of(path: Path) -> str:
-    """Of the whole file, hexadecimal."""
+    """Return the SHA-256 of a file, hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,8 +1,8 @@
-"""Coqui TTS (and Mozilla TTS): melgan, full-band and multi-band generators, with `config.json` and perhaps `scale_stats.npy` beside them.
+"""Coqui TTS (and Mozilla TTS): melgan, full-band and multi-band generators, with `config.json` and optionally `scale_stats.npy`.
 
 Source: `vocoder/models/melgan_generator.py`, `multiband_melgan_generator.py`, `vocoder/models/gan.py`
-(load_checkpoint), `vocoder/layers/pqmf.py` and `utils/audio/processor.py` of that project. Up to 0.0.14 `model` is the generator alone,
-with `model_disc` beside it; later the generator is `model_g` in it.
+(load_checkpoint), `vocoder/layers/pqmf.py` and `utils/audio/processor.py` of that project. Up to version 0.0.14 `model` is the generator
+alone, with `model_disc` beside it. In later versions the generator is `model_g` inside `model`.
 """
 
 from __future__ import annotations
@@ -18,73 +18,74 @@ from melrt.mel.spec import MelSpec
 from melrt.planning.edges import Edges
 from melrt_export.checkpoints.checkpoint import (
     Checkpoint,
+    build_mel_spec,
+    fold_normalization,
     fold_weight_norm,
-    mel_spec,
-    named_tensors,
     read_normalization,
+    rename_tensors,
     sha256_of,
-    sub_state,
-    with_normalization,
+    strip_prefix,
 )
-from melrt_export.checkpoints.naming import Naming
-from melrt_export.checkpoints.reading import Opened, arrays, check_settings, read_json, read_npy_dict
+from melrt_export.checkpoints.naming import LayerNaming
+from melrt_export.checkpoints.reading import CheckpointFile, check_settings_size, read_json, read_npy_dict, to_arrays
 
 NAME = "Coqui TTS"
 FILES = "best_model.pth or model_file.pth with config.json, and scale_stats.npy if it names one"
 PATTERNS: tuple[str, ...] = ("best_model.pth*", "model_file.pth*", "checkpoint_*.pth*")
-NAMING = Naming(NAME, prefix="layers", nested=True)
+NAMING = LayerNaming(NAME, prefix="layers", nested=True)
 _GENERATORS = ("melgan_generator", "melgan_fb_generator", "fullband_melgan_generator", "multiband_melgan_generator")
-# MelganGenerator.inference_padding: replicated on both sides, and never trimmed there.
+# MelganGenerator.inference_padding: the end frames are repeated on both sides, and the project does not trim their audio.
 EDGES = Edges(left=2, right=2)
 
 
-def recognizes(opened: Opened) -> bool:
-    """Whether this file is one of this project's."""
-    return opened.has("layers.", "model") or opened.has("model_g.", "model")
+def recognizes(file: CheckpointFile) -> bool:
+    """Return whether the file holds tensors of `layers` or of `model_g` under `model`."""
+    return file.has_name("layers.", "model") or file.has_name("model_g.", "model")
 
 
-def load(opened: Opened) -> Checkpoint:
+def load(file: CheckpointFile) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        CheckpointError: Damaged, another class of generator, a config of another network, or tensors of another network.
+        CheckpointError: The file is damaged, holds another class of generator, or its config or tensors are those of another network.
     """
-    file = opened.file
-    path, values = _settings(opened)
+    path, values = _settings(file)
     kind = str(values.get("generator_model", ""))
     if kind not in _GENERATORS:
-        raise CheckpointError(f"{path} names a generator {kind[:60]!r}; of Coqui TTS, melrt reads {', '.join(_GENERATORS)}.")
-    whole = arrays(file, opened.content["model"])
-    state = fold_weight_norm(sub_state(whole, "model_g.") or whole)
-    config = NAMING.infer(state, file)
+        raise CheckpointError(
+            f"{path} names a generator {kind[:60]!r}; the supported generators of Coqui TTS are {', '.join(_GENERATORS)}."
+        )
+    model = to_arrays(file.path, file.content["model"])
+    state = fold_weight_norm(strip_prefix(model, "model_g.") or model)
+    config = NAMING.infer_config(state, file.path)
     filters = state.pop("pqmf_layer.G", None)
     if config.out_channels > 1:
         if filters is None or filters.ndim != 3:
-            raise CheckpointError(f"{file} lacks pqmf_layer.G, the filters that join its {config.out_channels} sub-bands.")
+            raise CheckpointError(f"{file.path} lacks pqmf_layer.G, the filters that join its {config.out_channels} sub-bands.")
         config = replace(config, pqmf_taps=filters.shape[2] - 1)
         state["pqmf.weight"] = filters[0]
     state = {name: value for name, value in state.items() if not name.startswith("pqmf_layer.")}
-    weights = named_tensors(state, NAMING.names(config), config)
+    weights = rename_tensors(state, NAMING.names(config), config)
     _compare(values.get("generator_model_params"), config.upsample_scales, config.stacks, path)
     audio = values.get("audio")
     if not isinstance(audio, dict):
-        raise CheckpointError(f"{path} has no audio section; the mel convention stands there.")
+        raise CheckpointError(f"{path} has no audio section, which holds the mel convention.")
     spec = _spec(audio, path)
     normalization = _normalization(audio, spec, path)
-    config, weights = with_normalization(config, weights, normalization)
+    config, weights = fold_normalization(config, weights, normalization)
     return Checkpoint(
-        name=file.resolve().parent.name, format=NAME, source=file, sha256=sha256_of(file), config=config, weights=weights,
-        spec=spec, edges=EDGES, normalization=normalization,
+        name=file.path.resolve().parent.name, format=NAME, source=file.path, sha256=sha256_of(file.path), config=config,
+        weights=weights, spec=spec, edges=EDGES, normalization=normalization,
     )  # fmt: skip
 
 
-def _settings(opened: Opened) -> tuple[Path, Mapping[str, Any]]:
-    """`config.json` beside the file, or the config that newer checkpoints hold themselves."""
-    path = opened.file.parent / "config.json"
-    inside = opened.content.get("config")
+def _settings(file: CheckpointFile) -> tuple[Path, Mapping[str, Any]]:
+    """Return the config and its file: `config.json` beside the checkpoint, or the config inside it in newer versions."""
+    path = file.path.parent / "config.json"
+    inside = file.content.get("config")
     if not path.is_file() and isinstance(inside, dict):
-        check_settings(inside, opened.file)
-        return opened.file, inside
+        check_settings_size(inside, file.path)
+        return file.path, inside
     return path, read_json(path)
 
 
@@ -94,22 +95,31 @@ def _compare(params: object, scales: tuple[int, ...], stacks: int, path: Path) -
     for name, ours in (("upsample_factors", list(scales)), ("num_res_blocks", stacks)):
         given = params.get(name, ours)
         if (list(given) if isinstance(given, tuple) else given) != ours:
-            raise CheckpointError(f"{path} says {name} is {str(given)[:60]}, the weights say {ours}. They belong to different trainings.")
+            raise CheckpointError(
+                f"{path}: {name} is {str(given)[:60]}, but according to the weights it is {ours}. "
+                "The two files belong to different trainings."
+            )
 
 
 def _spec(audio: Mapping[str, Any], path: Path) -> MelSpec:
-    """`AudioProcessor.melspectrogram`: gain · log(max(1e-8, mel)) of the magnitude, centerd; librosa's own filters."""
+    """Return the convention of `AudioProcessor.melspectrogram`.
+
+    It is gain · log(max(1e-8, mel)) of the magnitude, with centered frames and librosa's filters.
+    """
     base = audio.get("log_func", "np.log10")
-    if base not in ("np.log10", "np.log") or audio.get("do_amp_to_db_mel", True) is not True:
-        raise CheckpointError(f"{path}: log_func is {str(base)[:40]!r}, do_amp_to_db_mel {audio.get('do_amp_to_db_mel', True)!r}; "
-                              "melrt knows np.log10 and np.log, applied.")  # fmt: skip
+    applied = audio.get("do_amp_to_db_mel", True)
+    if base not in ("np.log10", "np.log") or applied is not True:
+        raise CheckpointError(
+            f"{path}: log_func is {str(base)[:40]!r} and do_amp_to_db_mel is {applied!r:.40}; log_func must be np.log10 or np.log, "
+            "and do_amp_to_db_mel true."
+        )
     rate, gain = audio.get("sample_rate"), audio.get("spec_gain", 20)
     decibels = base == "np.log10" and gain == 20
     hop, window = audio.get("hop_length"), audio.get("win_length")
     if hop is None:
         hop, window = _milliseconds(audio, path)
     f_max = audio.get("mel_fmax")
-    return mel_spec(
+    return build_mel_spec(
         {
             "sample_rate": rate, "n_fft": audio.get("fft_size", 1024), "hop": hop, "win_length": window, "n_mels": audio.get("num_mels"),
             "f_min": audio.get("mel_fmin") or 0.0, "f_max": rate / 2 if f_max is None and type(rate) is int else f_max,
@@ -121,25 +131,28 @@ def _spec(audio: Mapping[str, Any], path: Path) -> MelSpec:
 
 
 def _milliseconds(audio: Mapping[str, Any], path: Path) -> tuple[int, int]:
-    """Hop and window from `frame_shift_ms` and `frame_length_ms` (numpy_transforms.millisec_to_length)."""
+    """Return hop and window in samples from `frame_shift_ms` and `frame_length_ms` (numpy_transforms.millisec_to_length)."""
     length, shift, rate = (_number(audio.get(name)) for name in ("frame_length_ms", "frame_shift_ms", "sample_rate"))
     if not (length > 0 and shift > 0 and rate > 0):
-        raise CheckpointError(f"{path} has no hop_length, and no frame_length_ms and frame_shift_ms either.")
+        raise CheckpointError(f"{path} has neither hop_length nor frame_length_ms and frame_shift_ms.")
     window = int(length / 1000 * rate)
     return int(window / (length / shift)), window
 
 
 def _number(value: object) -> float:
-    """A number of a sane size, or NaN, which fails every comparison."""
+    """Return the value if it is a number below a million, else NaN, which fails every comparison."""
     return float(value) if isinstance(value, int | float) and abs(value) < 1e6 else float("nan")
 
 
 def _normalization(audio: Mapping[str, Any], spec: MelSpec, path: Path) -> Normalization | None:
-    """`AudioProcessor.normalize`: mean and deviation from `scale_stats.npy`, or a range of decibels to ±max_norm or 0..max_norm."""
+    """Return the normalization of `AudioProcessor.normalize`.
+
+    It takes mean and deviation from `scale_stats.npy`, or maps a range of decibels to ±max_norm or 0..max_norm.
+    """
     if not audio.get("signal_norm"):
         return None
     if named := audio.get("stats_path"):
-        # the path is the training machine's: the file stands beside the checkpoint
+        # the stored path is that of the training machine; here the file is beside the checkpoint
         file = path.parent / PurePosixPath(str(named)[:1000].replace("\\", "/")).name
         values = read_npy_dict(file)
         return read_normalization(values.get("mel_mean"), values.get("mel_std"), file, spec.n_mels)
@@ -147,7 +160,9 @@ def _normalization(audio: Mapping[str, Any], spec: MelSpec, path: Path) -> Norma
     largest = 1.0 if audio.get("max_norm") is None else largest
     if not (floor < 0 < largest and abs(level) < 1e6):
         given = ", ".join(f"{name} {str(audio.get(name))[:40]}" for name in ("min_level_db", "ref_level_db", "max_norm"))
-        raise CheckpointError(f"{path}: a range normalization of {given}; min_level_db lies below 0, max_norm above, all are numbers.")
+        raise CheckpointError(
+            f"{path}: the range normalization has {given}; min_level_db must be below 0, max_norm above 0, and all numbers."
+        )
     symmetric = bool(audio.get("symmetric_norm"))
     scale = -floor / (2 * largest if symmetric else largest)
     mean = level + (floor / 2 if symmetric else floor)

@@ -1,4 +1,4 @@
-"""HiFi-GAN (jik876): `g_<steps>` or `generator_v1`, a generator's state dict under `generator`, with `config.json` beside it.
+"""HiFi-GAN (jik876): `g_<steps>` or `generator_v1` with the state dict under `generator`, and `config.json` beside it.
 
 Source: `models.py` (Generator, ResBlock1, ResBlock2), `meldataset.py` (mel_spectrogram) and `config_v1.json` of that project.
 """
@@ -11,8 +11,8 @@ from typing import Any
 
 from melrt.errors import CheckpointError
 from melrt.mel.spec import MelSpec
-from melrt_export.checkpoints.checkpoint import Checkpoint, fold_weight_norm, mel_spec, named_tensors, sha256_of
-from melrt_export.checkpoints.reading import Opened, arrays, read_json
+from melrt_export.checkpoints.checkpoint import Checkpoint, build_mel_spec, fold_weight_norm, rename_tensors, sha256_of
+from melrt_export.checkpoints.reading import CheckpointFile, read_json, to_arrays
 from melrt_export.generator.config import GeneratorConfig
 from melrt_export.generator.mrf import MrfConfig
 
@@ -24,64 +24,63 @@ _SHAPE = (
     "num_mels",
 )  # fmt: skip
 _AUDIO = ("sampling_rate", "n_fft", "hop_size", "win_size", "fmin", "fmax")
-# What a training takes, and the generator does not depend on; `num_freq` is read by nothing there.
+# Options of the training, on which the generator does not depend. Nothing in the project reads `num_freq`.
 _TRAINING = (
     "num_gpus", "batch_size", "learning_rate", "adam_b1", "adam_b2", "lr_decay", "seed", "segment_size", "num_freq", "fmax_for_loss",
     "fmax_loss", "num_workers", "dist_config",
 )  # fmt: skip
 
 
-def recognizes(opened: Opened) -> bool:
-    """Whether this file is one of this project's."""
-    return opened.has("conv_pre.", "generator")
+def recognizes(file: CheckpointFile) -> bool:
+    """Return whether the file holds tensors of `conv_pre` under `generator`."""
+    return file.has_name("conv_pre.", "generator")
 
 
-def load(opened: Opened) -> Checkpoint:
+def load(file: CheckpointFile) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        CheckpointError: Damaged, tensors of another network, or a config that lacks an option or has one that is not the project's.
+        CheckpointError: The file is damaged, holds the tensors of another network, or its config lacks an option or has an unknown one.
     """
-    file = opened.file
-    path = file.parent / "config.json"
+    path = file.path.parent / "config.json"
     values = read_json(path)
     if missing := [name for name in (*_SHAPE, *_AUDIO) if name not in values]:
-        raise CheckpointError(f"{path} lacks {', '.join(missing)}; the config.json that HiFi-GAN copies beside its checkpoints has them.")
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}; use the config.json that HiFi-GAN copies beside its checkpoints.")
     if unknown := sorted(set(values) - {*_SHAPE, *_AUDIO, *_TRAINING}):
         raise CheckpointError(
-            f"{path} has options that HiFi-GAN's own code does not: {', '.join(unknown)[:200]}. melrt reads the published generator; "
-            "take out those that do not change it."
+            f"{path} has options that HiFi-GAN's own code does not have: {', '.join(unknown)[:200]}. melrt supports the published "
+            "generator; remove the options that do not change it."
         )
     config = _config(values, path)
-    state = fold_weight_norm(arrays(file, opened.content["generator"]))
+    state = fold_weight_norm(to_arrays(file.path, file.content["generator"]))
     return Checkpoint(
-        name=file.resolve().parent.name, format=NAME, source=file, sha256=sha256_of(file), config=config,
-        weights=named_tensors(state, dict(_names(config)), config), spec=_spec(values, path),
+        name=file.path.resolve().parent.name, format=NAME, source=file.path, sha256=sha256_of(file.path), config=config,
+        weights=rename_tensors(state, dict(_names(config)), config), spec=_spec(values, path),
     )  # fmt: skip
 
 
 def _config(values: Mapping[str, Any], path: Path) -> GeneratorConfig:
     if values["resblock"] not in ("1", "2"):
-        raise CheckpointError(f'{path}: resblock is {values["resblock"]!r:.60}; it is "1" or "2".')
+        raise CheckpointError(f'{path}: resblock is {values["resblock"]!r:.60}; it must be "1" or "2".')
     rates, kernels = values["upsample_rates"], values["upsample_kernel_sizes"]
     config = GeneratorConfig(
         in_channels=values["num_mels"], channels=values["upsample_initial_channel"], upsample_scales=rates,
-        fusion=MrfConfig(values["resblock_kernel_sizes"], values["resblock_dilation_sizes"], paired=values["resblock"] == "1"),
-        negative_slope=0.1, last_slope=0.01,  # LRELU_SLOPE, but PyTorch's default before conv_post
+        mrf=MrfConfig(values["resblock_kernel_sizes"], values["resblock_dilation_sizes"], paired=values["resblock"] == "1"),
+        negative_slope=0.1, last_slope=0.01,  # LRELU_SLOPE; before conv_post the project uses PyTorch's default
         padding_mode="zeros",
     )  # fmt: skip
     if kernels != [2 * rate for rate in rates] or any(rate % 2 for rate in rates):
         raise CheckpointError(
             f"{path}: upsample_rates {rates} with upsample_kernel_sizes {str(kernels)[:60]}; "
-            "melrt reads even rates with kernels of twice the rate."
+            "melrt supports even rates with kernels of twice the rate."
         )
     return config
 
 
 def _names(config: GeneratorConfig) -> Iterator[tuple[str, str]]:
-    """Each convolution's name here, and in the project."""
-    parts = {"dilated": "convs1", "plain": "convs2"} if config.fusion and config.fusion.paired else {"dilated": "convs"}
-    branches = len(config.fusion.kernel_sizes) if config.fusion else 0
+    """Yield melrt's name and the project's name of each convolution."""
+    parts = {"dilated": "convs1", "plain": "convs2"} if config.mrf and config.mrf.paired else {"dilated": "convs"}
+    branches = len(config.mrf.kernel_sizes) if config.mrf else 0
     for name, _ in config.convolutions():
         match name.split("."):
             case ["stages", stage, "upsample"]:
@@ -93,9 +92,9 @@ def _names(config: GeneratorConfig) -> Iterator[tuple[str, str]]:
 
 
 def _spec(values: Mapping[str, Any], path: Path) -> MelSpec:
-    """`mel_spectrogram`: ln of the magnitude, reflected by (n_fft - hop) / 2; 1e-9 under its root."""
+    """Return the convention of `mel_spectrogram`: ln of the magnitude, reflection by (n_fft - hop) / 2, 1e-9 added under the root."""
     rate, f_max = values["sampling_rate"], values["fmax"]
-    return mel_spec(
+    return build_mel_spec(
         {
             "sample_rate": rate, "n_fft": values["n_fft"], "hop": values["hop_size"], "win_length": values["win_size"],
             "n_mels": values["num_mels"], "f_min": values["fmin"], "f_max": rate / 2 if f_max is None and type(rate) is int else f_max,

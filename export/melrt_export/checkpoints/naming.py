@@ -1,4 +1,7 @@
-"""The names that projects give to the same convolutions: one Sequential, its residual blocks flat in it or nested by stage."""
+"""Names of the generator's convolutions in projects that build it as one PyTorch Sequential.
+
+The projects differ in whether the residual blocks are modules of the Sequential itself or are nested by stage.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +17,24 @@ from melrt_export.generator.config import GeneratorConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Naming:
-    """How one project numbers and names the convolutions of its Sequential."""
+class LayerNaming:
+    """One project's numbering and names of the convolutions in its Sequential."""
 
     project: str
-    """For error messages."""
+    """Name of the project, for error messages."""
     prefix: str
     """Attribute that holds the Sequential."""
     nested: bool = False
-    """One module per stage, with `blocks` and `shortcuts`; else one module per residual block."""
+    """True for one module per stage with `blocks` and `shortcuts`; False for one module per residual block."""
     block: str = "block"
-    """Flat only: a residual block's main path."""
+    """Attribute of a residual block's main path, if not nested."""
     shortcut: str = "shortcut"
-    """Flat only: its shortcut."""
+    """Attribute of a residual block's shortcut, if not nested."""
     causal: bool = False
-    """Padding within the convolutions' own modules (`conv`, `deconv`) instead of modules of its own."""
+    """True if the padding is inside the convolutions' modules (`conv`, `deconv`); False if it is a module of its own."""
 
     def names(self, config: GeneratorConfig) -> dict[str, str]:
-        """Melrt's name of each convolution to this project's."""
+        """Return this project's name of each convolution, by melrt's name."""
         conv, deconv = (".conv", ".deconv") if self.causal else ("", "")
         pad = 0 if self.causal else 1
         result = {"first": f"{self.prefix}.{pad}{conv}"}
@@ -39,7 +42,7 @@ class Naming:
         for i in range(len(config.upsample_scales)):
             result[f"stages.{i}.upsample"] = f"{self.prefix}.{index}{deconv}"
             for j in range(config.stacks):
-                dilated, pointwise, shortcut = self._block(index + 1, j)
+                dilated, pointwise, shortcut = self._block_names(index + 1, j)
                 result[f"stages.{i}.blocks.{j}.dilated"] = dilated
                 result[f"stages.{i}.blocks.{j}.pointwise"] = pointwise
                 result[f"stages.{i}.blocks.{j}.shortcut"] = shortcut
@@ -47,11 +50,14 @@ class Naming:
         result["last"] = f"{self.prefix}.{index + pad}{conv}"
         return result
 
-    def infer(self, state: Mapping[str, np.ndarray], file: Path) -> GeneratorConfig:
-        """The generator's shape from its folded weights: plain convolutions are first, upsamplings and last; the rest are blocks.
+    def infer_config(self, state: Mapping[str, np.ndarray], file: Path) -> GeneratorConfig:
+        """Infer the generator's shape from its folded weights.
+
+        Direct children of the Sequential are the first convolution, the upsamplings and the last convolution, in this order. All
+        others belong to residual blocks.
 
         Raises:
-            CheckpointError: Not such a generator.
+            CheckpointError: The tensors are not those of such a generator.
         """
         plain: dict[int, np.ndarray] = {}
         dilated: list[np.ndarray] = []
@@ -69,7 +75,9 @@ class Naming:
             raise CheckpointError(f"{file} is not a generator of {self.project}: expected tensors {expected}, ...; it has {some}, ...")
         first, *upsamples, last = (plain[i] for i in sorted(plain))
         if len(dilated) % len(upsamples):
-            raise CheckpointError(f"{file} has {len(dilated)} residual blocks in {len(upsamples)} stages; expected as many in each.")
+            raise CheckpointError(
+                f"{file} has {len(dilated)} residual blocks in {len(upsamples)} stages; expected the same number in each stage."
+            )
         return GeneratorConfig(
             in_channels=first.shape[1],
             out_channels=last.shape[0],
@@ -81,7 +89,8 @@ class Naming:
             bias=any(name.endswith(".bias") for name in state),
         )
 
-    def _block(self, index: int, j: int) -> tuple[str, str, str]:
+    def _block_names(self, index: int, j: int) -> tuple[str, str, str]:
+        """Return the names of a residual block's dilated, pointwise and shortcut convolutions."""
         if self.nested:
             stage = f"{self.prefix}.{index}"
             return f"{stage}.blocks.{j}.2", f"{stage}.blocks.{j}.4", f"{stage}.shortcuts.{j}"

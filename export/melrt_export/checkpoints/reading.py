@@ -1,4 +1,7 @@
-"""Reading untrusted files: pickles hold tensors and nothing else, YAML tags are names and nothing more, sizes are bounded."""
+"""Safe reading of untrusted files.
+
+Pickles give only tensors and plain containers, YAML tags construct nothing, and every size is bounded.
+"""
 
 from __future__ import annotations
 
@@ -17,34 +20,34 @@ import numpy as np
 
 from melrt.errors import CheckpointError
 
-# The largest published generator has 13 M weights, 53 MB; with optimizer states and discriminators under 1 GB.
+# The largest published generator has 13 M weights, 53 MB; with optimizer states and discriminators it has under 1 GB.
 MAX_WEIGHTS_BYTES = 4 << 30
 MAX_CONFIG_BYTES = 1 << 20
 MAX_STATISTICS_BYTES = 16 << 20
 MAX_SETTINGS = 100_000
 MAX_SETTINGS_DEPTH = 50
-# Dictionaries with attributes, in which old Coqui TTS checkpoints keep their config; they are read as plain dictionaries.
+# Dictionary classes in which old Coqui TTS checkpoints keep their config. They are read as plain dictionaries.
 _ATTRIBUTE_DICTIONARIES = tuple(
     f"{module}.AttrDict"
     for module in ("TTS.utils.io", "TTS.utils.generic_utils", "mozilla_voice_tts.utils.io", "mozilla_voice_tts.utils.generic_utils")
 )
-# HiFi-GAN's files have no suffix.
-PICKLES = ("", ".pt", ".pth", ".pkl", ".tar", ".ckpt")
+# Checkpoints of HiFi-GAN have no suffix.
+PICKLE_SUFFIXES = ("", ".pt", ".pth", ".pkl", ".tar", ".ckpt")
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A file whose project is being told; what is in it is read once, when first looked at."""
+class CheckpointFile:
+    """File that may be a checkpoint; its content is read once, on first use."""
 
-    file: Path
+    path: Path
 
     @cached_property
     def content(self) -> Any:
-        """Of a pickle: its plain containers and tensors; of anything else an empty dict."""
-        return read_pickle(self.file) if self.file.suffix in PICKLES else {}
+        """Tensors and plain containers of a pickle; an empty dictionary for any other file."""
+        return read_pickle(self.path) if self.path.suffix in PICKLE_SUFFIXES else {}
 
-    def has(self, prefix: str, *keys: str) -> bool:
-        """Whether there is a dict below these keys, with a name that begins so."""
+    def has_name(self, prefix: str, *keys: str) -> bool:
+        """Return whether the content has a dictionary under these keys, one inside the other, with a name that begins with the prefix."""
         inner = self.content
         for key in keys:
             inner = inner.get(key) if isinstance(inner, dict) else None
@@ -52,90 +55,90 @@ class Opened:
 
 
 def read_pickle(path: Path) -> Any:
-    """The tensors and plain containers of a `torch.save` file, on the CPU.
+    """Return the tensors (on the CPU) and plain containers of a `torch.save` file.
 
     Raises:
-        CheckpointError: Truncated, too large, no such file, or it holds anything that would have to run.
+        CheckpointError: The file is missing, truncated or too large, or reading it would execute code.
     """
     import torch
 
-    check_size(path, MAX_WEIGHTS_BYTES)
+    check_file_size(path, MAX_WEIGHTS_BYTES)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            if (unpacked := sum(member.file_size for member in archive.infolist())) > MAX_WEIGHTS_BYTES:
-                raise CheckpointError(f"{path} unpacks to {unpacked} bytes; at most {MAX_WEIGHTS_BYTES} are read.")
+            if (size := sum(member.file_size for member in archive.infolist())) > MAX_WEIGHTS_BYTES:
+                raise CheckpointError(f"{path} unpacks to {size} bytes; at most {MAX_WEIGHTS_BYTES} are read.")
     try:
         with torch.serialization.safe_globals([(OrderedDict, name) for name in _ATTRIBUTE_DICTIONARIES]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_pickle_reason(path, str(error))) from error
-    except Exception as error:  # a damaged file fails anywhere in the reader
+    except Exception as error:  # a damaged file can fail anywhere in the reader
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        raise CheckpointError(f"{path} cannot be read as a PyTorch checkpoint; it is truncated or something else ({reason}).") from error
+        raise CheckpointError(f"{path} cannot be read as a PyTorch checkpoint; it is truncated or not a checkpoint ({reason}).") from error
 
 
 def _pickle_reason(path: Path, text: str) -> str:
-    wants = re.search(r"(?:GLOBAL|unrecognized function) (\S+)", text)
-    if wants:
+    refused = re.search(r"(?:GLOBAL|unrecognized function) (\S+)", text)
+    if refused:
         return (
-            f"{path} holds more than tensors ({wants[1]}), and reading that would run its code; nothing of it was run. "
-            "Where it was trained, save the weights alone: torch.save(generator.state_dict(), 'netG.pt')"
+            f"{path} holds more than tensors ({refused[1]}). Reading this would execute its code, so melrt executed nothing. "
+            "Save the weights alone where the model was trained: torch.save(generator.state_dict(), 'netG.pt')"
         )
-    return f"{path} cannot be read as a PyTorch checkpoint; it is truncated or something else."
+    return f"{path} cannot be read as a PyTorch checkpoint; it is truncated or not a checkpoint."
 
 
-def arrays(path: Path, state: Any) -> dict[str, np.ndarray]:
-    """Named tensors as float32 or float64 arrays.
+def to_arrays(path: Path, state: Any) -> dict[str, np.ndarray]:
+    """Convert a state dict to float32 or float64 arrays by name.
 
     Raises:
-        CheckpointError: Not a mapping of names to dense real tensors.
+        CheckpointError: The state is not a dictionary of names and dense real tensors, or it is too large. The message names `path`.
     """
     import torch
 
     if not isinstance(state, dict) or not state:
-        raise CheckpointError(f"{path} holds {_kind(state)}; expected a state dict, tensors by name.")
+        raise CheckpointError(f"{path} holds {_describe(state)}; expected a state dict, a dictionary of tensors by name.")
 
     def is_real(value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.is_floating_point() and value.layout == torch.strided
 
-    odd = [f"{name!r} ({_kind(value)})" for name, value in state.items() if not (isinstance(name, str) and is_real(value))]
+    odd = [f"{name!r} ({_describe(value)})" for name, value in state.items() if not (isinstance(name, str) and is_real(value))]
     if odd:
         raise CheckpointError(f"{path} is not a bare state dict of real tensors; it also holds {', '.join(odd[:6])}.")
-    # a tensor may be a few bytes shown many times over
+    # an expanded tensor needs a few bytes in the file and many in memory
     if (size := sum(value.numel() for value in state.values()) * 4) > MAX_WEIGHTS_BYTES:
         raise CheckpointError(f"{path} holds tensors of {size} bytes; at most {MAX_WEIGHTS_BYTES} are read.")
     return {name: value.to(torch.float64 if value.dtype == torch.float64 else torch.float32).numpy() for name, value in state.items()}
 
 
-def _kind(value: object) -> str:
+def _describe(value: object) -> str:
     return f"a {type(value).__name__}" if value or not isinstance(value, dict) else "an empty dict"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping; tags of Python objects give their plain content and execute nothing.
+    """Return the mapping in a YAML file. Tags of Python objects give their plain content and execute nothing.
 
-    melgan-neurips dumps an `argparse.Namespace` with a `pathlib.PosixPath` in it: a mapping, and the list of the path's parts.
+    melgan-neurips dumps an `argparse.Namespace` that contains a `pathlib.PosixPath`: they give a mapping and a list of the path's parts.
 
     Raises:
-        CheckpointError: Not YAML, not a mapping, too large or too deep.
+        CheckpointError: The file is not YAML, not a mapping, too large or nested too deep.
     """
     documents = list(parse_yaml(_read_text(path), path))
     values = documents[0] if len(documents) == 1 else documents
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds {_kind(values)}; expected a mapping of settings.")
+        raise CheckpointError(f"{path} holds {_describe(values)}; expected a mapping of settings.")
     return values
 
 
 def parse_yaml(text: str, path: Path) -> list[Any]:
-    """The YAML documents of a text; tags as in `read_yaml`.
+    """Return the YAML documents of a text, with tags treated as in `read_yaml`.
 
     Raises:
-        CheckpointError: Not YAML, or too deep.
+        CheckpointError: The text is not YAML, too large or nested too deep. The message names `path`.
     """
     import yaml
 
     class PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
-        """Every tag is read as what its node is: mapping, list or text."""
+        """Loader that reads every tagged node as a plain mapping, list or text."""
 
     def plain(loader: yaml.SafeLoader, _suffix: str, node: yaml.Node) -> Any:
         if isinstance(node, yaml.MappingNode):
@@ -148,17 +151,23 @@ def parse_yaml(text: str, path: Path) -> list[Any]:
     if len(text) > MAX_CONFIG_BYTES:
         raise CheckpointError(f"{path} has a config of {len(text)} characters; at most {MAX_CONFIG_BYTES} are read.")
     try:
-        documents = list(yaml.load_all(text, PlainLoader))  # a SafeLoader with more harmless tags
-    except Exception as error:  # a damaged file fails anywhere in the reader
+        documents = list(yaml.load_all(text, PlainLoader))  # safe: a SafeLoader that gives plain content for more tags
+    except Exception as error:  # a damaged file can fail anywhere in the reader
         raise CheckpointError(
             f"{path} is not the YAML of a training config: {str(error).splitlines()[0] if str(error) else error!r}"
         ) from error
-    check_settings(documents, path)
+    check_settings_size(documents, path)
     return documents
 
 
-def check_settings(values: Any, path: Path) -> None:
-    """Raise CheckpointError if written out these would be endless, or deep: a short text can name a list of lists of lists many times."""
+def check_settings_size(values: Any, path: Path) -> None:
+    """Check the number and depth of settings, with every repeated node counted each time.
+
+    A short YAML text can repeat a list of lists of lists so often that writing it out would fill the memory.
+
+    Raises:
+        CheckpointError: There are too many settings, or they are nested too deep.
+    """
     sizes: dict[int, int] = {}
 
     def size(value: Any, depth: int) -> int:
@@ -166,24 +175,24 @@ def check_settings(values: Any, path: Path) -> None:
             return 1
         if id(value) not in sizes:
             if depth > MAX_SETTINGS_DEPTH:
-                raise CheckpointError(f"{path} nests its settings deeper than {MAX_SETTINGS_DEPTH}.")
+                raise CheckpointError(f"{path} nests its settings deeper than the {MAX_SETTINGS_DEPTH} levels that are read.")
             inner = value.values() if isinstance(value, dict) else value
             sizes[id(value)] = 1 + sum(size(one, depth + 1) for one in inner)
         return sizes[id(value)]
 
     if size(values, 0) > MAX_SETTINGS:
-        raise CheckpointError(f"{path} holds more than {MAX_SETTINGS} settings, most of them by repeating others.")
+        raise CheckpointError(f"{path} holds more than the {MAX_SETTINGS} settings that are read, most of them repetitions.")
 
 
-# A string, which may hold two slashes and is kept, or a comment.
+# A string, which is kept because it may contain two slashes, or a comment.
 _COMMENT = re.compile(r'("(?:\\.|[^"\\])*")|//[^\n]*')
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; `//` comments are skipped, as Coqui TTS writes them.
+    """Return the object in a JSON file. Comments after `//` are removed, because Coqui TTS writes them.
 
     Raises:
-        CheckpointError: Not JSON, not an object, too large or too deep.
+        CheckpointError: The file is not JSON, not an object, too large or nested too deep.
     """
     text = _read_text(path)
     try:
@@ -191,56 +200,56 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds {_kind(values)}; expected an object of settings.")
+        raise CheckpointError(f"{path} holds {_describe(values)}; expected an object of settings.")
     return values
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Named tensors of a safetensors file.
+    """Return the tensors of a safetensors file by name.
 
     Raises:
-        CheckpointError: Truncated, too large, or not safetensors.
+        CheckpointError: The file is truncated, too large, or not a safetensors file.
     """
     from safetensors.numpy import load_file
 
-    check_size(path, MAX_WEIGHTS_BYTES)
+    check_file_size(path, MAX_WEIGHTS_BYTES)
     try:
         return dict(load_file(path))
-    except Exception as error:  # a damaged file fails anywhere in the reader
-        raise CheckpointError(f"{path} cannot be read as safetensors; it is truncated or something else ({error}).") from error
+    except Exception as error:  # a damaged file can fail anywhere in the reader
+        raise CheckpointError(f"{path} cannot be read as safetensors; it is truncated or not safetensors ({error}).") from error
 
 
 def read_npy(path: Path) -> np.ndarray:
-    """An array of numbers from a .npy file.
+    """Return the array of numbers in a .npy file.
 
     Raises:
-        CheckpointError: Not such a file, or it holds objects.
+        CheckpointError: The file is not a .npy file, or it holds Python objects.
     """
-    check_size(path, MAX_STATISTICS_BYTES)
+    check_file_size(path, MAX_STATISTICS_BYTES)
     try:
         return np.asarray(np.load(path, allow_pickle=False))
-    except Exception as error:  # a damaged file fails anywhere in the reader
+    except Exception as error:  # a damaged file can fail anywhere in the reader
         raise CheckpointError(f"{path} cannot be read as a numpy file of numbers: {error}") from error
 
 
 def read_npy_dict(path: Path) -> dict[str, Any]:
-    """The dict in a .npy file that numpy pickled (Coqui TTS's `scale_stats.npy`); nothing but arrays and plain values is built.
+    """Return the dictionary that numpy pickled in a .npy file (Coqui TTS's `scale_stats.npy`); only arrays and plain values are built.
 
     Raises:
-        CheckpointError: Not such a file, or it holds anything that would have to run.
+        CheckpointError: The file is not such a file, or reading it would execute code.
     """
-    check_size(path, MAX_STATISTICS_BYTES)
+    check_file_size(path, MAX_STATISTICS_BYTES)
     try:
         stream = io.BytesIO(path.read_bytes())
         version = np.lib.format.read_magic(stream)
         shape, _, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(stream)
-        values = _ArraysOnly(stream).load().item() if dtype.hasobject and shape == () else None
+        values = _ArrayUnpickler(stream).load().item() if dtype.hasobject and shape == () else None
     except CheckpointError as error:
         raise CheckpointError(f"{path} {error}") from error
-    except Exception as error:  # a damaged file fails anywhere in the reader
+    except Exception as error:  # a damaged file can fail anywhere in the reader
         raise CheckpointError(f"{path} cannot be read as pickled statistics: {str(error)[:200]}") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds no dict of statistics.")
+        raise CheckpointError(f"{path} holds {_describe(values)}; expected a dictionary of statistics.")
     return values
 
 
@@ -249,28 +258,28 @@ _ARRAY_MAKERS = (
 )  # fmt: skip
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Builds numpy arrays, dtypes and numbers; every other name is refused."""
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickler that builds numpy arrays, dtypes and numbers, and refuses every other name."""
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module.replace('numpy._core', 'numpy.core')}.{name}"
         if full in _ATTRIBUTE_DICTIONARIES or full == "collections.OrderedDict":
             return OrderedDict
         if full not in _ARRAY_MAKERS:
-            raise CheckpointError(f"holds more than arrays ({full}), and reading that would run its code; nothing of it was run.")
+            raise CheckpointError(f"holds more than arrays ({full}). Reading this would execute its code, so melrt executed nothing.")
         return super().find_class(module, name)
 
 
-def check_size(path: Path, limit: int) -> None:
-    """Raise CheckpointError if the file is missing, or larger than this many bytes."""
+def check_file_size(path: Path, limit: int) -> None:
+    """Raise CheckpointError if the file is missing, or has more than `limit` bytes."""
     if not path.is_file():
-        raise CheckpointError(f"{path} does not exist, or is no file.")
+        raise CheckpointError(f"{path} does not exist, or is not a file.")
     if path.stat().st_size > limit:
         raise CheckpointError(f"{path} has {path.stat().st_size} bytes; at most {limit} are read.")
 
 
 def _read_text(path: Path) -> str:
-    check_size(path, MAX_CONFIG_BYTES)
+    check_file_size(path, MAX_CONFIG_BYTES)
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -1,7 +1,8 @@
 """TensorFlowTTS: Keras weights (.h5) of `TFMelGANGenerator` and `TFMBMelGANGenerator`, with `config.yml` and `stats.npy` beside them.
 
 Source: `tensorflow_tts/models/melgan.py`, `mb_melgan.py`, `utils/weight_norm.py` and `configs/melgan.py`, `mb_melgan.py` of that
-project. Keras names its layers by itself, so the order of the weights tells them apart: the order in which the layers stand in the network.
+project. Keras chooses the names of its layers itself, so the weights are identified by their order, which is that of the layers in the
+network.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ import numpy as np
 from melrt.errors import CheckpointError
 from melrt_export.checkpoints.checkpoint import (
     Checkpoint,
+    build_mel_spec,
+    fold_normalization,
     fold_weight_norm,
-    mel_spec,
-    named_tensors,
+    rename_tensors,
     sha256_of,
-    with_normalization,
 )
 from melrt_export.checkpoints.hdf5 import read_hdf5
-from melrt_export.checkpoints.parallel_wavegan import statistics
-from melrt_export.checkpoints.reading import Opened, read_yaml
+from melrt_export.checkpoints.parallel_wavegan import read_statistics
+from melrt_export.checkpoints.reading import CheckpointFile, read_yaml
 from melrt_export.generator.config import GeneratorConfig, PaddingMode
 from melrt_export.generator.pqmf import FilterDesign
 
@@ -36,40 +37,41 @@ logger = logging.getLogger(__name__)
 
 _SECTIONS = ("generator_params", "melgan_generator_params", "multiband_melgan_generator_params")
 _PADDING: dict[str, PaddingMode] = {"REFLECT": "reflect", "CONSTANT": "zeros"}
-# The first versions of the project took the analysis filters for the synthesis too, with another cutoff and phase; what they trained
-# names its section `generator_params`.
-_FIRST_FILTERS = {"cutoff_ratio": 0.15, "centerd": False, "analysis": True}
+# The first versions of the project used the analysis filters for the synthesis too, with another cutoff and phase. Their configs name
+# the section `generator_params`.
+_FIRST_FILTERS = {"cutoff_ratio": 0.15, "centered": False, "analysis": True}
 
 
-def recognizes(opened: Opened) -> bool:
-    """Whether this file is one of this project's."""
-    return opened.file.suffix in (".h5", ".hdf5") and not opened.file.name.startswith("stats")
+def recognizes(file: CheckpointFile) -> bool:
+    """Return whether the file is an HDF5 file and not one of statistics, by its name."""
+    return file.path.suffix in (".h5", ".hdf5") and not file.path.name.startswith("stats")
 
 
-def load(opened: Opened) -> Checkpoint:
+def load(file: CheckpointFile) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        CheckpointError: Damaged, options that this family does not have, or tensors of another network.
+        CheckpointError: The file is damaged, holds the tensors of another network, or its config has options that are not supported.
     """
-    file = opened.file
-    path = file.parent / "config.yml"
+    path = file.path.parent / "config.yml"
     values = read_yaml(path)
     section = next((name for name in _SECTIONS if isinstance(values.get(name), dict)), None)
     if section is None:
-        raise CheckpointError(f"{path} has none of {', '.join(_SECTIONS)}; it is the config.yml of another program.")
+        raise CheckpointError(f"{path} has none of the sections {', '.join(_SECTIONS)}. Use the config.yml of the TensorFlowTTS training.")
     params = values[section]
     design = _design(params, section, path)
     config = _config(params, path, design.taps)
-    state = _named(config, read_hdf5(file), file)
+    state = _assign_names(config, read_hdf5(file.path), file.path)
     if config.pqmf_taps:
         state["pqmf.weight"] = design.filters(config.out_channels)
-    weights = named_tensors(state, {}, config)
-    normalization = statistics(file.parent, config.in_channels)
+    weights = rename_tensors(state, {}, config)
+    normalization = read_statistics(file.path.parent, config.in_channels)
     rate = values.get("sampling_rate", 22050)
-    if "fft_size" not in values:  # the preprocessing's settings are in another file, preprocess/*.yaml
-        logger.warning("%s lacks fft_size, win_length, fmin and fmax: 1024, 1024, 80 and 7600 are taken, as for LJSpeech", path.name)
-    spec = mel_spec(
+    if "fft_size" not in values:  # the project keeps the settings of its preprocessing in preprocess/*.yaml
+        logger.warning(
+            "%s lacks fft_size, win_length, fmin and fmax: melrt uses 1024, 1024, 80 and 7600, the values for LJSpeech", path.name
+        )
+    spec = build_mel_spec(
         {
             "sample_rate": rate, "n_fft": values.get("fft_size", 1024), "hop": values.get("hop_size", config.hop),
             "win_length": values.get("win_length") or values.get("fft_size", 1024), "n_mels": config.in_channels,
@@ -77,10 +79,10 @@ def load(opened: Opened) -> Checkpoint:
         },
         path,
     )  # fmt: skip
-    config, weights = with_normalization(config, weights, normalization)
+    config, weights = fold_normalization(config, weights, normalization)
     return Checkpoint(
-        name=file.resolve().parent.name, format=NAME, source=file, sha256=sha256_of(file), config=config, weights=weights,
-        spec=spec, normalization=normalization, lacks_statistics=normalization is None,
+        name=file.path.resolve().parent.name, format=NAME, source=file.path, sha256=sha256_of(file.path), config=config,
+        weights=weights, spec=spec, normalization=normalization, lacks_statistics=normalization is None,
     )  # fmt: skip
 
 
@@ -93,12 +95,15 @@ def _design(params: Mapping[str, Any], section: str, path: Path) -> FilterDesign
 
 
 def _config(params: Mapping[str, Any], path: Path, taps: int) -> GeneratorConfig:
-    """The shape from the generator's section; what is left out is the default of `MelGANGeneratorConfig`."""
+    """Return the shape from the generator's section; the defaults are those of `MelGANGeneratorConfig`."""
     padding = str(params.get("padding_type", "REFLECT"))
     options = params.get("nonlinear_activation_params", {"alpha": 0.2})
     if padding not in _PADDING or params.get("nonlinear_activation", "LeakyReLU") != "LeakyReLU" or not isinstance(options, dict):
-        raise CheckpointError(f"{path}: padding {padding[:40]}, activation {str(params.get('nonlinear_activation', 'LeakyReLU'))[:40]}; "
-                              "melrt knows REFLECT and CONSTANT, and LeakyReLU.")  # fmt: skip
+        activation = str(params.get("nonlinear_activation", "LeakyReLU"))[:40]
+        raise CheckpointError(
+            f"{path}: the padding is {padding[:40]} and the activation {activation}; the padding must be REFLECT or CONSTANT, "
+            "and the activation LeakyReLU."
+        )
     outputs = params.get("out_channels", 1)
     return GeneratorConfig(
         out_channels=outputs,
@@ -107,7 +112,7 @@ def _config(params: Mapping[str, Any], path: Path, taps: int) -> GeneratorConfig
         upsample_scales=params.get("upsample_scales", (8, 8, 2, 2)),
         stacks=params.get("stacks", 3),
         stack_kernel_size=params.get("stack_kernel_size", 3),
-        negative_slope=options.get("alpha", 0.3),  # Keras's own default
+        negative_slope=options.get("alpha", 0.3),  # Keras's default
         padding_mode=_PADDING[padding],
         final_tanh=params.get("use_final_nolinear_activation", True),
         pqmf_taps=0 if outputs == 1 else taps,
@@ -115,12 +120,12 @@ def _config(params: Mapping[str, Any], path: Path, taps: int) -> GeneratorConfig
     )
 
 
-def _named(config: GeneratorConfig, data: Mapping[str, np.ndarray], file: Path) -> dict[str, np.ndarray]:
-    """Weights under melrt's names in PyTorch's axes, weight norm folded; a missing bias (`use_bias: false`) is zeros."""
+def _assign_names(config: GeneratorConfig, data: Mapping[str, np.ndarray], file: Path) -> dict[str, np.ndarray]:
+    """Return the weights under melrt's names, in PyTorch's axes, with weight norm folded. A missing bias (`use_bias: false`) is zeros."""
     layers = list(_layers(data, file))
     expected = list(config.convolutions())
     if len(layers) != len(expected):
-        raise CheckpointError(f"{file} has {len(layers)} convolutions, the generator of its config.yml {len(expected)}.")
+        raise CheckpointError(f"{file} has {len(layers)} convolutions; the generator of its config.yml has {len(expected)}.")
     state = {}
     for (name, _), layer in zip(expected, layers, strict=True):
         kernel = layer["kernel"]
@@ -128,7 +133,7 @@ def _named(config: GeneratorConfig, data: Mapping[str, np.ndarray], file: Path) 
         weight = np.ascontiguousarray((kernel[:, 0] if kernel.ndim == 4 else kernel).transpose(2, 1, 0))
         outputs = 1 if kernel.ndim == 4 else 0
         if "g" in layer:
-            # its norm runs over all axes but the output channels, for transposed convolutions too (filter_axis)
+            # the norm runs over all axes but the output channels, also in transposed convolutions (filter_axis)
             turned = {"weight_v": weight.swapaxes(0, outputs), "weight_g": layer["g"]}
             weight = fold_weight_norm(turned)["weight"].swapaxes(0, outputs)
         state[f"{name}.weight"] = weight.astype(np.float32)
@@ -137,9 +142,9 @@ def _named(config: GeneratorConfig, data: Mapping[str, np.ndarray], file: Path) 
 
 
 def _layers(data: Mapping[str, np.ndarray], file: Path) -> Iterator[dict[str, np.ndarray]]:
-    """Kernel, bias and weight norm's g of each convolution, in order.
+    """Yield kernel, bias and weight norm's g of each convolution, in order.
 
-    The weights of a layer follow one another in any order, the same for all layers, and a layer ends where one of them comes again.
+    The weights of one layer are consecutive. Their order is the same for all layers, so a layer ends where a kind of weight repeats.
     """
     layer: dict[str, np.ndarray] = {}
     for path, value in data.items():
@@ -147,16 +152,16 @@ def _layers(data: Mapping[str, np.ndarray], file: Path) -> Iterator[dict[str, np
         if kind in ("initialized", "_initialized"):
             continue
         if kind not in ("kernel", "bias", "g") or (kind == "kernel" and value.ndim not in (3, 4)):
-            raise CheckpointError(f"{file} holds {path} of shape {value.shape}, which is no weight of this family's generators.")
+            raise CheckpointError(f"{file} holds {path} of shape {value.shape}, which is not a weight of a MelGAN generator.")
         if kind in layer:
-            yield _complete(layer, file)
+            yield _check_kernel(layer, file)
             layer = {}
         layer[kind] = value
     if layer:
-        yield _complete(layer, file)
+        yield _check_kernel(layer, file)
 
 
-def _complete(layer: dict[str, np.ndarray], file: Path) -> dict[str, np.ndarray]:
+def _check_kernel(layer: dict[str, np.ndarray], file: Path) -> dict[str, np.ndarray]:
     if "kernel" not in layer:
         raise CheckpointError(f"{file} holds a {' and a '.join(layer)} without a kernel.")
     return layer

@@ -1,1 +1,1 @@
-"""The generator: its configuration, the PyTorch network and its receptive field."""
+"""The generator: its configuration, the PyTorch network, the PyTorch reference and the receptive field."""

@@ -1,4 +1,4 @@
-"""The shape of a generator, MelGAN or HiFi-GAN, as one frozen value."""
+"""The shape of a MelGAN or HiFi-GAN generator, as one frozen value."""
 
 from __future__ import annotations
 
@@ -7,136 +7,117 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+from melrt.checks import check_fields, even, flag, list_of, number, odd, one_of, optional, whole
 from melrt.errors import CheckpointError
-from melrt_export.generator.mrf import MrfConfig
+from melrt_export.generator.mrf import MAX_KERNEL, MrfConfig
 
 PaddingMode = Literal["reflect", "replicate", "zeros"]
 Crop = Literal["late", "early"]
 
-# A hostile or damaged config must not be able to ask for a network that fills the memory.
+# These limits keep a hostile or damaged config from describing a network that fills the memory.
 MAX_CHANNELS = 8192
-MAX_KERNEL = 255
 MAX_STAGES = 8
 MAX_STACKS = 8
 MAX_HOP = 8192
 MAX_TAPS = 1022
+_RULES = {
+    **dict.fromkeys(("in_channels", "out_channels", "channels"), whole(1, MAX_CHANNELS)),
+    **dict.fromkeys(("kernel_size", "stack_kernel_size"), odd(1, MAX_KERNEL)),
+    "stacks": whole(1, MAX_STACKS),
+    "upsample_scales": list_of(whole(2, MAX_HOP), 1, MAX_STAGES),
+    "negative_slope": number(0, 1, below=True),
+    "last_slope": optional(number(0, 1, below=True)),
+    "padding_mode": one_of(*get_args(PaddingMode)),
+    "crop": one_of(*get_args(Crop)),
+    "pqmf_taps": even(0, MAX_TAPS),
+    "input_clip": optional(list_of(number(-1e9, 1e9), 2, 2)),
+    **dict.fromkeys(("bias", "final_tanh", "causal", "input_affine"), flag()),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class GeneratorConfig:
-    """A generator of the MelGAN family; the defaults are the published one (Kumar et al., NeurIPS 2019, appendix A)."""
+    """Shape of a generator of the MelGAN family.
+
+    The defaults are the published generator (Kumar et al., NeurIPS 2019, appendix A).
+    """
 
     in_channels: int = 80
     """Mel bands."""
     out_channels: int = 1
-    """Channels of the last convolution: 1, or the sub-bands of a multi-band generator."""
+    """Channels of the last convolution: 1, or the number of sub-bands of a multi-band generator."""
     channels: int = 512
     """Channels after the first convolution; each upsampling stage halves them."""
     kernel_size: int = 7
-    """Kernel of the first and the last convolution, odd."""
+    """Kernel size of the first and the last convolution, odd."""
     upsample_scales: tuple[int, ...] = (8, 8, 2, 2)
-    """Stride of each transposed convolution; its kernel is twice that."""
+    """Stride of each transposed convolution; its kernel size is twice the stride."""
     stacks: int = 3
-    """Residual blocks in a stage."""
+    """Number of residual blocks in each stage."""
     stack_kernel_size: int = 3
-    """Kernel of the dilated convolutions, odd; block j has dilation `stack_kernel_size ** j`."""
-    fusion: MrfConfig | None = None
-    """HiFi-GAN's residual part of a stage, in place of `stacks` and `stack_kernel_size`."""
+    """Kernel size of the dilated convolutions, odd; block j has dilation `stack_kernel_size ** j`."""
+    mrf: MrfConfig | None = None
+    """HiFi-GAN's residual part of a stage, which replaces `stacks` and `stack_kernel_size`; None for MelGAN."""
     negative_slope: float = 0.2
     """Slope of every LeakyReLU."""
     last_slope: float | None = None
-    """Slope of the LeakyReLU before the last convolution, if it is another."""
+    """Slope of the LeakyReLU before the last convolution; None for `negative_slope`."""
     padding_mode: PaddingMode = "reflect"
-    """How convolutions extend their input, as trained."""
+    """Padding of the convolutions in training."""
     bias: bool = True
-    """Whether the convolutions have biases."""
+    """True if the convolutions have biases."""
     final_tanh: bool = True
-    """Whether a tanh follows the last convolution."""
+    """True if a tanh follows the last convolution."""
     pqmf_taps: int = 0
-    """Length less one, even, of the filters that join sub-bands to one signal (pseudo-quadrature mirror filter bank); 0: no sub-bands."""
+    """Filter length minus one of the pseudo-quadrature mirror filter bank that joins the sub-bands, even; 0 without sub-bands."""
     causal: bool = False
-    """All padding on the left: no look-ahead (ParallelWaveGAN's `use_causal_conv`)."""
+    """True if all padding is on the left, so that there is no look-ahead (`use_causal_conv` of ParallelWaveGAN)."""
     crop: Crop = "late"
-    """Where an odd stride's output begins: `late` one sample after `early`. PyTorch's padding is late, TensorFlow's "SAME" early."""
+    """Start of an odd stride's output: `late` (PyTorch's padding) is one sample after `early` (TensorFlow's "SAME")."""
     input_clip: tuple[float, float] | None = None
-    """Limits that the mel is clipped to first, where the project clips normalized mels; in the units of plain log-mels."""
+    """Limits to which the mel is clipped first, in units of plain log-mels, where a project clips normalized mels; None for no clipping."""
     input_affine: bool = False
-    """Whether `(mel - input.mean) / input.scale` per band comes next, as nodes of its own: where it cannot be folded."""
+    """True if `(mel - input.mean) / input.scale` per band is a separate step, because it cannot be folded into the first convolution."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.upsample_scales, list | tuple):
-            raise CheckpointError(f"upsample_scales is {self.upsample_scales!r}; it is a list of whole numbers.")
+        check_fields(self, _RULES, "generator", CheckpointError)
         object.__setattr__(self, "upsample_scales", tuple(self.upsample_scales))
-        self._check_whole_numbers()
-        self._check_input()
-        self._check_shape()
-        self._check_kinds()
-
-    def _check_shape(self) -> None:
+        if self.input_clip is not None:
+            low, high = map(float, self.input_clip)
+            if low >= high:
+                raise CheckpointError(f"generator: input_clip is {self.input_clip!r}; the lower limit must come first.")
+            object.__setattr__(self, "input_clip", (low, high))
         if self.channels < 2 ** len(self.upsample_scales):
             raise CheckpointError(
-                f"{self.channels} channels cannot be halved {len(self.upsample_scales)} times, once per upsampling stage."
+                f"generator: {self.channels} channels cannot be halved {len(self.upsample_scales)} times, once in each upsampling stage."
             )
-        for name in ("kernel_size", "stack_kernel_size"):
-            if getattr(self, name) % 2 == 0:
-                raise CheckpointError(f"{name} is {getattr(self, name)}; the family has odd kernels only.")
-        if self.fusion and (self.padding_mode != "zeros" or self.causal):
-            raise CheckpointError(f"fusion with padding_mode {self.padding_mode}, causal {self.causal}; it pads zeros, on both sides.")
+        if self.mrf and (self.padding_mode != "zeros" or self.causal):
+            raise CheckpointError(
+                f"generator: mrf with padding_mode {self.padding_mode} and causal {self.causal}; "
+                "mrf needs padding_mode zeros and causal false."
+            )
         if self.hop > MAX_HOP:
-            raise CheckpointError(f"upsample_scales {self.upsample_scales} makes a hop of {self.hop}; at most {MAX_HOP}.")
-
-    def _check_kinds(self) -> None:
-        for name, kinds in (("padding_mode", get_args(PaddingMode)), ("crop", get_args(Crop))):
-            if getattr(self, name) not in kinds:
-                raise CheckpointError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(kinds)}.")
-        if type(self.pqmf_taps) is not int or not 0 <= self.pqmf_taps <= MAX_TAPS or self.pqmf_taps % 2:
-            raise CheckpointError(f"pqmf_taps is {self.pqmf_taps!r}; it is an even number up to {MAX_TAPS}, or 0 for no sub-bands.")
-        for name, slope in (("negative_slope", self.negative_slope), ("last_slope", self.before_last)):
-            if type(slope) not in (int, float) or not 0 <= slope < 1:
-                raise CheckpointError(f"{name} is {slope!r}; it is a number in [0, 1).")
-        for name in ("bias", "final_tanh", "causal", "input_affine"):
-            if type(getattr(self, name)) is not bool:
-                raise CheckpointError(f"{name} is {getattr(self, name)!r}; it is true or false.")
-
-    def _check_input(self) -> None:
-        if self.input_clip is None:
-            return
-        limits = tuple(self.input_clip) if isinstance(self.input_clip, list | tuple) else ()
-        numbers = all(type(limit) in (int, float) and abs(limit) < 1e9 for limit in limits)
-        if len(limits) != 2 or not numbers or not limits[0] < limits[1]:
-            raise CheckpointError(f"input_clip is {self.input_clip!r}; it is two numbers, the lower first, or null.")
-        object.__setattr__(self, "input_clip", tuple(float(limit) for limit in limits))
-
-    def _check_whole_numbers(self) -> None:
-        limits = {
-            "in_channels": MAX_CHANNELS, "out_channels": MAX_CHANNELS, "channels": MAX_CHANNELS,
-            "kernel_size": MAX_KERNEL, "stack_kernel_size": MAX_KERNEL, "stacks": MAX_STACKS,
-        }  # fmt: skip
-        values = [(name, getattr(self, name), limit) for name, limit in limits.items()]
-        for name, value, limit in values:
-            if type(value) is not int or not 1 <= value <= limit:
-                raise CheckpointError(f"{name} is {value!r}; it is a whole number from 1 to {limit}.")
-        scales = self.upsample_scales
-        if not 1 <= len(scales) <= MAX_STAGES or not all(type(scale) is int and 2 <= scale <= MAX_HOP for scale in scales):
-            raise CheckpointError(f"upsample_scales is {scales}; it is 1 to {MAX_STAGES} whole numbers from 2 to {MAX_HOP}.")
+            raise CheckpointError(
+                f"generator: upsample_scales {self.upsample_scales} make a hop of {self.hop}; at most {MAX_HOP} is allowed."
+            )
 
     @property
     def hop(self) -> int:
-        """Samples of the output per mel frame."""
+        """Hop length in samples: output samples for each mel frame."""
         return math.prod(self.upsample_scales) * self.subbands
 
     @property
     def subbands(self) -> int:
-        """Signals that the filter bank joins; 1 without one."""
+        """Number of sub-bands that the filter bank joins; 1 without a filter bank."""
         return self.out_channels if self.pqmf_taps else 1
 
     @property
     def stage_channels(self) -> tuple[int, ...]:
-        """Channels before the first stage and after each one."""
+        """Channels before the first stage and after each stage."""
         return tuple(self.channels // 2**i for i in range(len(self.upsample_scales) + 1))
 
     def crop_before(self, scale: int) -> int:
-        """Samples that a transposed convolution of this stride drops at its start."""
+        """Return the number of samples that a transposed convolution of this stride drops at its start."""
         return 0 if self.causal else scale // 2 + (scale % 2 if self.crop == "late" else 0)
 
     @property
@@ -145,18 +126,18 @@ class GeneratorConfig:
         return tuple(self.stack_kernel_size**j for j in range(self.stacks))
 
     @property
-    def before_last(self) -> float:
-        """Slope of the LeakyReLU before the last convolution."""
+    def resolved_last_slope(self) -> float:
+        """Slope of the LeakyReLU before the last convolution, with the default resolved."""
         return self.negative_slope if self.last_slope is None else self.last_slope
 
     @property
-    def farthest_path(self) -> list[tuple[int, int]]:
-        """Kernel and dilation of the convolutions of a stage's residual part that a sample sees farthest through."""
-        return self.fusion.widest if self.fusion else [(self.stack_kernel_size, dilation) for dilation in self.dilations]
+    def widest_path(self) -> list[tuple[int, int]]:
+        """Kernel size and dilation of each convolution on a stage's residual path with the largest receptive field."""
+        return self.mrf.widest_branch if self.mrf else [(self.stack_kernel_size, dilation) for dilation in self.dilations]
 
     @property
     def smallest_input(self) -> int:
-        """The fewest mel frames for which every reflection is legal (reflection of p samples needs more than p)."""
+        """Smallest number of mel frames for which every reflection is possible: to reflect p samples takes more than p samples."""
         if self.padding_mode != "reflect":
             return 1
         both = 1 if self.causal else 2
@@ -168,13 +149,13 @@ class GeneratorConfig:
         return max(frames, edge // rate + 1)
 
     def convolutions(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Name and weight shape of each convolution in order; transposed ones are (C_in, C_out, K) as in PyTorch."""
+        """Yield name and weight shape of each convolution in order; transposed ones are (C_in, C_out, K) as in PyTorch."""
         width = self.stage_channels
         yield "first", (width[0], self.in_channels, self.kernel_size)
         for i, scale in enumerate(self.upsample_scales):
             before, after = width[i], width[i + 1]
             yield f"stages.{i}.upsample", (before, after, 2 * scale)
-            for name, shape in self.fusion.convolutions(after) if self.fusion else self._stack_convolutions(after):
+            for name, shape in self.mrf.convolutions(after) if self.mrf else self._stack_convolutions(after):
                 yield f"stages.{i}.blocks.{name}", shape
         yield "last", (self.out_channels, width[-1], self.kernel_size)
 
@@ -185,7 +166,7 @@ class GeneratorConfig:
             yield f"{j}.shortcut", (width, width, 1)
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Name and shape of each tensor of a folded state dict, in melrt's own naming."""
+        """Yield name and shape of each tensor of a folded state dict, in melrt's own naming."""
         if self.input_affine:
             yield "input.mean", (self.in_channels,)
             yield "input.scale", (self.in_channels,)
@@ -198,38 +179,38 @@ class GeneratorConfig:
 
     @property
     def parameters(self) -> int:
-        """Trained numbers, folded."""
+        """Number of trained parameters, with weight norm folded."""
         return sum(math.prod(shape) for name, shape in self.tensors() if not name.startswith(("input.", "pqmf.")))
 
     @property
     def flop_per_frame(self) -> int:
-        """Floating-point operations per mel frame in convolutions and filter bank, a multiply-add counted as two."""
+        """Floating-point operations for each mel frame in convolutions and filter bank; a multiply-add counts as two."""
         rate, total = 1, 0
         scales = iter(self.upsample_scales)
         for name, shape in self.convolutions():
-            total += 2 * math.prod(shape) * rate  # a transposed convolution works at the rate of its input
+            total += 2 * math.prod(shape) * rate  # a transposed convolution computes at the rate of its input
             if name.endswith("upsample"):
                 rate *= next(scales)
         return total + (2 * self.hop * (self.pqmf_taps + 1) if self.pqmf_taps else 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, without the fields that the kind of residual part leaves unused."""
+        """Return JSON values, without the fields that this kind of residual part does not use."""
         clip = None if self.input_clip is None else list(self.input_clip)
         values = asdict(self) | {"upsample_scales": list(self.upsample_scales), "input_clip": clip}
-        unused = ("stacks", "stack_kernel_size") if self.fusion else ("fusion",)
-        if self.fusion:
-            values["fusion"] = self.fusion.to_dict()
+        unused = ("stacks", "stack_kernel_size") if self.mrf else ("mrf",)
+        if self.mrf:
+            values["mrf"] = self.mrf.to_dict()
         return {name: value for name, value in values.items() if name not in unused}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GeneratorConfig:
-        """Read `to_dict`'s form.
+        """Create a config from the values that `to_dict` returns.
 
         Raises:
-            CheckpointError: An unknown field, or a value out of its range.
+            CheckpointError: A field is unknown, or a value is out of its range.
         """
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise CheckpointError(f"generator config has unknown fields {unknown}; known are {sorted(known)}.")
-        fusion = values.get("fusion")
-        return cls(**{**values, "fusion": None if fusion is None else MrfConfig.from_dict(fusion)})
+            raise CheckpointError(f"the generator config has unknown fields {unknown}; the known fields are {sorted(known)}.")
+        mrf = values.get("mrf")
+        return cls(**{**values, "mrf": None if mrf is None else MrfConfig.from_dict(mrf)})

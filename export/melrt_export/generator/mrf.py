@@ -1,4 +1,4 @@
-"""Multi-receptive-field fusion: the residual part of a HiFi-GAN stage (Kong et al., NeurIPS 2020, section 2.2), as one frozen value."""
+"""The shape of multi-receptive-field fusion (MRF), the residual part of a HiFi-GAN stage (Kong et al., NeurIPS 2020, section 2.2)."""
 
 from __future__ import annotations
 
@@ -6,46 +6,47 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from melrt.checks import check_fields, flag, list_of, odd, whole
 from melrt.errors import CheckpointError
 
-# As the generator's own limits: a config must not be able to ask for a network that fills the memory.
+# These limits keep a hostile or damaged config from describing a network that fills the memory.
 MAX_BRANCHES = 8
 MAX_BLOCKS = 8
 MAX_KERNEL = 255
 MAX_DILATION = 1024
+_RULES = {
+    "kernel_sizes": list_of(odd(1, MAX_KERNEL), 1, MAX_BRANCHES),
+    "dilations": list_of(list_of(whole(1, MAX_DILATION), 1, MAX_BLOCKS), 1, MAX_BRANCHES),
+    "paired": flag(),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class MrfConfig:
-    """The mean over branches, each a chain of residual blocks of one kernel; the defaults are V1's and V2's."""
+    """Shape of the residual part: the mean over branches, each a chain of residual blocks of one kernel size.
+
+    The defaults are those of HiFi-GAN V1 and V2.
+    """
 
     kernel_sizes: tuple[int, ...] = (3, 7, 11)
-    """Kernel of each branch, odd."""
+    """Kernel size of each branch, odd."""
     dilations: tuple[tuple[int, ...], ...] = ((1, 3, 5),) * 3
-    """Of each branch, the dilation of each of its blocks."""
+    """Dilation of each block, for each branch."""
     paired: bool = True
-    """Whether a second convolution, of dilation 1, follows the dilated one (`ResBlock1`), or not (`ResBlock2`)."""
+    """True if a second convolution of dilation 1 follows the dilated one (`ResBlock1`), false if not (`ResBlock2`)."""
 
     def __post_init__(self) -> None:
-        kernels, branches = _whole_numbers(self.kernel_sizes, MAX_BRANCHES, MAX_KERNEL), self.dilations
-        if kernels is None or any(kernel % 2 == 0 for kernel in kernels):
+        check_fields(self, _RULES, "mrf", CheckpointError)
+        if len(self.dilations) != len(self.kernel_sizes):
             raise CheckpointError(
-                f"fusion kernel_sizes is {self.kernel_sizes!r:.80}; it is 1 to {MAX_BRANCHES} odd numbers up to {MAX_KERNEL}."
+                f"mrf: dilations is {self.dilations!r:.80}; it must have one list for each of {len(self.kernel_sizes)} kernel sizes."
             )
-        blocks = [_whole_numbers(branch, MAX_BLOCKS, MAX_DILATION) for branch in branches] if isinstance(branches, list | tuple) else []
-        if len(blocks) != len(kernels) or None in blocks:
-            raise CheckpointError(
-                f"fusion dilations is {branches!r:.80}; it is, for each of {len(kernels)} kernels, 1 to {MAX_BLOCKS} whole numbers "
-                f"up to {MAX_DILATION}."
-            )
-        if type(self.paired) is not bool:
-            raise CheckpointError(f"fusion paired is {self.paired!r:.80}; it is true or false.")
-        object.__setattr__(self, "kernel_sizes", kernels)
-        object.__setattr__(self, "dilations", tuple(blocks))
+        object.__setattr__(self, "kernel_sizes", tuple(self.kernel_sizes))
+        object.__setattr__(self, "dilations", tuple(map(tuple, self.dilations)))
 
     @property
-    def widest(self) -> list[tuple[int, int]]:
-        """Kernel and dilation of the convolutions on the branch that sees farthest; all others see less, to both sides."""
+    def widest_branch(self) -> list[tuple[int, int]]:
+        """Kernel size and dilation of each convolution on the branch with the largest receptive field, which contains all others."""
         after = [1] if self.paired else []
         branches = [
             [(kernel, dilation) for block in blocks for dilation in (block, *after)]
@@ -54,31 +55,24 @@ class MrfConfig:
         return max(branches, key=lambda branch: sum((kernel - 1) * dilation for kernel, dilation in branch))
 
     def convolutions(self, channels: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Name and weight shape of each convolution at this many channels."""
+        """Yield name and weight shape of each convolution for this number of channels."""
         for i, (kernel, blocks) in enumerate(zip(self.kernel_sizes, self.dilations, strict=True)):
             for j in range(len(blocks)):
                 for part in ("dilated", "plain") if self.paired else ("dilated",):
                     yield f"{i}.{j}.{part}", (channels, channels, kernel)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return JSON values."""
         return asdict(self) | {"kernel_sizes": list(self.kernel_sizes), "dilations": [list(branch) for branch in self.dilations]}
 
     @classmethod
     def from_dict(cls, values: Any) -> MrfConfig:
-        """Read `to_dict`'s form.
+        """Create a config from the values that `to_dict` returns.
 
         Raises:
-            CheckpointError: Not a mapping, an unknown field, or a value out of its range.
+            CheckpointError: The value is not an object, a field is unknown, or a value is out of its range.
         """
-        if not isinstance(values, dict) or (unknown := set(values) - {"kernel_sizes", "dilations", "paired"}):
+        if not isinstance(values, dict) or (unknown := set(values) - set(_RULES)):
             given = f"has unknown fields {sorted(map(str, unknown))}" if isinstance(values, dict) else f"is {values!r:.80}"
-            raise CheckpointError(f"fusion {given}; it has kernel_sizes, dilations and paired.")
+            raise CheckpointError(f"mrf {given}; it must be an object with the fields {', '.join(_RULES)}.")
         return cls(**values)
-
-
-def _whole_numbers(values: Any, most: int, limit: int) -> tuple[int, ...] | None:
-    """These, or None if they are not 1 to `most` whole numbers from 1 to `limit`."""
-    if not isinstance(values, list | tuple) or not 1 <= len(values) <= most:
-        return None
-    return tuple(values) if all(type(value) is int and 1 <= value <= limit for value in values) else None

@@ -1,8 +1,7 @@
-"""The generator in PyTorch: the reference that every exported artifact is held against.
+"""The generator in PyTorch: the reference for every exported artifact.
 
-Written from the papers (MelGAN: Kumar et al., NeurIPS 2019, figure 1 and appendix A; HiFi-GAN: Kong et al., NeurIPS 2020, figure 1)
-and the published models' shapes.
-It has no weight norm: checkpoints are folded as they are read, training adds the norm on top.
+It follows the papers (MelGAN: Kumar et al., NeurIPS 2019, figure 1 and appendix A; HiFi-GAN: Kong et al., NeurIPS 2020, figure 1) and the
+shapes of the published models. It has no weight norm: the norm is folded when a checkpoint is read, and training adds it to this network.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,12 +21,12 @@ _TORCH_PAD = {"reflect": "reflect", "replicate": "replicate", "zeros": "constant
 
 
 class Conv(nn.Conv1d):
-    """A convolution that keeps the length: (B, C_in, T) to (B, C_out, T)."""
+    """Convolution that keeps the length: (B, C_in, T) to (B, C_out, T)."""
 
     def __init__(self, config: GeneratorConfig, c_in: int, c_out: int, kernel_size: int, dilation: int = 1) -> None:
         super().__init__(c_in, c_out, kernel_size, dilation=dilation, bias=config.bias)
-        total = (kernel_size - 1) * dilation
-        self.sides = (total, 0) if config.causal else (total // 2, total // 2)
+        span = (kernel_size - 1) * dilation
+        self.sides = (span, 0) if config.causal else (span // 2, span // 2)
         self.mode = _TORCH_PAD[config.padding_mode]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -34,10 +34,10 @@ class Conv(nn.Conv1d):
 
 
 class Upsample(nn.ConvTranspose1d):
-    """A transposed convolution that multiplies the length by its stride: (B, C_in, T) to (B, C_out, T·scale)."""
+    """Transposed convolution that multiplies the length by its stride: (B, C_in, T) to (B, C_out, T·scale)."""
 
     def __init__(self, config: GeneratorConfig, c_in: int, c_out: int, scale: int) -> None:
-        # kernel 2·scale, cropped to exactly T·scale (melgan-neurips mel2wav/modules.py; TensorFlow's "SAME" begins earlier if scale is odd)
+        # The kernel size is 2·scale, and the output is cropped to exactly T·scale samples (melgan-neurips, mel2wav/modules.py).
         crop = config.crop_before(scale)
         super().__init__(c_in, c_out, 2 * scale, stride=scale, padding=crop, output_padding=max(2 * crop - scale, 0), bias=config.bias)
         self.causal = config.causal
@@ -50,7 +50,7 @@ class Upsample(nn.ConvTranspose1d):
 
 
 class ResidualBlock(nn.Module):
-    """shortcut(x) + pointwise(lrelu(dilated(lrelu(x)))), all (B, C, T)."""
+    """Residual block of MelGAN: shortcut(x) + pointwise(lrelu(dilated(lrelu(x)))), (B, C, T) to (B, C, T)."""
 
     def __init__(self, config: GeneratorConfig, channels: int, dilation: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class ResidualBlock(nn.Module):
 
 
 class MrfBlock(nn.Module):
-    """x + plain(lrelu(dilated(lrelu(x)))), or without the second convolution, all (B, C, T)."""
+    """Residual block of HiFi-GAN: x + plain(lrelu(dilated(lrelu(x)))), or x + dilated(lrelu(x)); (B, C, T) to (B, C, T)."""
 
     def __init__(self, config: GeneratorConfig, channels: int, kernel_size: int, dilation: int, paired: bool) -> None:
         super().__init__()
@@ -79,12 +79,12 @@ class MrfBlock(nn.Module):
 
 
 class MrfBranches(nn.ModuleList):
-    """The mean of what branches of different kernels make of one input, all (B, C, T)."""
+    """Mean over branches of different kernel sizes, each applied to the same input: (B, C, T) to (B, C, T)."""
 
-    def __init__(self, config: GeneratorConfig, fusion: MrfConfig, channels: int) -> None:
+    def __init__(self, config: GeneratorConfig, mrf: MrfConfig, channels: int) -> None:
         super().__init__(
-            nn.Sequential(*(MrfBlock(config, channels, kernel, dilation, fusion.paired) for dilation in dilations))
-            for kernel, dilations in zip(fusion.kernel_sizes, fusion.dilations, strict=True)
+            nn.Sequential(*(MrfBlock(config, channels, kernel, dilation, mrf.paired) for dilation in dilations))
+            for kernel, dilations in zip(mrf.kernel_sizes, mrf.dilations, strict=True)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,14 +92,14 @@ class MrfBranches(nn.ModuleList):
 
 
 class Stage(nn.Module):
-    """LeakyReLU, upsampling, the residual part: (B, C, T) to (B, C/2, T·scale)."""
+    """Stage of LeakyReLU, upsampling and the residual part: (B, C, T) to (B, C/2, T·scale)."""
 
     def __init__(self, config: GeneratorConfig, index: int) -> None:
         super().__init__()
         before, after = config.stage_channels[index : index + 2]
         self.upsample = Upsample(config, before, after, config.upsample_scales[index])
-        if config.fusion:
-            self.blocks: nn.Module = MrfBranches(config, config.fusion, after)
+        if config.mrf:
+            self.blocks: nn.Module = MrfBranches(config, config.mrf, after)
         else:
             self.blocks = nn.Sequential(*(ResidualBlock(config, after, d) for d in config.dilations))
         self.slope = config.negative_slope
@@ -109,10 +109,10 @@ class Stage(nn.Module):
 
 
 class FilterBank(nn.Module):
-    """Sub-bands (B, S, T) to one signal (B, 1, T·S): zeros put between their samples, each band filtered, and summed.
+    """Synthesis side of a pseudo-quadrature mirror filter bank (Nguyen 1994): sub-bands (B, S, T) to one signal (B, 1, T·S).
 
-    The synthesis side of a pseudo-quadrature mirror filter bank (Nguyen 1994), as ParallelWaveGAN's `layers/pqmf.py` has it.
-    The filters are part of the checkpoint, since projects and their versions differ in them.
+    It inserts zeros between the samples of each band, filters each band and sums them, like ParallelWaveGAN's `layers/pqmf.py`. The
+    filters are part of the checkpoint, because they differ between projects and their versions.
     """
 
     def __init__(self, subbands: int, taps: int) -> None:
@@ -128,7 +128,7 @@ class FilterBank(nn.Module):
 
 
 class Normalize(nn.Module):
-    """What the project does to a plain mel (B, M, T) before the network, where that is not in the first convolution."""
+    """Normalization of a plain mel (B, M, T), as far as it is not folded into the first convolution."""
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class Normalize(nn.Module):
 
 
 class Generator(nn.Module):
-    """Mel frames (B, M, T) to waveform (B, 1, T·hop), or (B, out_channels, T·hop) where no filter bank joins them."""
+    """Generator: mel frames (B, M, T) to a waveform (B, 1, T·hop), or to (B, out_channels, T·hop) without a filter bank."""
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
@@ -158,13 +158,13 @@ class Generator(nn.Module):
         self.pqmf = FilterBank(config.out_channels, config.pqmf_taps) if config.pqmf_taps else nn.Identity()
 
     @classmethod
-    def from_weights(cls, config: GeneratorConfig, weights: Mapping[str, Tensor]) -> Generator:
-        """A generator in evaluation mode with these folded weights (`GeneratorConfig.tensors` names them)."""
+    def from_weights(cls, config: GeneratorConfig, weights: Mapping[str, Tensor | np.ndarray]) -> Generator:
+        """Create a generator in evaluation mode with these folded weights (`GeneratorConfig.tensors` names them)."""
         generator = cls(config)
-        generator.load_state_dict(dict(weights))
+        generator.load_state_dict({name: torch.as_tensor(value) for name, value in weights.items()})
         return generator.eval()
 
     def forward(self, mel: Tensor) -> Tensor:
         x = self.stages(self.first(self.input(mel)))
-        x = self.last(F.leaky_relu(x, self.config.before_last))
+        x = self.last(F.leaky_relu(x, self.config.resolved_last_slope))
         return cast(Tensor, self.pqmf(torch.tanh(x) if self.config.final_tanh else x))

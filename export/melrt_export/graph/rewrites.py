@@ -1,7 +1,7 @@
-"""Exact rewrites of a deploy graph: the same function in other operations, for `melrt build --tune` to choose from by measurement.
+"""Exact rewrites of a deploy graph: the same function with other operations. `melrt build --try-variants` measures which is fastest.
 
-What an engine makes of an operation differs from GPU to GPU and from version to version, so none of these is best everywhere. The graph
-in the bundle is the first value of each; docs/engines.md argues for it and has the times of all on a CPU.
+The speed of an operation in an engine differs between GPUs and between TensorRT versions, so no variant is the fastest everywhere. The
+graph in the bundle has the first value of each choice; docs/engines.md gives the reasons and the times of all variants on a CPU.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from melrt.checks import check_fields, one_of
 from melrt.errors import EngineBuildError
 from melrt_export.generator.config import GeneratorConfig
 
@@ -23,53 +24,52 @@ TimeAxis = Literal["width", "height"]
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A way to write the network; every one computes the same samples."""
+    """Form of the network's graph; every variant computes the same samples."""
 
     upsampling: Upsampling = "polyphase"
-    """`polyphase`: a 2-tap convolution and an interleaving, the interior graph cropped once at its end; `cropped`: after each stage;
-    `transposed`: a transposed convolution, as trained."""
+    """Form of the upsamplings. `polyphase`: a 2-tap convolution and an interleaving, with one crop at the end of the interior graph;
+    `cropped`: the same with a crop after each stage; `transposed`: a transposed convolution, as trained."""
     shortcut: Shortcut = "separate"
-    """`merged`: a residual block's pointwise convolution and shortcut as one convolution over both their inputs, and no addition."""
+    """Form of the shortcuts. `separate`: as trained; `merged`: one convolution over the inputs of a residual block's pointwise convolution
+    and of its shortcut replaces both and their addition."""
     time_axis: TimeAxis = "width"
-    """`width`: tensors are (B, C, 1, T); `height`: (B, C, T, 1)."""
+    """Axis of time. `width`: tensors are (B, C, 1, T); `height`: (B, C, T, 1)."""
 
     def __post_init__(self) -> None:
-        for name, values in CHOICES.items():
-            if getattr(self, name) not in values:
-                raise EngineBuildError(f"{name} of a graph is {getattr(self, name)!r}; it is one of {', '.join(values)}.")
+        check_fields(self, {name: one_of(*values) for name, values in CHOICES.items()}, "graph variant", EngineBuildError)
 
     def to_dict(self) -> dict[str, str]:
-        """Plain JSON values."""
+        """Return JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Any) -> Variant:
-        """Read `to_dict`'s form; an engine from before there were variants has none.
+        """Create a variant from the values that `to_dict` returns.
 
         Raises:
-            EngineBuildError: An unknown field or value.
+            EngineBuildError: A field or a value is unknown.
         """
         if not isinstance(values, dict) or set(values) - set(CHOICES):
-            raise EngineBuildError(f"an engine's graph is {values!r:.80}; it has {', '.join(CHOICES)}.")
+            raise EngineBuildError(f"graph variant is {values!r:.80}; it must be an object with the fields {', '.join(CHOICES)}.")
         return cls(**values)
 
 
-# What a variant chooses between; the first is the bundle's graph.
+# The values of each choice; the first is the form of the bundle's graph.
 CHOICES: dict[str, tuple[str, ...]] = {
     "upsampling": get_args(Upsampling), "shortcut": get_args(Shortcut), "time_axis": get_args(TimeAxis),
 }  # fmt: skip
 
 
-def rewritten(model: bytes, variant: Variant, config: GeneratorConfig) -> bytes:
-    """A deploy graph in another form; convolutions whose weights are quantized keep theirs.
+def rewrite_graph(model: bytes, variant: Variant, config: GeneratorConfig) -> bytes:
+    """Write a deploy graph in another form; convolutions with quantized weights keep their form.
 
     Args:
-        model: As `deploy_graph` writes it, or with quantized convolutions.
-        variant: The form.
+        model: A model of `deploy_graph`, also with quantized convolutions.
+        variant: The form to write.
         config: The generator's shape.
 
     Returns:
-        A checked model with the same input and output; the bytes given if nothing is to be changed.
+        A checked model with the same input and output. It is `model` itself if there is nothing to change.
     """
     if variant == Variant():
         return model
@@ -81,14 +81,14 @@ def rewritten(model: bytes, variant: Variant, config: GeneratorConfig) -> bytes:
     if variant.shortcut == "merged":
         rewriter.merge_shortcuts()
     if variant.time_axis == "height":
-        rewriter.turn()
+        rewriter.swap_height_and_time()
     if not rewriter.changed:
         return model
     return bytes(rewriter.finished().SerializeToString(deterministic=True))
 
 
 class _Rewriter:
-    """Finds nodes by the names that `deploy_graph` gives them."""
+    """Rewrites a model; it finds nodes by the names that `deploy_graph` gives them."""
 
     def __init__(self, model: onnx.ModelProto, config: GeneratorConfig) -> None:
         self.model = model
@@ -98,7 +98,7 @@ class _Rewriter:
         self.changed = False
 
     def crop_each_stage(self) -> None:
-        """A crop behind each upsampling instead of one behind the last convolution."""
+        """Replace the crop after the last convolution by a crop after each upsampling."""
         if "last.crop" not in self.nodes:
             return
         for i, scale in enumerate(self.config.upsample_scales):
@@ -115,7 +115,7 @@ class _Rewriter:
             node.input[:] = [crop.input[0] if name == crop.output[0] else name for name in node.input]
 
     def transpose_upsamplings(self) -> None:
-        """Convolution, interleaving and crop back into the transposed convolution that they were written for."""
+        """Replace convolution, interleaving and crop of each upsampling by the transposed convolution that they compute."""
         for i, scale in enumerate(self.config.upsample_scales):
             name = f"stages.{i}.upsample"
             conv, parts = self.nodes[name], [f"{name}.{part}" for part in ("phases", "interleave", "flat", "crop")]
@@ -137,7 +137,7 @@ class _Rewriter:
                 self._replace(part, [])
 
     def _cropped_samples(self, conv: onnx.NodeProto, crop: str, scale: int) -> list[int]:
-        """What a full transposed convolution gives beyond the convolution's padding, and what the crop takes of that."""
+        """Return the transposed convolution's `pads`: its samples beyond the convolution's padding, and those that the crop removes."""
         _, before, _, after = _ints(conv, "pads")
         left, right = (1 - before) * scale, (1 - after) * scale
         if crop in self.nodes:
@@ -146,7 +146,7 @@ class _Rewriter:
         return [0, left, 0, right]
 
     def merge_shortcuts(self) -> None:
-        """pointwise(h) + shortcut(x) as one convolution over the channels of h and x."""
+        """Replace pointwise(h) + shortcut(x) by one convolution over the channels of h and x."""
         for block in [name.removesuffix(".shortcut") for name in self.nodes if name.endswith(".shortcut")]:
             pointwise, shortcut, add = (self.nodes[f"{block}.{part}"] for part in ("pointwise", "shortcut", "add"))
             if not (self._has_weights(pointwise) and self._has_weights(shortcut)):
@@ -165,15 +165,15 @@ class _Rewriter:
             self._replace(pointwise.name, [])
             self._replace(shortcut.name, [])
 
-    def turn(self) -> None:
-        """Exchange the axes of height and time."""
+    def swap_height_and_time(self) -> None:
+        """Swap the axes of height and time."""
         self.changed = True
         for name, value in self.values.items():
             if value.ndim == 4:
                 self.values[name] = value.swapaxes(2, 3)
             elif name in ("height_axis", "time_axis"):
                 self.values[name] = 5 - value
-            elif name.startswith(("pad", "flat")):  # amounts for both ends of four axes; a shape
+            elif name.startswith(("pad", "flat")):  # pads have values for both ends of four axes, flat is a shape of four axes
                 self.values[name] = value.reshape(-1, 4)[:, [0, 1, 3, 2]].reshape(-1)
         for node in self.nodes.values():
             for attribute in node.attribute:

@@ -1,7 +1,7 @@
-"""TensorRT engines from a bundle's ONNX, through Polygraphy's loaders, for the flavor at hand.
+"""Build TensorRT engines from a bundle's ONNX graphs, with Polygraphy and the installed flavor of TensorRT.
 
-`tensorrt` builds on the GPU that the engine is for. `tensorrt_rtx` also builds without one: portable engines, whose kernels
-are compiled when they first run. Both are driven strongly typed: the graph says which precision each layer has.
+`tensorrt` builds on the GPU that the engine is for. `tensorrt_rtx` also builds without a GPU: its portable engines compile their
+kernels at the first run. Both build strongly typed networks: the graph determines the precision of each layer.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from melrt.bundle import Artifact, Bundle
 from melrt.errors import BundleError, EngineBuildError, MissingExtraError
 from melrt.system import driver_version, find_gpu
 from melrt_export.generator.config import GeneratorConfig
-from melrt_export.graph.rewrites import rewritten
+from melrt_export.graph.rewrites import rewrite_graph
 from melrt_export.tensorrt.accuracy_check import check_accuracy
 from melrt_export.tensorrt.audit import audit_engine
-from melrt_export.tensorrt.cache import EngineCache
+from melrt_export.tensorrt.cache import CachedEngine
 from melrt_export.tensorrt.options import FLAVORS, SOURCES, EngineOptions, Flavor, default_frames
 from melrt_export.tensorrt.polygraphy import Progress, build_plan, polygraphy_for
 
@@ -30,106 +30,131 @@ PORTABLE = "portable"
 
 @dataclass(frozen=True, slots=True)
 class BuiltEngine:
-    """An engine that was built and checked, and is in no bundle yet."""
+    """Engine that passed its checks."""
 
     entry: Artifact
-    """What the bundle will say of it."""
+    """Entry of the engine in a bundle's manifest."""
     plan: bytes
-    """The serialized engine."""
+    """Serialized engine."""
     source: Artifact
-    """The ONNX graph that it was built from."""
+    """ONNX graph that the engine was built from."""
+    cached: bool
+    """True if the engine was taken from the user's cache instead of built."""
 
-    def keep(self, bundle: Bundle) -> Artifact:
-        """Add it to its bundle, in place of an earlier one of its name."""
-        return bundle.add(self.entry, self.plan, made_from=self.source)
+    def add_to(self, bundle: Bundle) -> BuiltEngine:
+        """Add the engine to its bundle, in place of one with the same name, and return it with its entry there."""
+        return replace(self, entry=bundle.add(self.entry, self.plan, made_from=self.source))
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """TensorRT and GPU that an engine is for."""
+
+    trt: ModuleType
+    compute_capability: str
+    gpu: str
+
+    @property
+    def portable(self) -> bool:
+        return self.compute_capability == PORTABLE
+
+    @property
+    def label(self) -> str:
+        """Part of the engine's name, such as `tensorrt-10.13.0-sm90`."""
+        where = PORTABLE if self.portable else f"sm{self.compute_capability.replace('.', '')}"
+        return f"{self.trt.__name__}-{self.trt.__version__}-{where}"
 
 
 def build_engine(bundle: Bundle, options: EngineOptions, on_progress: Progress = lambda *_: None) -> Artifact:
-    """Build an engine, check it, and add it to the bundle; the bundle stays as it was if that fails.
+    """Build an engine, check it, and add it to the bundle. The bundle does not change if the build fails.
 
-    Args and errors: as `build_unsaved_engine`.
+    Arguments and errors are those of `build_unsaved_engine`.
 
     Returns:
         The new entry of the bundle.
     """
-    return build_unsaved_engine(bundle, options, on_progress).keep(bundle)
+    return build_unsaved_engine(bundle, options, on_progress).add_to(bundle).entry
 
 
 def build_unsaved_engine(bundle: Bundle, options: EngineOptions, on_progress: Progress = lambda *_: None) -> BuiltEngine:
-    """Build an engine, audit its precision, and hear it where a GPU is at hand.
+    """Build an engine, audit its precision, and check its accuracy if this machine has a GPU.
 
     Args:
-        bundle: With the ONNX graph of the precision.
-        options: What to build.
-        on_progress: Called with a phase's name, its steps done and their number.
+        bundle: Bundle with the ONNX graph of the precision.
+        options: Options of the build.
+        on_progress: Called with the name of a phase, its steps done and their number.
 
     Raises:
-        EngineBuildError: The builder refuses, or the engine is not of the precision asked for, or says something else.
-        BundleError: The bundle lacks the graph, or it is damaged.
+        EngineBuildError: The builder refuses the graph, or the engine has the wrong precision or is inaccurate.
+        BundleError: The bundle lacks the graph or is damaged.
         MissingExtraError: Polygraphy or TensorRT is not installed.
     """
-    source, onnx = network(bundle, options)
-    frames = options.frames or default_frames(options.graph, bundle.manifest.receptive_field.smallest_input)
-    if frames[0] < bundle.manifest.receptive_field.smallest_input:
-        raise EngineBuildError(
-            f"frames start at {frames[0]}; this network takes at least {bundle.manifest.receptive_field.smallest_input}."
-        )
-    flavor = _flavor(options.flavor)
+    source, onnx = source_graph(bundle, options)
+    profile = _profile(bundle, options)
+    flavor = _choose_flavor(options.flavor)
     options.check_flavor(flavor)
-    trt = importlib.import_module(flavor)
-    target = _target(flavor, options.portable)
-    profile = [[b, bundle.manifest.spec.n_mels, t] for b, t in zip(options.batch, frames, strict=True)]
-    plan, audited = _plan(trt, onnx, profile, options, target, on_progress)
+    target = _find_target(flavor, options.portable)
+    cache = _cache_file(target, onnx, profile, options)
+    plan = cache.load() if options.cached else None
+    cached = plan is not None
+    if plan is None:
+        plan = _build(target.trt, onnx, profile, options, on_progress)
+    # Opening a plan needs a GPU, which a portable build may not have. The types in its network were audited before the build.
+    audited = "network" if target.portable else audit_engine(target.trt, plan, options.precision)
+    if not cached:
+        cache.save(plan)
     facts = {
-        "flavor": flavor, "version": trt.__version__, **target, "profile": profile, "source": source.sha256, "audited": audited,
-        "compatible": options.compatible, "refittable": options.refittable, "variant": options.variant.to_dict(),
+        "flavor": flavor, "version": target.trt.__version__, "compute_capability": target.compute_capability, "gpu": target.gpu,
+        "profile": profile, "source": source.sha256, "audited": audited, "compatible": options.compatible,
+        "refittable": options.refittable, "variant": options.variant.to_dict(),
     }  # fmt: skip
-    capability = target["compute_capability"]
-    where = capability if capability == PORTABLE else f"sm{capability.replace('.', '')}"
-    name = f"{options.graph}.{options.precision}.{flavor}-{trt.__version__}-{where}.engine"
+    name = f"{options.graph}.{options.precision}.{target.label}.engine"
     entry = Artifact.of(name, plan, "engine", graph=options.graph, precision=options.precision, target=facts)
     if find_gpu():
-        on_progress("speaking", 0, 1)
+        on_progress("checking accuracy", 0, 1)
         entry = replace(entry, quality=check_accuracy(bundle, entry, plan, options.graph))
-    return BuiltEngine(entry, plan, source)
+    return BuiltEngine(entry, plan, source, cached)
 
 
-def network(bundle: Bundle, options: EngineOptions) -> tuple[Artifact, bytes]:
-    """The graph that an engine is built from: its entry in the bundle, and its bytes in the form that the options name.
+def source_graph(bundle: Bundle, options: EngineOptions) -> tuple[Artifact, bytes]:
+    """Return the bundle's entry of the graph that an engine is built from, and the graph in the form of `options.variant`.
 
     Raises:
-        BundleError: The bundle lacks it, or it is damaged.
+        BundleError: The bundle lacks the graph or is damaged.
     """
-    source = bundle.find("onnx", graph=options.graph, precision=SOURCES[options.precision])
+    precision = SOURCES[options.precision]
+    source = bundle.find("onnx", graph=options.graph, precision=precision)
     if not source:
-        remedy = "`melrt calibrate` makes it." if options.precision == "int8" else "Export it with `--precision`."
-        raise BundleError(f"{bundle.path} has no {options.graph} graph in {SOURCES[options.precision]}. {remedy}")
+        remedy = "Create it with `melrt calibrate`." if options.precision == "int8" else "Export it with `--precision`."
+        raise BundleError(f"{bundle.path} has no {options.graph} graph in {precision}. {remedy}")
     config = GeneratorConfig.from_dict(bundle.manifest.architecture)
-    return source[0], rewritten(bundle.read(source[0]), options.variant, config)
+    return source[0], rewrite_graph(bundle.read(source[0]), options.variant, config)
 
 
-def _plan(
-    trt: ModuleType, onnx: bytes, profile: list[list[int]], options: EngineOptions, target: dict[str, str], on_progress: Progress
-) -> tuple[bytes, str]:
-    """The serialized engine, built or from the cache, and what its precision was audited by."""
+def _profile(bundle: Bundle, options: EngineOptions) -> list[list[int]]:
+    """Return the smallest, best and largest shape (B, M, T) of the engine's input."""
+    smallest = bundle.manifest.receptive_field.smallest_input
+    frames = options.frames or default_frames(options.graph, smallest)
+    if frames[0] < smallest:
+        raise EngineBuildError(f"frames is {frames}, which starts at {frames[0]}; this network takes at least {smallest}.")
+    return [[b, bundle.manifest.spec.n_mels, t] for b, t in zip(options.batch, frames, strict=True)]
+
+
+def _build(trt: ModuleType, onnx: bytes, profile: list[list[int]], options: EngineOptions, on_progress: Progress) -> bytes:
+    with polygraphy_for(trt.__name__) as messages:
+        plan = build_plan(trt, onnx, profile, options, on_progress)
+        if messages:
+            logger.warning("the builder finished, but reported errors: %s", " · ".join(dict.fromkeys(messages)))
+    return plan
+
+
+def _cache_file(target: _Target, onnx: bytes, profile: list[list[int]], options: EngineOptions) -> CachedEngine:
     settings = [profile, options.precision, options.optimization_level, options.workspace, options.compatible, options.refittable]
-    driver = "" if target["compute_capability"] == PORTABLE else driver_version()
-    cache = EngineCache.of(onnx, settings, trt.__name__, trt.__version__, target["gpu"], driver)
-    plan = cache.load() if options.cached else None
-    built = plan is None
-    if plan is None:
-        with polygraphy_for(trt.__name__) as errors:
-            plan = build_plan(trt, onnx, profile, options, on_progress)
-            if errors:
-                logger.warning("the builder finished, but complained: %s", " · ".join(dict.fromkeys(errors)))
-    # A portable plan needs a GPU to be opened at all; where there is none, the network's own types were audited.
-    audited = audit_engine(trt, plan, options.precision) if target["compute_capability"] != PORTABLE else "network"
-    if built:
-        cache.save(plan)
-    return plan, audited
+    driver = "" if target.portable else driver_version()
+    return CachedEngine.locate(onnx, settings, target.trt.__name__, target.trt.__version__, target.gpu, driver)
 
 
-def _flavor(wanted: str) -> Flavor:
+def _choose_flavor(wanted: str) -> Flavor:
     for flavor in FLAVORS:
         if wanted in ("auto", flavor):
             with contextlib.suppress(ImportError):
@@ -139,15 +164,16 @@ def _flavor(wanted: str) -> Flavor:
     raise MissingExtraError("building an engine", missing, "rtx" if wanted != "tensorrt" else "tensorrt")
 
 
-def _target(flavor: Flavor, portable: bool) -> dict[str, str]:
+def _find_target(flavor: Flavor, portable: bool) -> _Target:
+    trt = importlib.import_module(flavor)
     if flavor == "tensorrt_rtx" and portable:
-        return {"compute_capability": PORTABLE, "gpu": "any"}
+        return _Target(trt, PORTABLE, "any")
     try:
         from cuda.core import Device
 
         device = Device()
         capability = device.compute_capability
-        return {"compute_capability": f"{capability.major}.{capability.minor}", "gpu": device.name}
-    except Exception as error:  # the binding's exceptions have no common base, and a missing driver is any of several
-        remedy = "" if flavor == "tensorrt" else " Or build a portable engine, which needs none."
-        raise EngineBuildError(f"{flavor} builds on the GPU that the engine is for, and none works here ({error}).{remedy}") from error
+        return _Target(trt, f"{capability.major}.{capability.minor}", device.name)
+    except Exception as error:  # the binding's exceptions have no common base class, and a missing driver raises any of several
+        remedy = "" if flavor == "tensorrt" else " Or build a portable engine, which needs no GPU."
+        raise EngineBuildError(f"{flavor} builds on the GPU that the engine is for, but no GPU works here ({error}).{remedy}") from error

@@ -1,4 +1,4 @@
-"""Engines that were built before, in the user's cache folder: the same graph, settings, TensorRT, GPU and driver give the same engine."""
+"""Engines that were built earlier, in the user's cache. The same graph, settings, TensorRT, GPU and driver give the same engine."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from melrt.files.atomic import atomic_write, user_cache
 
 logger = logging.getLogger(__name__)
 
-# Engines of this family have 5 to 50 MB; the oldest go when more are kept.
-MOST_ENGINES = 64
+# An engine of this family has 5 to 50 MB. The oldest are removed when the cache holds more than this number.
+MAX_ENGINES = 64
 _HASH_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True)
-class EngineCache:
-    """The place of one engine."""
+class CachedEngine:
+    """File in the user's cache that holds one engine, or will hold it."""
 
     file: Path
 
     @classmethod
-    def of(cls, onnx: bytes, *facts: Any) -> EngineCache:
-        """Where the engine of this graph and these facts is kept."""
+    def locate(cls, onnx: bytes, *facts: Any) -> CachedEngine:
+        """Return the cache file for this graph and everything else that determines the engine."""
         key = hashlib.sha256(onnx)
         key.update(json.dumps(facts, sort_keys=True).encode())
         return cls(user_cache() / "engines" / f"{key.hexdigest()[:32]}.engine")
 
     def load(self) -> bytes | None:
-        """The engine, if it is there and as it was written."""
+        """Return the engine; None if the cache does not have it or its file is damaged."""
         try:
             data = self.file.read_bytes()
             self.file.touch()
@@ -40,17 +40,17 @@ class EngineCache:
             return None
         plan = data[_HASH_BYTES:]
         if hashlib.sha256(plan).digest() != data[:_HASH_BYTES]:
-            logger.warning("%s is damaged; the engine is built anew.", self.file)
+            logger.warning("%s is damaged; the engine is built again.", self.file)
             return None
         return plan
 
     def save(self, plan: bytes) -> None:
-        """Keep an engine; where that is not possible, go on without."""
+        """Store the engine. A cache that cannot be written is logged, and is not an error."""
         try:
             with atomic_write(self.file) as temporary:
                 temporary.write_bytes(hashlib.sha256(plan).digest() + plan)
-            kept = sorted(self.file.parent.glob("*.engine"), key=lambda file: file.stat().st_mtime)
-            for old in kept[:-MOST_ENGINES]:
+            by_age = sorted(self.file.parent.glob("*.engine"), key=lambda file: file.stat().st_mtime)
+            for old in by_age[:-MAX_ENGINES]:
                 old.unlink(missing_ok=True)
         except OSError as error:
-            logger.info("the engine was not kept in %s: %s", self.file, error)
+            logger.info("the engine was not stored in %s: %s", self.file, error)

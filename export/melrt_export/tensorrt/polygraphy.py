@@ -1,4 +1,4 @@
-"""TensorRT's builder, driven through Polygraphy's loaders."""
+"""TensorRT's builder, run through Polygraphy's loaders."""
 
 from __future__ import annotations
 
@@ -17,30 +17,37 @@ Progress = Callable[[str, int, int], None]
 
 @contextlib.contextmanager
 def polygraphy_for(flavor: str) -> Iterator[list[str]]:
-    """Set Polygraphy to a flavor, and collect what the builder complains of instead of printing it."""
+    """Set Polygraphy to a flavor, and collect the builder's error messages in the list that this yields, instead of printing them.
+
+    Raises:
+        EngineBuildError: Polygraphy failed inside the context; the text has the builder's messages.
+        MissingExtraError: Polygraphy is not installed.
+    """
     try:
         from polygraphy import config
         from polygraphy.exception import PolygraphyException
         from polygraphy.logger import G_LOGGER
     except ImportError as error:
         raise MissingExtraError("building an engine", "polygraphy", "rtx" if flavor == "tensorrt_rtx" else "tensorrt") from error
-    config.USE_TENSORRT_RTX = flavor == "tensorrt_rtx"  # read when Polygraphy first touches TensorRT: one flavor a process
+    config.USE_TENSORRT_RTX = flavor == "tensorrt_rtx"  # read when Polygraphy first imports TensorRT: one flavor per process
     collector = _Collector()
     G_LOGGER.use_python_logging_system = True
-    sink = logging.getLogger("Polygraphy")
-    sink.addHandler(collector)
-    propagate, sink.propagate = sink.propagate, False
+    polygraphy_logger = logging.getLogger("Polygraphy")
+    polygraphy_logger.addHandler(collector)
+    propagate, polygraphy_logger.propagate = polygraphy_logger.propagate, False
     try:
         with G_LOGGER.verbosity(G_LOGGER.ERROR):
             yield collector.messages
     except PolygraphyException as error:
         raise EngineBuildError(" · ".join(dict.fromkeys([*collector.messages, str(error)]))) from error
     finally:
-        sink.removeHandler(collector)
-        sink.propagate = propagate
+        polygraphy_logger.removeHandler(collector)
+        polygraphy_logger.propagate = propagate
 
 
 class _Collector(logging.Handler):
+    """Handler that collects error messages in a list."""
+
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
         self.messages: list[str] = []
@@ -50,20 +57,30 @@ class _Collector(logging.Handler):
 
 
 def build_plan(trt: Any, onnx: bytes, profile: list[list[int]], options: EngineOptions, on_progress: Progress) -> bytes:
-    """Parse, audit and build; within `polygraphy_for` the flavor.
+    """Parse the graph, audit its network, and build the engine. Call this inside `polygraphy_for(trt.__name__)`.
+
+    Args:
+        trt: Module of the flavor.
+        onnx: The graph.
+        profile: Smallest, best and largest shape (B, M, T) of the input.
+        options: Options of the build.
+        on_progress: Called with the name of a phase, its steps done and their number.
+
+    Returns:
+        The serialized engine.
 
     Raises:
-        EngineBuildError: The parsed network is not of the precision asked for.
-        KeyboardInterrupt: It was interrupted.
+        EngineBuildError: The parsed network does not have the requested precision.
+        KeyboardInterrupt: The build was interrupted.
     """
     from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxBytes
     from polygraphy.exception import PolygraphyException
 
-    # where the flag is gone, every network is strongly typed
+    # TensorRT versions without the flag build only strongly typed networks
     flagged = hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
     builder, network, parser = NetworkFromOnnxBytes(onnx, strongly_typed=flagged)()
     audit_network(trt, network, options.precision)
-    monitor = _monitor(trt, on_progress)
+    monitor = _progress_monitor(trt, on_progress)
     create, cache = _configuration(trt, profile, options, monitor)
 
     def configure(builder: Any, network: Any) -> Any:
@@ -81,14 +98,14 @@ def build_plan(trt: Any, onnx: bytes, profile: list[list[int]], options: EngineO
 
 
 def _configuration(trt: Any, profile: list[list[int]], options: EngineOptions, monitor: Any) -> tuple[Callable[..., Any], str | None]:
-    """Polygraphy's maker of the builder's configuration, and the timing cache's file."""
+    """Return Polygraphy's loader of the builder's configuration, and the file of the timing cache if the flavor has one."""
     from polygraphy.backend.trt import CreateConfig, Profile
 
     common = {
         "profiles": [Profile().add("mel", *profile)],
         "builder_optimization_level": options.optimization_level,
         "progress_monitor": monitor,
-        "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,  # the inspector says each layer's type
+        "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,  # makes the inspector state each layer's type
         "refittable": options.refittable,
     }
     if options.workspace is not None:
@@ -105,9 +122,12 @@ def _configuration(trt: Any, profile: list[list[int]], options: EngineOptions, m
     return CreateConfig(tf32=options.precision == "tf32", **common), str(file)
 
 
-def _monitor(trt: Any, on_progress: Progress) -> Any:
+def _progress_monitor(trt: Any, on_progress: Progress) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Hands the builder's phases on; an exception in a callback cannot cross the builder, so Ctrl-C is kept for after it."""
+        """Monitor that reports the builder's phases.
+
+        An exception cannot pass through the builder, so Ctrl-C in a callback is recorded and raised after the build.
+        """
 
         def __init__(self) -> None:
             super().__init__()
@@ -116,16 +136,16 @@ def _monitor(trt: Any, on_progress: Progress) -> Any:
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self.steps[phase_name] = num_steps
-            self._tell(phase_name, 0)
+            self._report(phase_name, 0)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            self._tell(phase_name, step + 1)
+            self._report(phase_name, step + 1)
             return not self.interrupted
 
         def phase_finish(self, phase_name: str) -> None:
-            self._tell(phase_name, self.steps[phase_name])
+            self._report(phase_name, self.steps[phase_name])
 
-        def _tell(self, phase_name: str, done: int) -> None:
+        def _report(self, phase_name: str, done: int) -> None:
             try:
                 on_progress(phase_name, done, self.steps.get(phase_name, 1))
             except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""A fine-tuned voice in the engine of the one it began as: the weights are exchanged in milliseconds, nothing is built."""
+"""Exchange the weights of engines: a fine-tuned voice gets the engines of the voice that it was fine-tuned from, without a build."""
 
 from __future__ import annotations
 
@@ -11,48 +11,58 @@ from melrt.backends.tensorrt.engine import check_target, flavor, runtime_logger
 from melrt.bundle import Artifact, Bundle
 from melrt.errors import BundleError, EngineBuildError
 from melrt_export.generator.config import GeneratorConfig
-from melrt_export.graph.rewrites import Variant, rewritten
+from melrt_export.graph.rewrites import Variant, rewrite_graph
 from melrt_export.tensorrt.accuracy_check import check_accuracy
 from melrt_export.tensorrt.options import SOURCES
 
 
-def refit_engines(bundle: Bundle, donor: Bundle) -> Iterator[Artifact]:
-    """Give a bundle the donor's refittable engines with its own weights, each heard before it is kept.
+def refit_engines(bundle: Bundle, original: Bundle) -> Iterator[Artifact]:
+    """Add the refittable engines of another bundle to this one, with this one's weights, each after its accuracy is checked.
+
+    Args:
+        bundle: Bundle that gets the engines.
+        original: Bundle with the engines, of the same architecture.
+
+    Yields:
+        Each new entry of `bundle`.
 
     Raises:
-        EngineBuildError: The donor has none, or TensorRT refuses.
-        BundleError: The two are of different architectures, or a graph is missing.
-        BackendError: An engine is for another TensorRT or GPU, or there is no GPU.
+        EngineBuildError: The original has no refittable engine, TensorRT refuses the weights, or an engine is inaccurate.
+        BundleError: The architectures differ, or a graph is missing.
+        BackendError: An engine is for another TensorRT or GPU, or this machine has no GPU.
     """
-    mine, theirs = (GeneratorConfig.from_dict(one.manifest.architecture).to_dict() for one in (bundle, donor))
-    if mine != theirs:
-        different = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
-        raise BundleError(f"{bundle.path} and {donor.path} differ in {', '.join(different)}; only the same network can take other weights.")
-    engines = [entry for entry in donor.find("engine") if entry.target.get("refittable") is True]
+    ours, theirs = (GeneratorConfig.from_dict(one.manifest.architecture).to_dict() for one in (bundle, original))
+    if ours != theirs:
+        different = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+        raise BundleError(
+            f"{bundle.path} and {original.path} differ in {', '.join(different)}; an engine takes only weights of the same network."
+        )
+    engines = [entry for entry in original.find("engine") if entry.target.get("refittable") is True]
     if not engines:
-        raise EngineBuildError(f"{donor.path} has no refittable engine: melrt build {donor.path} --refittable")
+        raise EngineBuildError(f"{original.path} has no refittable engine. Build one: melrt build {original.path} --refittable")
     for entry in engines:
-        yield _refit(bundle, donor, entry)
+        yield _refit(bundle, original, entry)
 
 
-def _refit(bundle: Bundle, donor: Bundle, entry: Artifact) -> Artifact:
+def _refit(bundle: Bundle, original: Bundle, entry: Artifact) -> Artifact:
     precision = SOURCES[entry.precision]
     source = bundle.find("onnx", graph=entry.graph, precision=precision)
     if not source:
         raise BundleError(f"{bundle.path} has no {entry.graph} graph in {precision}. Export it with `--precision`.")
     _, gpu = open_device(0)
     trt = flavor(entry)
-    check_target(entry, trt.__version__, gpu, f"Build it anew: melrt build {donor.path} --refittable")
+    check_target(entry, trt.__version__, gpu, f"Build it again: melrt build {original.path} --refittable")
     variant = Variant.from_dict(entry.target.get("variant", {}))
-    onnx = rewritten(bundle.read(source[0]), variant, GeneratorConfig.from_dict(bundle.manifest.architecture))
-    plan = _exchange(trt, donor.read(entry), onnx, entry.file)
-    facts = dict(entry.target) | {"source": source[0].sha256}
-    refitted = Artifact.of(entry.name, plan, "engine", graph=entry.graph, precision=entry.precision, target=facts)
+    onnx = rewrite_graph(bundle.read(source[0]), variant, GeneratorConfig.from_dict(bundle.manifest.architecture))
+    plan = _exchange_weights(trt, original.read(entry), onnx, entry.file)
+    target = {**entry.target, "source": source[0].sha256}
+    refitted = Artifact.of(entry.name, plan, "engine", graph=entry.graph, precision=entry.precision, target=target)
     quality = check_accuracy(bundle, refitted, plan, "edge" if entry.graph == "edge" else "interior")
     return bundle.add(replace(refitted, quality=quality), plan, made_from=source[0])
 
 
-def _exchange(trt: Any, plan: bytes, onnx: bytes, name: str) -> bytes:
+def _exchange_weights(trt: Any, plan: bytes, onnx: bytes, name: str) -> bytes:
+    """Return the engine with the weights of the graph."""
     log = runtime_logger(trt)
     runtime = trt.Runtime(log)
     engine = runtime.deserialize_cuda_engine(plan)
@@ -61,5 +71,5 @@ def _exchange(trt: Any, plan: bytes, onnx: bytes, name: str) -> bytes:
     refitter = trt.Refitter(engine, log)
     parser = trt.OnnxParserRefitter(refitter, log)
     if not parser.refit_from_bytes(onnx) or not refitter.refit_cuda_engine():
-        raise EngineBuildError(f"{name} does not take these weights; build an engine instead.")
+        raise EngineBuildError(f"{name} does not take these weights. Build an engine instead, with `melrt build`.")
     return bytes(memoryview(engine.serialize()))

@@ -1,13 +1,13 @@
-"""The graph by measurement: which of its exact rewrites, and which window, makes the fastest engine on the GPU at hand.
+"""Find the fastest engine for a graph by measurement: try its exact rewrites and several windows on this machine's GPU.
 
-From the engine that would be built without it, one thing is changed at a time: the engine is built, spoken to, and timed turn and turn
-about with the fastest so far; it takes its place if it is faster by more than the noise. What was found is kept in the manifest.
+The search starts from the engine of a plain build and changes one choice at a time. Each candidate is built, its accuracy is checked,
+and it is timed in pairs with the fastest engine so far, which it replaces if it is faster by more than the noise. The manifest keeps all
+trials.
 """
 
 from __future__ import annotations
 
 import hashlib
-import statistics
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -18,39 +18,40 @@ import numpy as np
 from melrt.backends.tensorrt.backend import open_device
 from melrt.backends.tensorrt.engine import Engine
 from melrt.backends.tensorrt.slot import ExecutionSlot
-from melrt.bundle import Artifact, Bundle
+from melrt.bundle import Bundle
 from melrt.errors import EngineBuildError, MelrtError
 from melrt.planning.windows import ReceptiveField
 from melrt.system import find_gpu
+from melrt.timing import compare_paired, timed
 from melrt_export.graph.rewrites import CHOICES
-from melrt_export.tensorrt.build import BuiltEngine, build_unsaved_engine, network
+from melrt_export.tensorrt.build import BuiltEngine, build_unsaved_engine, source_graph
 from melrt_export.tensorrt.options import ENGINE_WINDOW, EngineOptions, default_frames
 from melrt_export.tensorrt.polygraphy import Progress
 
-# Windows that are tried: shorter ones compute more context, longer ones leave the caches.
+# Windows to try, in frames: a shorter one computes more context, and a longer one does not fit the GPU's caches.
 WINDOWS = (128, 256, 512)
-# TensorRT-RTX compiles kernels for a shape in the background while the first runs go on.
+# TensorRT-RTX compiles the kernels of a shape in the background during the first runs.
 WARM_UP_SECONDS = 1.0
-# Timings of a trial, each of several launches, turn and turn about with the fastest engine so far.
+# Paired timings of two engines, and the length of each timing, which covers several launches.
 ROUNDS = 15
 SECONDS_PER_TIMING = 0.02
-# An engine must gain this much to take the fastest one's place: less is noise, and the simpler graph stays.
-LEAST_GAIN = 0.02
+# A candidate must save this share of the time to replace the fastest engine: a smaller difference is noise, and the simpler graph stays.
+MIN_GAIN = 0.02
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
-    """One engine that was tried."""
+class VariantTrial:
+    """Result for one engine of the search."""
 
     options: EngineOptions
-    """What it was built with."""
+    """Options that the engine was built with."""
     microseconds: float
-    """Per kept mel frame, median; 0 if it was not timed."""
+    """Median time per kept mel frame; 0 if the engine was not timed."""
     verdict: str
-    """`fastest` when it was tried, `slower`, or why it was refused."""
+    """`fastest` if it was the fastest up to then, `slower`, or `refused` with the reason."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return JSON values."""
         frames = self.options.frames
         return {
             **self.options.variant.to_dict(), "batch": self.options.batch[1], "frames": frames[1] if frames else 0,
@@ -59,126 +60,144 @@ class Trial:
 
 
 def build_engines(
-    bundle: Bundle, wanted: Iterable[EngineOptions], on_progress: Progress = lambda *_: None, *, tune: bool = False
-) -> Iterator[tuple[Artifact, list[Trial]]]:
-    """Build several engines into a bundle, or tune them: the window of an interior one, found or set, is what an edge one takes after it.
+    bundle: Bundle, wanted: Iterable[EngineOptions], on_progress: Progress = lambda *_: None, *, try_variants: bool = False
+) -> Iterator[tuple[BuiltEngine, list[VariantTrial]]]:
+    """Build several engines and add each to the bundle. An edge engine takes the window of the interior engine before it.
 
-    Args and errors: as `tune_engine`, or `build_engine`.
+    Args:
+        bundle: Bundle with the ONNX graphs.
+        wanted: Options of each engine.
+        on_progress: Called with the name of a phase, its steps done and their number.
+        try_variants: Search for the fastest variant of each engine.
+
+    Yields:
+        Each engine with its entry in the bundle, and the trials of its search.
+
+    Raises:
+        EngineBuildError, BundleError, MissingExtraError: As `find_fastest_engine` and `build_engine` raise them.
     """
     window = ENGINE_WINDOW
     for options in wanted:
         if options.frames is None and options.graph == "edge":
             options = replace(options, frames=default_frames("edge", bundle.manifest.receptive_field.smallest_input, window))
-        draft, trials = tune_engine(bundle, options, on_progress) if tune else (build_unsaved_engine(bundle, options, on_progress), [])
+        if try_variants:
+            built, trials = find_fastest_engine(bundle, options, on_progress)
+        else:
+            built, trials = build_unsaved_engine(bundle, options, on_progress), []
         if options.graph == "interior":
-            window = draft.entry.target["profile"][1][2]
-        yield draft.keep(bundle), trials
+            window = built.entry.target["profile"][1][2]
+        yield built.add_to(bundle), trials
 
 
-def tune_engine(bundle: Bundle, options: EngineOptions, on_progress: Progress = lambda *_: None) -> tuple[BuiltEngine, list[Trial]]:
+def find_fastest_engine(
+    bundle: Bundle, options: EngineOptions, on_progress: Progress = lambda *_: None
+) -> tuple[BuiltEngine, list[VariantTrial]]:
     """Find the fastest engine for a graph on this machine's GPU.
 
     Args:
-        bundle: With the ONNX graph of the precision.
-        options: Where to begin. The window is varied only if `frames` is None and the graph is `interior`.
-        on_progress: As for `build_engine`.
+        bundle: Bundle with the ONNX graph of the precision.
+        options: Options of the first engine. Other windows are tried only for the interior graph, and only if `frames` is None.
+        on_progress: Called with the name of a phase, its steps done and their number.
 
     Returns:
-        The fastest engine, with all trials in its entry, and these trials.
+        The fastest engine, whose entry holds all trials, and the trials.
 
     Raises:
-        EngineBuildError: There is no GPU, or the first engine cannot be built.
-        BundleError, MissingExtraError: As `build_engine`.
+        EngineBuildError: This machine has no GPU, or the first engine cannot be built.
+        BundleError, MissingExtraError: As `build_engine` raises them.
     """
     if not find_gpu():
-        raise EngineBuildError("--tune times engines on the GPU that they are for, and there is none here; build without it.")
-    best = _Contestant(
-        bundle, replace(options, frames=options.frames or default_frames(options.graph, bundle.manifest.receptive_field.smallest_input))
-    )
+        raise EngineBuildError("trying variants needs the GPU that the engines are for, and this machine has none. Build without it.")
+    field = bundle.manifest.receptive_field
+    best = Candidate(bundle, replace(options, frames=options.frames or default_frames(options.graph, field.smallest_input)))
     best.prepare(on_progress)
-    trials = [Trial(best.options, statistics.median(best.cost() for _ in range(ROUNDS)), "fastest")]
-    tried = {best.network}
-    for name, value in _changes(options, bundle.manifest.receptive_field):
-        rival = _Contestant(bundle, _changed(best.options, name, value))
-        if rival.network in tried:
+    seconds = float(np.median([timed(best.run) for _ in range(ROUNDS)]))
+    trials = [VariantTrial(best.options, 1e6 * seconds / best.frames_per_run, "fastest")]
+    tried = {best.identity}
+    for name, value in _changes(options, field):
+        candidate = Candidate(bundle, _with_change(best.options, name, value))
+        if candidate.identity in tried:
             continue
-        tried.add(rival.network)
-        try:
-            rival.prepare(on_progress)
-        except MelrtError as error:
-            trials.append(Trial(rival.options, 0.0, f"refused: {error}"))
-            continue
-        trial = _duel(best, rival)
-        trials.append(trial)
-        best, loser = (rival, best) if trial.verdict == "fastest" else (best, rival)
-        loser.close()
+        tried.add(candidate.identity)
+        trials.append(_try(candidate, best, on_progress))
+        if trials[-1].verdict == "fastest":
+            best.close()
+            best = candidate
     best.close()
-    entry = best.draft.entry
-    target = {**entry.target, "tuned": [trial.to_dict() for trial in trials]}
-    return replace(best.draft, entry=replace(entry, target=target)), trials
+    entry = best.built.entry
+    target = {**entry.target, "trials": [trial.to_dict() for trial in trials]}
+    return replace(best.built, entry=replace(entry, target=target)), trials
 
 
 def _changes(options: EngineOptions, field: ReceptiveField) -> Iterator[tuple[str, Any]]:
-    """What is tried instead, one after the other."""
+    """Yield the name and value of each change to try."""
     for name, values in CHOICES.items():
         yield from ((name, value) for value in values[1:])
     if options.graph == "interior" and options.frames is None:
         yield from (("frames", (window,) * 3) for window in WINDOWS if window > field.context)
 
 
-def _changed(options: EngineOptions, name: str, value: Any) -> EngineOptions:
+def _with_change(options: EngineOptions, name: str, value: Any) -> EngineOptions:
     if name == "frames":
         return replace(options, frames=value)
     return replace(options, variant=replace(options.variant, **{name: value}))
 
 
-def _duel(best: _Contestant, rival: _Contestant) -> Trial:
-    costs = [(best.cost(), rival.cost()) if turn % 2 else (rival.cost(), best.cost())[::-1] for turn in range(ROUNDS)]
-    ratio = statistics.median(mine / theirs for theirs, mine in costs)
-    return Trial(rival.options, statistics.median(mine for _, mine in costs), "fastest" if ratio < 1 - LEAST_GAIN else "slower")
+def _try(candidate: Candidate, best: Candidate, on_progress: Progress) -> VariantTrial:
+    """Prepare a candidate and time it against the fastest engine so far; a slower one is closed."""
+    try:
+        candidate.prepare(on_progress)
+    except MelrtError as error:
+        return VariantTrial(candidate.options, 0.0, f"refused: {error}")
+    best_timing, timing = compare_paired(best.run, candidate.run, ROUNDS)
+    ratio = timing.ratio_to(best_timing)[0] * best.frames_per_run / candidate.frames_per_run
+    faster = ratio < 1 - MIN_GAIN
+    if not faster:
+        candidate.close()
+    return VariantTrial(candidate.options, 1e6 * timing.median / candidate.frames_per_run, "fastest" if faster else "slower")
 
 
-class _Contestant:
-    """An engine on the GPU, to be timed."""
+class Candidate:
+    """Engine to be timed on the GPU."""
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         self.options = options
         self._bundle = bundle
-        _, onnx = network(bundle, options)
-        self.network = (hashlib.sha256(onnx).digest(), options.frames)
-        """What tells it from others: a rewrite may find nothing to change in a voice."""
+        _, onnx = source_graph(bundle, options)
+        self.identity = (hashlib.sha256(onnx).digest(), options.frames)
+        """Key that is equal for equal engines. A rewrite may find nothing to change in a voice's graph."""
 
     def prepare(self, on_progress: Progress) -> None:
-        """Build, hear and open the engine, and run it until it is at its speed.
+        """Build the engine, check its accuracy, open it, and run it until it has reached its full speed.
 
         Raises:
-            EngineBuildError: It cannot be built, or says something else than PyTorch.
+            EngineBuildError: The engine cannot be built or is inaccurate.
         """
-        self.draft = build_unsaved_engine(self._bundle, self.options, on_progress)
+        self.built = build_unsaved_engine(self._bundle, self.options, on_progress)
         manifest, graph = self._bundle.manifest, self.options.graph
         device, gpu = open_device(0)
-        self._engine = Engine(self.draft.entry, self.draft.plan, manifest.spec.n_mels, gpu)
-        self._lane = ExecutionSlot(device, {graph: self._engine}, manifest.spec.hop, int16=False)
-        batch, bands, frames = self.draft.entry.target["profile"][1]
+        self._engine = Engine(self.built.entry, self.built.plan, manifest.spec.n_mels, gpu)
+        self._slot = ExecutionSlot(device, {graph: self._engine}, manifest.spec.hop, int16=False)
+        batch, bands, frames = self.built.entry.target["profile"][1]
         context = manifest.receptive_field.context if graph == "interior" else 0
-        self._kept: int = batch * (frames - context)
-        self._lane.run(graph, np.random.default_rng(0).uniform(-4, 0, (batch, bands, frames)).astype(np.float32))
-        self._ready = self._lane.ready(graph, batch, bands, frames)
+        self._slot.run(graph, np.random.default_rng(0).uniform(-4, 0, (batch, bands, frames)).astype(np.float32))
+        self._prepared = self._slot.prepared(graph, batch, bands, frames)
         self._launches = 1
         start = time.perf_counter()
-        once = self.cost() * self._kept / 1e6
+        fastest = timed(self.run)
         while time.perf_counter() - start < WARM_UP_SECONDS:
-            once = min(once, self.cost() * self._kept / 1e6)
-        self._launches = max(1, round(SECONDS_PER_TIMING / once))
+            fastest = min(fastest, timed(self.run))
+        self._launches = max(1, round(SECONDS_PER_TIMING / fastest))
+        self.frames_per_run: int = self._launches * batch * (frames - context)
+        """Mel frames that one `run` gives audio for."""
 
-    def cost(self) -> float:
-        """Microseconds per kept mel frame, without the copies to and from the host."""
-        start = time.perf_counter()
+    def run(self) -> None:
+        """Launch the engine several times and wait for the GPU, without copies to and from the host."""
         for _ in range(self._launches):
-            self._ready.launch()
-        self._lane.stream.sync()
-        return 1e6 * (time.perf_counter() - start) / (self._launches * self._kept)
+            self._prepared.launch()
+        self._slot.stream.sync()
 
     def close(self) -> None:
+        """Store the compiled kernels, and free the GPU's memory."""
         self._engine.save_cache()
-        self._lane.close()
+        self._slot.close()

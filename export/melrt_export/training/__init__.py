@@ -1,1 +1,1 @@
-"""Training and fine-tuning of a voice: MelGAN's networks, losses and data, and the loop that runs them."""
+"""Training and fine-tuning of a voice: data, discriminators, losses, and the training loop."""

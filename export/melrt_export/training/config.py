@@ -1,4 +1,4 @@
-"""What a training is to do: a TOML file, read into frozen values."""
+"""Configuration of a training run: a TOML file, read into frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -9,188 +9,185 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dat
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from melrt.errors import BundleError, CheckpointError, TrainingError
+from melrt.checks import Rule, check_fields, flag, list_of, number, one_of, text, whole
+from melrt.errors import MelrtError, TrainingError
 from melrt.mel.spec import MelSpec
 from melrt_export.generator.config import GeneratorConfig
 
 MAX_CONFIG_BYTES = 1 << 20
+MAX_STEPS = 1 << 40
+
 Int8Form = Literal["cpu", "tensorrt"]
 
 
 @dataclass(frozen=True, slots=True)
 class DiscriminatorConfig:
-    """The shape of the multi-scale discriminator; the defaults are the published one."""
+    """Shape of the multi-scale discriminator. The defaults are the published shape."""
 
     scales: int = 3
-    """Discriminators: at full, half, quarter, ... rate."""
+    """Number of discriminators. The first sees the waveform at the full rate, each next one at half the rate before it."""
     channels: int = 16
-    """Channels after the first convolution."""
+    """Channels after the first convolution, a multiple of 4."""
     layers: int = 4
     """Strided convolutions in each discriminator."""
     downsampling: int = 4
-    """Stride of each, and the factor by which it widens; its kernel is ten times that and one."""
+    """Stride s of each strided convolution, which also has s times the channels; its kernel size is 10·s + 1."""
 
     def __post_init__(self) -> None:
-        _require(self, "scales", 1, 8)
-        _require(self, "channels", 4, 256)
-        _require(self, "layers", 1, 8)
-        _require(self, "downsampling", 2, 16)
+        _check(self, scales=whole(1, 8), channels=whole(4, 256), layers=whole(1, 8), downsampling=whole(2, 16))
         if self.channels % 4:
-            raise TrainingError(f"channels is {self.channels}; it is a multiple of 4, since groups of 4 channels are convolved together.")
+            raise TrainingError(f"channels is {self.channels}; it must be a multiple of 4, because convolutions have groups of 4 channels.")
 
 
 @dataclass(frozen=True, slots=True)
 class DataConfig:
-    """Which audio, and how segments are cut from it."""
+    """Recordings, and the segments that are cut from them."""
 
     train: str
-    """A folder (its .wav and .flac files, sub-folders too), or a text file with one path a line."""
+    """Folder that is searched for .wav and .flac files, with its sub-folders; or a .txt file with one path per line."""
     validation: str = ""
-    """As `train`, for validation; empty: the last `held_out` files of `train` in alphabetical order are kept from training."""
+    """Recordings for validation, named like `train`; empty to keep the last `held_out` files of `train` in alphabetical order."""
     held_out: int = 8
-    """Files kept from training where `validation` is empty."""
+    """Number of files that are kept from training if `validation` is empty."""
     segment: int = 8192
-    """Samples of a training segment, a multiple of the hop."""
+    """Length of a training segment in samples, a multiple of the hop."""
     batch: int = 16
-    """Segments in a step, over all processes together."""
+    """Segments in one step, over all processes together."""
     workers: int = 2
-    """Processes that read audio, for each training process; 0: none."""
+    """Worker processes that read audio for each training process; 0 to read in the training process."""
     peak: float = 0.95
-    """Every file is scaled to this peak."""
+    """Peak to which every file is scaled."""
     gain: tuple[float, float] = (0.3, 1.0)
-    """Each segment is scaled by a random factor between these."""
+    """Limits of the random factor by which each segment is scaled."""
     wrong_rate: Literal["resample", "skip", "refuse"] = "resample"
-    """What becomes of a file of another sample rate."""
+    """Treatment of a file with another sample rate."""
     stereo: Literal["mix", "skip", "refuse"] = "mix"
-    """What becomes of a file of several channels."""
+    """Treatment of a file with several channels."""
     too_short: Literal["skip", "refuse"] = "skip"
-    """What becomes of a file shorter than a segment."""
+    """Treatment of a file that is shorter than a segment."""
     unusable: Literal["skip", "refuse"] = "refuse"
-    """What becomes of a file that cannot be decoded, or is silent throughout."""
+    """Treatment of a file that cannot be decoded or is silent throughout."""
 
     def __post_init__(self) -> None:
-        _require(self, "held_out", 1, 1 << 20)
-        _require(self, "segment", 256, 1 << 20)
-        _require(self, "batch", 1, 1 << 16)
-        _require(self, "workers", 0, 256)
-        _require(self, "peak", 1e-3, 1.0)
-        if not 0 < self.gain[0] <= self.gain[1] <= 1:
-            raise TrainingError(f"gain is {list(self.gain)}; it is a smallest and a largest factor, above 0 and at most 1.")
+        _check(
+            self, held_out=whole(1, 1 << 20), segment=whole(256, 1 << 20), batch=whole(1, 1 << 16), workers=whole(0, 256),
+            peak=number(1e-3, 1), gain=list_of(number(0, 1, above=True), 2, 2),
+        )  # fmt: skip
+        if self.gain[0] > self.gain[1]:
+            raise TrainingError(f"gain is {list(self.gain)}; the smaller factor must come first.")
 
 
 @dataclass(frozen=True, slots=True)
 class LossConfig:
-    """The generator's objective: a weighted sum. The defaults are MelGAN's."""
+    """Weights of the terms in the generator's objective. The defaults are MelGAN's."""
 
     adversarial: float = 1.0
     """Weight of the hinge loss."""
     feature_matching: float = 10.0
     """Weight of the distance between the discriminators' features of recording and synthesis."""
     feature_scale: Literal["neurips", "paper"] = "neurips"
-    """`paper`: the sum over layers and scales (equation 4); `neurips`: that times 4 / (layers + 1) / scales, as melgan-neurips has it."""
+    """`paper`: the sum over layers and scales (equation 4); `neurips`: that sum times 4 / (layers + 1) / scales, as in melgan-neurips."""
     stft: float = 0.0
-    """Weight of the multi-resolution STFT loss; with it and `mel` a training starts fast."""
+    """Weight of the multi-resolution STFT loss. With it and `mel`, the first steps make fast progress."""
     mel: float = 0.0
     """Weight of the mean absolute difference of log-mels."""
     discriminator_from: int = 0
     """First step that trains the discriminators."""
     adversarial_from: int = 0
-    """First step whose generator loss has the adversarial and the feature-matching term."""
+    """First step in which the generator's loss has the adversarial and the feature-matching term."""
 
     def __post_init__(self) -> None:
-        for name in ("adversarial", "feature_matching", "stft", "mel"):
-            _require(self, name, 0.0, 1e6)
-        _require(self, "discriminator_from", 0, 1 << 40)
-        _require(self, "adversarial_from", 0, 1 << 40)
+        steps = dict.fromkeys(("discriminator_from", "adversarial_from"), whole(0, MAX_STEPS))
+        weights = dict.fromkeys(("adversarial", "feature_matching", "stft", "mel"), number(0, 1e6))
+        _check(self, **weights, **steps)
         if self.uses_discriminator and self.adversarial_from < self.discriminator_from:
             raise TrainingError(
                 f"adversarial_from is {self.adversarial_from}, before discriminator_from {self.discriminator_from}: "
-                "the generator would follow discriminators that learn nothing yet. Make it the same or later."
+                "the generator would follow discriminators that are not trained yet. Set it to the same step or a later one."
             )
         if not (self.uses_discriminator or self.stft or self.mel):
-            raise TrainingError("every weight is 0, so there is nothing to learn from; set adversarial, feature_matching, stft or mel.")
+            raise TrainingError("all loss weights are 0, so nothing can be trained; set adversarial, feature_matching, stft or mel.")
         if self.adversarial_from and not (self.stft or self.mel):
             raise TrainingError(
-                f"adversarial_from is {self.adversarial_from}, and without stft and mel there is nothing to learn before; set one of them."
+                f"adversarial_from is {self.adversarial_from}, but stft and mel are 0, so earlier steps have no loss; set stft or mel."
             )
 
     @property
     def uses_discriminator(self) -> bool:
-        """Whether there is a term that needs one."""
+        """True if a term needs the discriminators."""
         return bool(self.adversarial or self.feature_matching)
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizationConfig:
-    """Fine-tuning in INT8, so that the weights learn to live with its rounding."""
+    """Fine-tuning in INT8, which adapts the weights to the rounding."""
 
     voice: str = ""
-    """A calibrated bundle, whose INT8 plan says which layers are rounded and how; empty: none are."""
+    """Calibrated bundle, whose INT8 plan lists the layers and their ranges; empty to train in float."""
     form: Int8Form = "cpu"
-    """`cpu`: as ONNX Runtime's INT8 on a CPU rounds; `tensorrt`: as TensorRT's."""
+    """`cpu`: round as ONNX Runtime's INT8 does on a CPU; `tensorrt`: round as TensorRT does."""
     distillation: float = 1.0
-    """Weight of the distance to what the generator said before, in float."""
+    """Weight of the distance to the output of the float generator that the training begins with."""
 
     def __post_init__(self) -> None:
-        _require(self, "distillation", 0.0, 1e6)
+        _check(self, distillation=number(0, 1e6))
 
 
 @dataclass(frozen=True, slots=True)
 class OptimizerConfig:
-    """Adam, for both networks; the defaults are MelGAN's."""
+    """Adam, for both networks. The defaults are MelGAN's."""
 
     learning_rate: float = 1e-4
-    """Of the generator."""
+    """Learning rate of the generator."""
     discriminator_learning_rate: float = 1e-4
-    """Of the discriminators."""
+    """Learning rate of the discriminators."""
     betas: tuple[float, float] = (0.5, 0.9)
-    """Decay of the running means of gradient and squared gradient."""
+    """Decay of the running means of the gradient and the squared gradient."""
     decay_from: int = 0
-    """Step after which the rates fall, where `half_life` is set."""
+    """Step after which the learning rates fall, if `half_life` is set."""
     half_life: int = 0
-    """Steps in which the rates halve; 0: they stay."""
+    """Steps in which the learning rates halve; 0 for constant rates."""
 
     def __post_init__(self) -> None:
-        _require(self, "learning_rate", 1e-9, 1.0)
-        _require(self, "discriminator_learning_rate", 1e-9, 1.0)
-        _require(self, "decay_from", 0, 1 << 40)
-        _require(self, "half_life", 0, 1 << 40)
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise TrainingError(f"betas is {list(self.betas)}; both lie in [0, 1).")
+        rates = dict.fromkeys(("learning_rate", "discriminator_learning_rate"), number(1e-9, 1))
+        steps = dict.fromkeys(("decay_from", "half_life"), whole(0, MAX_STEPS))
+        _check(self, **rates, **steps, betas=list_of(number(0, 1, below=True), 2, 2))
 
-    def factor(self, step: int) -> float:
-        """What the rates are multiplied by at this step; a function of the step alone, so that a resumed run needs no more state."""
+    def rate_factor(self, step: int) -> float:
+        """Return the factor of the learning rates at a step. It depends on the step alone, so a resumed run needs no other state."""
         return 0.5 ** (max(0, step - self.decay_from) / self.half_life) if self.half_life else 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class MachineConfig:
-    """What it runs on."""
+    """Hardware and arithmetic."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto`: a GPU if there is one."""
+    """Device of the networks; `auto` takes a GPU if there is one."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the networks' arithmetic (autocast); weights, losses and optimizer stay in float32."""
+    """Precision of the networks (autocast). Weights, losses and optimizer stay in float32."""
     compile: bool = False
-    """Compile the networks with `torch.compile`: slow first steps, faster others."""
+    """True to compile the networks with `torch.compile`: the first steps are slow, the others faster."""
+
+    def __post_init__(self) -> None:
+        _check(self)
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduleConfig:
-    """How long, and what happens how often."""
+    """Length of the training, and intervals of logging, validation and saving."""
 
     steps: int = 400_000
-    """Steps in all."""
+    """Total number of steps."""
     log_every: int = 100
-    """Steps between losses in the log; they are the means over these steps."""
+    """Steps between two entries in the log, which hold the mean losses over these steps."""
     validate_every: int = 5000
-    """Steps between validations; the best weights are kept."""
+    """Steps between two validations. The weights with the smallest error are kept."""
     save_every: int = 1000
-    """Steps between checkpoints of the whole training."""
+    """Steps between two saved states."""
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            _require(self, each.name, 1, 1 << 40)
+        _check(self, **dict.fromkeys((each.name for each in fields(self)), whole(1, MAX_STEPS)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,11 +198,11 @@ class TrainingConfig:
     """Folder for the run's checkpoints and log."""
     data: DataConfig
     name: str = "voice"
-    """The voice's name."""
+    """Name of the voice."""
     start_from: str = ""
-    """A checkpoint to fine-tune, of any layout that `melrt export` reads; shape and mel convention are then the checkpoint's."""
+    """Checkpoint to fine-tune, in any layout that `melrt export` reads; its shape and mel convention apply. Empty to train a new voice."""
     seed: int = 0
-    """Of the first weights and of the choice of segments."""
+    """Seed of the initial weights and of the choice of segments."""
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     mel: MelSpec = field(default_factory=MelSpec)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
@@ -216,88 +213,84 @@ class TrainingConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     def __post_init__(self) -> None:
-        _require(self, "seed", 0, 1 << 62)
+        _check(self, seed=whole(0, 1 << 62))
         if self.quantization.voice and not self.start_from:
-            raise TrainingError("[quantization] mends what rounding does to a trained voice; name its checkpoint as start_from.")
+            raise TrainingError("[quantization] fine-tunes a trained voice in INT8; name its checkpoint as start_from.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return the configuration as plain JSON values."""
         return asdict(self)
 
 
 def read_config(path: Path) -> TrainingConfig:
-    """Read a training's TOML file; paths in it are relative to its folder.
+    """Read the TOML file of a training. Paths in it are relative to its folder.
 
     Raises:
-        TrainingError: Not TOML, an unknown key, or a value out of its range; file, key, value and limit are named.
+        TrainingError: The file is not TOML, has an unknown key, or has a value outside its limits.
     """
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise TrainingError(f"{path} has {path.stat().st_size} bytes; a config has at most {MAX_CONFIG_BYTES}.")
+            raise TrainingError(f"{path} has {path.stat().st_size} bytes; a config may have at most {MAX_CONFIG_BYTES}.")
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise TrainingError(f"{path} is not TOML: {error}") from error
+        raise TrainingError(f"{path} is not a TOML file: {error}") from error
     except OSError as error:
-        raise TrainingError(f"{path} cannot be read: {error.strerror or error}. Give a training's TOML file.") from error
+        raise TrainingError(f"{path} cannot be read: {error.strerror or error}. Give the TOML file of a training.") from error
     if "start_from" in values and (both := {"generator", "mel"} & set(values)):
         section = sorted(both)[0]
-        raise TrainingError(f"{path}: [{section}] beside start_from: shape and mel convention are the checkpoint's; remove [{section}].")
+        raise TrainingError(
+            f"{path} has both start_from and [{section}]; shape and mel convention come from the checkpoint. Remove [{section}]."
+        )
     config: TrainingConfig = _read(TrainingConfig, values, str(path))
-    here = path.parent
 
-    def located(text: str) -> str:
-        return str(here / text) if text else ""
+    def resolve(name: str) -> str:
+        return str(path.parent / name) if name else ""
 
-    data = replace(config.data, train=located(config.data.train), validation=located(config.data.validation))
-    quantization = replace(config.quantization, voice=located(config.quantization.voice))
-    return replace(config, run=located(config.run), start_from=located(config.start_from), data=data, quantization=quantization)
+    data = replace(config.data, train=resolve(config.data.train), validation=resolve(config.data.validation))
+    quantization = replace(config.quantization, voice=resolve(config.quantization.voice))
+    return replace(config, run=resolve(config.run), start_from=resolve(config.start_from), data=data, quantization=quantization)
 
 
 def _read(kind: type[Any], values: Any, where: str) -> Any:
-    """A dataclass from a TOML table: every key known, every value of its field's type."""
+    """Build a dataclass from a TOML table; `where` begins every error message."""
     if not isinstance(values, Mapping):
-        raise TrainingError(f"{where} is {values!r}; it is a table of settings.")
+        raise TrainingError(f"{where} is {values!r:.80}; it must be a table of settings.")
     hints = typing.get_type_hints(kind)
     if unknown := sorted(set(values) - set(hints)):
-        raise TrainingError(f"{where}: {', '.join(unknown)} is not known here; known are {', '.join(hints)}.")
+        raise TrainingError(f"{where}: {', '.join(unknown)} is not a setting here; the settings are {', '.join(hints)}.")
     try:
         if kind is MelSpec:
             return MelSpec.from_dict(MelSpec().to_dict() | dict(values))
         if kind is GeneratorConfig:
             return GeneratorConfig.from_dict(values)
-        missing = [each.name for each in fields(kind) if each.name not in values and _is_required(each)]
-        if missing:
+        if missing := [each.name for each in fields(kind) if each.name not in values and _is_required(each)]:
             raise TrainingError(f"{', '.join(missing)} is missing.")
-        return kind(**{name: _value(hints[name], value, name, where) for name, value in values.items()})
-    except (TrainingError, CheckpointError, BundleError) as error:
-        text = str(error)
-        raise TrainingError(text if text.startswith(where) else f"{where}: {text}") from error
+        return kind(**{name: _convert(hints[name], value, f"{where}: [{name}]") for name, value in values.items()})
+    except MelrtError as error:
+        message = str(error)
+        raise TrainingError(message if message.startswith(where) else f"{where}: {message}") from error
 
 
 def _is_required(each: Field[Any]) -> bool:
     return each.default is MISSING and each.default_factory is MISSING
 
 
-def _value(kind: Any, value: Any, name: str, where: str) -> Any:
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    """Convert a TOML value to the type of its field. The dataclass then checks it."""
     if is_dataclass(kind):
-        return _read(typing.cast(type[Any], kind), value, f"{where}: [{name}]")
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise TrainingError(f"{name} is {value!r}; it is one of {', '.join(get_args(kind))}.")
-        return value
-    if get_origin(kind) is tuple:
-        if not isinstance(value, list) or len(value) != 2 or not all(type(each) in (int, float) for each in value):
-            raise TrainingError(f"{name} is {value!r}; it is two numbers, as in [0.5, 0.9].")
-        return tuple(float(each) for each in value)
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-        raise TrainingError(f"{name} is {value!r}; it is {words[kind]}.")
-    return value
+        return _read(typing.cast(type[Any], kind), value, where)
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_convert(float, each, where) for each in value)
+    # a float holds whole numbers below 2**53 exactly; no setting allows larger ones
+    return float(value) if kind is float and type(value) is int and abs(value) < 1 << 53 else value
 
 
-def _require(owner: object, name: str, low: float, high: float) -> None:
-    value = getattr(owner, name)
-    if not low <= value <= high:
-        raise TrainingError(f"{name} is {value}; it lies from {low:g} to {high:g}.")
+def _check(config: object, **rules: Rule) -> None:
+    """Check a configuration: texts, flags and choices by their type, numbers by the given rules."""
+    by_type = {str: text(), bool: flag()}
+    for name, kind in typing.get_type_hints(type(config)).items():
+        if get_origin(kind) is Literal:
+            rules[name] = one_of(*get_args(kind))
+        elif kind in by_type:
+            rules[name] = by_type[kind]
+    check_fields(config, rules, error=TrainingError)

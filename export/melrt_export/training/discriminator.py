@@ -8,21 +8,25 @@ from torch.nn import functional as F
 from melrt_export.training.config import DiscriminatorConfig
 from melrt_export.training.weight_norm import add_weight_norm
 
-SLOPE = 0.2
+NEGATIVE_SLOPE = 0.2
 MAX_CHANNELS = 1024
 
 Features = list[list[Tensor]]
-"""For each scale the output of each layer, (B, C, T); the last is the score, (B, 1, T)."""
+"""Output of each layer for each scale, (B, C, T). The last layer's output is the score, (B, 1, T)."""
 
 
 class ScaleDiscriminator(nn.Module):
-    """One scale: waveform (B, 1, N) to the output of each layer, the last one the score of each window, (B, 1, N / 256)."""
+    """Discriminator of one scale.
+
+    Maps a waveform (B, 1, N) to the output of each layer. The last output is the score of each window, (B, 1, N / 256) with the
+    published shape.
+    """
 
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()
         stride = config.downsampling
         width = config.channels
-        # reflection in the first layer, zeros in the others, as in melgan-neurips (mel2wav/modules.py, NLayerDiscriminator)
+        # reflection padding in the first layer and zeros in the others, as in melgan-neurips (mel2wav/modules.py, NLayerDiscriminator)
         layers = [nn.Conv1d(1, width, 15, padding=7, padding_mode="reflect")]
         for _ in range(config.layers):
             before, width = width, min(width * stride, MAX_CHANNELS)
@@ -35,18 +39,22 @@ class ScaleDiscriminator(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         features = []
         for layer in self.layers[:-1]:
-            x = F.leaky_relu(layer(x), SLOPE)
+            x = F.leaky_relu(layer(x), NEGATIVE_SLOPE)
             features.append(x)
         return [*features, self.layers[-1](x)]
 
 
 class Discriminator(nn.Module):
-    """Waveform (B, 1, N) to the features of each scale: the same network, with weights of its own, at N, N/2, N/4, ... samples."""
+    """Discriminators of all scales.
+
+    Maps a waveform (B, 1, N) to the features of each scale. The scales have the same architecture, separate weights, and a waveform of
+    N, N/2, N/4, ... samples.
+    """
 
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()
         self.scales = nn.ModuleList(ScaleDiscriminator(config) for _ in range(config.scales))
-        # Samples beyond the ends are not counted in a mean: a zero would darken the edge of every segment.
+        # The padding is left out of each mean; zeros there would lower the amplitude at both ends of every segment.
         self.halve = nn.AvgPool1d(4, stride=2, padding=1, count_include_pad=False)
         add_weight_norm(self)
 

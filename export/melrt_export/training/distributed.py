@@ -1,4 +1,4 @@
-"""The processes of a training, one for each GPU: alone, or as `torchrun` starts them."""
+"""Process group of a training: one process for each GPU, started by `torchrun`, or a single process."""
 
 from __future__ import annotations
 
@@ -18,64 +18,67 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
-class Processes:
-    """This process among the others."""
+class ProcessGroup:
+    """The processes of a training, seen from this process."""
 
     device: torch.device
-    """Where its networks are."""
+    """Device of this process's networks."""
     rank: int = 0
-    """Its number; the first writes files and talks to people."""
-    count: int = 1
-    """How many there are."""
+    """Process rank; rank 0 writes files and logs."""
+    world_size: int = 1
+    """Number of processes."""
 
     def sum(self, *values: float) -> list[float]:
-        """The sums of these values over all processes."""
-        if self.count == 1:
+        """Return the sums of these values over all processes."""
+        if self.world_size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         distributed.all_reduce(total)
         return [float(value) for value in total]
 
-    def from_first(self, make: Callable[[], Value]) -> Value:
-        """What the first process makes, for all."""
-        if self.count == 1:
+    def broadcast(self, make: Callable[[], Value]) -> Value:
+        """Call a function in the process of rank 0, and return its result in every process."""
+        if self.world_size == 1:
             return make()
         made: list[Value | None] = [make() if self.rank == 0 else None]
         distributed.broadcast_object_list(made, src=0)
-        return made[0]  # type: ignore[return-value]  # the first process's, which is no None
+        return made[0]  # type: ignore[return-value]  # the result of rank 0, never the placeholder
 
-    def wait(self) -> None:
-        """Until all have come here."""
-        if self.count > 1:
+    def barrier(self) -> None:
+        """Wait until every process has reached this call."""
+        if self.world_size > 1:
             distributed.barrier()
 
 
 @contextlib.contextmanager
-def init_distributed(machine: MachineConfig) -> Iterator[Processes]:
-    """This process among those that `torchrun` started (its environment variables tell), or alone.
+def init_distributed(machine: MachineConfig) -> Iterator[ProcessGroup]:
+    """Join the processes that `torchrun` started, which its environment variables describe; without them, use a single process.
 
     Raises:
-        TrainingError: A GPU is asked for and there is none for this process.
+        TrainingError: The configuration needs a GPU, and this process has none.
     """
-    count, rank, local = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")))
-    device = _device(machine, local)
-    if count == 1:
-        yield Processes(device)
+    world_size, rank, local_rank = (
+        int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
+    )
+    device = _choose_device(machine, local_rank)
+    if world_size == 1:
+        yield ProcessGroup(device)
         return
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Processes(device, rank, count)
+        yield ProcessGroup(device, rank, world_size)
     finally:
         distributed.destroy_process_group()
 
 
-def _device(machine: MachineConfig, local: int) -> torch.device:
-    there = torch.cuda.device_count()
-    if machine.device == "cpu" or (machine.device == "auto" and not there):
+def _choose_device(machine: MachineConfig, local_rank: int) -> torch.device:
+    gpus = torch.cuda.device_count()
+    if machine.device == "cpu" or (machine.device == "auto" and not gpus):
         return torch.device("cpu")
-    if local >= there:
+    if local_rank >= gpus:
         raise TrainingError(
-            f'device is {machine.device!r}, and process {local + 1} of this machine finds {there} GPUs; set device = "cpu".'
+            f"device is {machine.device!r}, but process {local_rank + 1} of this machine finds {gpus} GPUs. "
+            'Start at most one process for each GPU, or set device = "cpu" under [machine].'
         )
-    torch.cuda.set_device(local)
-    return torch.device("cuda", local)
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

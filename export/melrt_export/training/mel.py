@@ -1,4 +1,4 @@
-"""Log-mels in PyTorch: a voice's mel convention on the training device, with gradients."""
+"""Log-mels in PyTorch, on the training device and with gradients."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from melrt.mel.features import mel_filters
 from melrt.mel.spec import MelSpec
-from melrt_export.audio_features import mel_filters
 
 
 class LogMel(nn.Module):
-    """Audio (B, N) to log-mel frames (B, M, T): what `melrt_export.audio_features.mel_from_audio` computes, to 1e-4."""
+    """Maps audio (B, N) to log-mel frames (B, M, T); equal to `melrt.mel.features.mel_from_audio` within 1e-4."""
 
     filters: Tensor
     window: Tensor
@@ -35,7 +35,7 @@ class LogMel(nn.Module):
         return self._logarithm(self.filters @ magnitude**spec.power)
 
     def frames(self, audio: Tensor) -> Tensor:
-        """One frame for each hop of audio, (B, M, N // hop): the generator's input. Centerd framing has one more, at the end."""
+        """Return one frame for each hop of audio, (B, M, N // hop), for the generator. The last frame of centered framing is dropped."""
         return cast(Tensor, self(audio))[..., : audio.shape[-1] // self.spec.hop]
 
     def _logarithm(self, bands: Tensor) -> Tensor:

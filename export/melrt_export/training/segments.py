@@ -1,4 +1,7 @@
-"""Random segments of the recordings: a function of seed and number alone, whatever processes read them and wherever a run resumes."""
+"""Random segments of the recordings.
+
+A segment depends on the seed and its number alone. The number of processes and the step at which a run resumes do not change it.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,11 @@ from melrt_export.training.config import DataConfig
 from melrt_export.training.recordings import Recording, read_recording
 
 
-class Segments(Dataset[Tensor]):
-    """Segment number i, shape (N,): of recording i of an endless row of shuffles, cut and scaled at random."""
+class SegmentDataset(Dataset[Tensor]):
+    """Training segments, each of shape (N,).
+
+    Segment i comes from recording i of an endless sequence of shuffled passes over the recordings. Position and scale are random.
+    """
 
     def __init__(self, recordings: Sequence[Recording], config: DataConfig, sample_rate: int, seed: int) -> None:
         self.recordings = recordings
@@ -33,45 +39,47 @@ class Segments(Dataset[Tensor]):
         scale = self.config.peak / recording.peak * noise.uniform(*self.config.gain)
         audio, _, _ = read_recording(recording.path, self.sample_rate, start, self.config.segment)
         if len(audio) != self.config.segment:
-            raise AudioError(f"{recording.path} became shorter since the training began.")
+            raise AudioError(f"{recording.path} is shorter than when the training began.")
         return torch.from_numpy(np.asarray(audio * scale, np.float32))
 
     def _recording_of(self, number: int) -> int:
-        turn, position = divmod(number, len(self.recordings))
-        if self._shuffle[0] != turn:
-            self._shuffle = turn, np.random.default_rng((self.seed, 0, turn)).permutation(len(self.recordings))
+        epoch, position = divmod(number, len(self.recordings))
+        if self._shuffle[0] != epoch:
+            self._shuffle = epoch, np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.recordings))
         return int(self._shuffle[1][position])
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """The numbers of the segments that one of several processes takes, step by step."""
+class BatchSampler:
+    """Yields, for each step, the numbers of the segments that one process trains on."""
 
     batch: int
-    """Segments of a step, over all processes."""
+    """Segments in one step, over all processes."""
     rank: int
-    count: int
-    first: int
-    """Step to begin with."""
-    steps: int
-    """Step to end before."""
+    """Rank of the process."""
+    world_size: int
+    """Number of processes."""
+    start: int
+    """First step."""
+    stop: int
+    """Step after the last one."""
 
     def __iter__(self) -> Iterator[list[int]]:
-        own = self.batch // self.count
-        for step in range(self.first, self.steps):
+        own = self.batch // self.world_size
+        for step in range(self.start, self.stop):
             begin = step * self.batch + self.rank * own
             yield list(range(begin, begin + own))
 
 
-def batches(segments: Segments, share: Share, pinned: bool) -> Iterator[Tensor]:
-    """A batch (B, N) for each step, read ahead by the config's worker processes.
+def load_batches(segments: SegmentDataset, sampler: BatchSampler, pinned: bool) -> Iterator[Tensor]:
+    """Yield a batch (B, N) for each step. The config's worker processes read ahead.
 
     Raises:
-        TrainingError: A recording that could be read when the training began can be no longer.
+        TrainingError: A recording can no longer be read.
     """
     loader: DataLoader[Tensor] = DataLoader(
         segments,
-        batch_sampler=share,
+        batch_sampler=sampler,
         num_workers=segments.config.workers,
         pin_memory=pinned,
         worker_init_fn=_leave_signals_to_parent,
@@ -79,11 +87,11 @@ def batches(segments: Segments, share: Share, pinned: bool) -> Iterator[Tensor]:
     try:
         yield from loader
     except AudioError as error:
-        reason = str(error).strip().splitlines()[-1]  # a worker's error carries its traceback above its own text
-        raise TrainingError(f"{reason.partition('AudioError: ')[2] or reason} Bring it back and resume.") from error
+        reason = str(error).strip().splitlines()[-1]  # the message of a worker's error begins with its traceback
+        raise TrainingError(f"{reason.partition('AudioError: ')[2] or reason} Restore the file and resume with --resume.") from error
 
 
 def _leave_signals_to_parent(_worker: int) -> None:
-    """Ctrl-C goes to every process of the terminal; the workers go on until the parent, which saves first, is done with them."""
+    """Ignore Ctrl-C, which the terminal sends to every process: the parent saves the state first, and then ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,6 +1,6 @@
-"""A training on disk: both networks and their optimizers in one safetensors file, which is replaced in one step.
+"""Saved state of a training: both networks and their optimizers in one safetensors file.
 
-Nothing in it is ever executed, and a process that is killed while it writes leaves the file of before.
+The file is replaced in one step, so a process that is killed while it writes leaves the previous state. Reading it executes no code.
 """
 
 from __future__ import annotations
@@ -23,75 +23,85 @@ from melrt_export.training.step import AdversarialStep
 FILE = "training.safetensors"
 VERSION = 1
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_SAME_CONFIG = "Resume with the config that the run was started with."
+_RESTART = "Start a new run; it can take this run's best/ folder as start_from."
 
 
 @dataclass(slots=True)
 class History:
-    """How far a training is, and how good it was on the way."""
+    """Steps done, and the validation errors so far."""
 
     step: int = 0
-    """Steps done."""
+    """Number of steps done."""
     errors: list[tuple[int, float]] = field(default_factory=list)
-    """Each validation: after how many steps, and the log-mel error."""
+    """Step and log-mel error of each validation."""
 
     @property
     def best(self) -> tuple[int, float]:
-        """The validation with the smallest error."""
+        """Step and log-mel error of the validation with the smallest error."""
         return min(self.errors, key=lambda entry: entry[1])
 
 
-def save_state(run: Path, step: AdversarialStep, history: History, voice: Mapping[str, Any]) -> None:
-    """Write the training's state in place of the one before.
+def save_state(run: Path, train_step: AdversarialStep, history: History, voice: Mapping[str, Any]) -> None:
+    """Write the state of a training, in place of the previous one.
 
     Args:
-        run: The run's folder.
-        step: Networks and optimizers.
-        history: How far it is.
-        voice: Shape and mel convention, plain values: a run is resumed only with the same.
+        run: Folder of the run.
+        train_step: Networks and optimizers.
+        history: Steps done and validation errors.
+        voice: Generator shape and mel convention as plain values. A run can only be resumed with the same ones.
     """
     from safetensors.torch import save as encode
 
     header = {
         "format": "melrt training", "version": VERSION, "step": history.step, "errors": history.errors, "voice": voice,
-        "scaler": step.scaler.state_dict(),
+        "scaler": train_step.scaler.state_dict(),
     }  # fmt: skip
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(step)}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(train_step)}
     with atomic_write(run / FILE) as temporary:
         temporary.write_bytes(encode(tensors, {"melrt": json.dumps(header)}))
 
 
-def load_state(run: Path, step: AdversarialStep, voice: Mapping[str, Any]) -> History:
-    """Put a run's state into these networks and optimizers.
+def load_state(run: Path, train_step: AdversarialStep, voice: Mapping[str, Any]) -> History:
+    """Load the state of a run into networks and optimizers.
+
+    Args:
+        run: Folder of the run.
+        train_step: Networks and optimizers, which are overwritten.
+        voice: Generator shape and mel convention of the config.
+
+    Returns:
+        The history of the run.
 
     Raises:
-        TrainingError: No state there, a damaged one, or one of another network or voice; what differs is named.
+        TrainingError: The state does not exist, is damaged, or belongs to another network or voice. The message names the difference.
     """
     path = run / FILE
     if not path.is_file():
         raise TrainingError(f"{path} does not exist, so there is nothing to resume. Start without --resume.")
-    header = _header(path)
+    header = _read_header(path)
     try:
         tensors = {name: torch.from_numpy(value) for name, value in read_safetensors(path).items()}
     except CheckpointError as error:
-        raise TrainingError(f"{error} Start a new run; its best/ can be the start_from.") from error
+        raise TrainingError(f"{error} {_RESTART}") from error
     if differing := sorted(key for key in set(voice) | set(header["voice"]) if voice.get(key) != header["voice"].get(key)):
-        raise TrainingError(f"{path} is of a voice with another {' and '.join(differing)}. Resume with the config it was begun with.")
-    for prefix, network, optimizer in _parts(step):
+        raise TrainingError(f"{path} belongs to a voice with another {' and '.join(differing)}. {_SAME_CONFIG}")
+    for prefix, network, optimizer in _networks(train_step):
         _load_network(path, prefix, network, tensors)
         _load_optimizer(path, prefix, network, optimizer, tensors)
     if tensors:
-        raise TrainingError(f"{path} holds {len(tensors)} tensors of another network, {min(tensors)} among them; use the run's own config.")
-    step.scaler.load_state_dict(header["scaler"])
+        raise TrainingError(f"{path} has {len(tensors)} tensors that this network lacks, {min(tensors)} among them. {_SAME_CONFIG}")
+    train_step.scaler.load_state_dict(header["scaler"])
     return History(header["step"], [(int(at), float(error)) for at, error in header["errors"]])
 
 
-def _parts(step: AdversarialStep) -> Iterator[tuple[str, nn.Module, torch.optim.Optimizer]]:
-    yield "generator", step.generator, step.generator_optimizer
-    yield "discriminator", step.discriminator, step.discriminator_optimizer
+def _networks(train_step: AdversarialStep) -> Iterator[tuple[str, nn.Module, torch.optim.Optimizer]]:
+    yield "generator", train_step.generator, train_step.generator_optimizer
+    yield "discriminator", train_step.discriminator, train_step.discriminator_optimizer
 
 
-def _tensors(step: AdversarialStep) -> Iterator[tuple[str, Tensor]]:
-    for prefix, network, optimizer in _parts(step):
+def _tensors(train_step: AdversarialStep) -> Iterator[tuple[str, Tensor]]:
+    for prefix, network, optimizer in _networks(train_step):
         for name, tensor in network.state_dict().items():
             yield f"{prefix}.{name}", tensor
         for name, parameter in network.named_parameters():
@@ -99,36 +109,34 @@ def _tensors(step: AdversarialStep) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}_optimizer.{name}.{moment}", value
 
 
-def _header(path: Path) -> dict[str, Any]:
+def _read_header(path: Path) -> dict[str, Any]:
     from safetensors import safe_open
 
     try:
         with safe_open(path, "np") as file:
             header = json.loads(file.metadata()["melrt"])
         if header["version"] > VERSION:
-            raise TrainingError(f"{path} has version {header['version']}; this melrt reads up to {VERSION}: pip install --upgrade melrt")
+            raise TrainingError(f"{path} has version {header['version']}; this melrt reads {VERSION}. Run `pip install --upgrade melrt`.")
         if not (type(header["step"]) is int and header["step"] >= 0 and all(len(entry) == 2 for entry in header["errors"])):
-            raise ValueError("wrong step or errors")
+            raise ValueError("its step or errors are malformed")
         if not isinstance(header["voice"], dict) or not isinstance(header["scaler"], dict):
-            raise ValueError("no voice or scaler")
+            raise ValueError("its voice or scaler is missing")
     except TrainingError:
         raise
-    except Exception as error:  # a damaged file fails anywhere in the reader
-        raise TrainingError(
-            f"{path} is not a training's state, or damaged ({error}). Start a new run; its best/ can be the start_from."
-        ) from error
+    except Exception as error:  # a damaged file can raise any exception in the reader
+        raise TrainingError(f"{path} is not the state of a training, or it is damaged ({error}). {_RESTART}") from error
     return dict(header)
 
 
 def _load_network(path: Path, prefix: str, network: nn.Module, tensors: dict[str, Tensor]) -> None:
     state = {}
     for name, own in network.state_dict().items():
-        state[name] = _taken(path, f"{prefix}.{name}", own, tensors)
+        state[name] = _take(path, f"{prefix}.{name}", own, tensors)
     network.load_state_dict(state)
 
 
 def _load_optimizer(path: Path, prefix: str, network: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """An optimizer that has not stepped yet has no state, which is one too."""
+    """Load the optimizer's moments, if the file has any: an optimizer that has made no step has none."""
     if not any(name.startswith(f"{prefix}_optimizer.") for name in tensors):
         return
     names = {id(parameter): name for name, parameter in network.named_parameters()}
@@ -136,15 +144,16 @@ def _load_optimizer(path: Path, prefix: str, network: nn.Module, optimizer: torc
     for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
         like = {"step": torch.tensor(0.0), "exp_avg": parameter, "exp_avg_sq": parameter}
         stem = f"{prefix}_optimizer.{names[id(parameter)]}"
-        state[i] = {moment: _taken(path, f"{stem}.{moment}", like[moment], tensors) for moment in _MOMENTS}
+        state[i] = {moment: _take(path, f"{stem}.{moment}", like[moment], tensors) for moment in _MOMENTS}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _taken(path: Path, name: str, like: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+def _take(path: Path, name: str, like: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    """Remove a tensor from `tensors` and return it, after a check of its shape and values."""
     if name not in tensors or tensors[name].shape != like.shape:
-        there = f"of shape {tuple(tensors[name].shape)}" if name in tensors else "missing"
-        raise TrainingError(f"{path}: {name} is {there}; expected shape {tuple(like.shape)}. Resume with the config it was begun with.")
+        found = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is missing"
+        raise TrainingError(f"{path}: {name} {found}; expected shape {tuple(like.shape)}. {_SAME_CONFIG}")
     value = tensors.pop(name)
     if not np.isfinite(value.numpy()).all():
-        raise TrainingError(f"{path}: {name} holds values that are not finite. Start a new run; its best/ can be the start_from.")
+        raise TrainingError(f"{path}: {name} has values that are not finite. {_RESTART}")
     return value

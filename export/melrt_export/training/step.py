@@ -1,4 +1,4 @@
-"""One step of the game: the discriminators learn to tell synthesis from recording, the generator to be taken for one."""
+"""One adversarial training step: the losses and optimizer updates of discriminators and generator."""
 
 from __future__ import annotations
 
@@ -13,60 +13,60 @@ from torch.nn.parallel import DistributedDataParallel
 
 from melrt_export.training.config import TrainingConfig
 from melrt_export.training.discriminator import Discriminator, Features
-from melrt_export.training.distributed import Processes
+from melrt_export.training.distributed import ProcessGroup
 from melrt_export.training.losses import StftLoss, adversarial_loss, discriminator_loss, feature_matching_loss
 from melrt_export.training.mel import LogMel
 from melrt_export.training.voice import TrainableVoice
 
 
 @dataclass(frozen=True, slots=True)
-class Synthesis:
-    """A batch and what the generator made of it."""
+class SynthesizedBatch:
+    """Recordings of a batch, their mels, and the waveforms that the generator made from these mels."""
 
     mel: Tensor
     """Log-mel frames of the recording, (B, M, T)."""
     recording: Tensor
-    """(B, N), N = T·hop."""
+    """Samples of the recordings, (B, N), N = T·hop."""
     output: Tensor
-    """The generator's waveform, (B, N), float32, with its gradient."""
+    """Output of the generator, (B, N), float32, with gradient."""
 
 
-ExtraLoss = Callable[[Synthesis], Tensor]
-"""A term of the generator's objective, already weighted; a distillation, say. It is a mean over the batch."""
+ExtraLoss = Callable[[SynthesizedBatch], Tensor]
+"""Additional term of the generator's objective, for example a distillation loss: a weighted mean over the batch."""
 
 
 class AdversarialStep:
-    """Both networks with their optimizers; a call is one step of each.
+    """Both networks with their optimizers. A call makes one step of each.
 
-    As melgan-neurips: the generator runs once; the discriminators learn first; the generator then follows the discriminators just
-    updated, while the recording's features are those from before the update. Both halves of the discriminators' batch, recording and
-    synthesis, go through in one pass, and no gradient of their weights is computed while the generator learns.
+    The order is that of melgan-neurips: the generator runs once, the discriminators are updated, and then the generator is updated with
+    the updated discriminators, but with features of the recording from before their update. Recording and synthesis go through the
+    discriminators in one pass, and the generator's update computes no gradient of the discriminators' weights.
     """
 
-    def __init__(self, config: TrainingConfig, voice: TrainableVoice, processes: Processes, extra: Mapping[str, ExtraLoss]) -> None:
+    def __init__(self, config: TrainingConfig, voice: TrainableVoice, processes: ProcessGroup, extra: Mapping[str, ExtraLoss]) -> None:
         self.config = config
         self.extra = dict(extra)
         device = processes.device
         self.log_mel = LogMel(voice.spec).to(device)
         self.stft_loss = StftLoss().to(device)
         self.generator = voice.generator.to(device)
-        self.discriminator = _first_discriminator(config).to(device)
+        self.discriminator = _random_discriminator(config).to(device)
         if config.machine.compile:
             self.generator.compile()
             self.discriminator.compile()
         rates = config.optimizer
         self.generator_optimizer = _adam(self.generator, rates.learning_rate, rates.betas)
         self.discriminator_optimizer = _adam(self.discriminator, rates.discriminator_learning_rate, rates.betas)
-        # float16 has too small a range for gradients; they are scaled into it. The other precisions pass through unchanged.
+        # The range of float16 is too small for gradients, so they are scaled. Other precisions are not scaled.
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.machine.precision == "float16")
-        self._shared_generator: nn.Module = self.generator
-        self._shared_discriminator: nn.Module = self.discriminator
+        self._parallel_generator: nn.Module = self.generator
+        self._parallel_discriminator: nn.Module = self.discriminator
         self._processes = processes
 
-    def share(self) -> None:
-        """Let gradients be averaged over all processes from now on; the first process's weights go to all."""
-        if self._processes.count > 1:
-            self._shared_generator, self._shared_discriminator = (
+    def parallelize(self) -> None:
+        """Copy the weights of rank 0 to all processes, and average gradients over all processes from then on."""
+        if self._processes.world_size > 1:
+            self._parallel_generator, self._parallel_discriminator = (
                 DistributedDataParallel(network, broadcast_buffers=False) for network in (self.generator, self.discriminator)
             )
 
@@ -74,82 +74,82 @@ class AdversarialStep:
         """Train on a batch of segments.
 
         Args:
-            recording: Shape (B, N), on the networks' device.
-            step: Number of the step, from 0: decides rates and which terms take part.
+            recording: Samples, shape (B, N), on the networks' device.
+            step: Number of the step, from 0, which sets the learning rates and selects the terms.
 
         Returns:
-            Each term's value, unweighted and without gradient.
+            Unweighted value of each term, without gradient.
         """
-        self._set_rates(step)
+        self._set_learning_rates(step)
         losses = self.config.losses
         mel = self.log_mel.frames(recording)
-        with self._precision():
-            output = self._shared_generator(mel)
-        synthesis = Synthesis(mel, recording, output.squeeze(1).float())
+        with self._autocast():
+            output = self._parallel_generator(mel)
+        batch = SynthesizedBatch(mel, recording, output.squeeze(1).float())
         values: dict[str, Tensor] = {}
         real: Features | None = None
         if losses.uses_discriminator and step >= losses.discriminator_from:
-            real, values["discriminator"] = self._train_discriminator(synthesis)
-        terms = dict(self._terms(synthesis, real if step >= losses.adversarial_from else None))
+            real, values["discriminator"] = self._train_discriminator(batch)
+        terms = dict(self._terms(batch, real if step >= losses.adversarial_from else None))
         total = torch.stack([weight * value for weight, value in terms.values()]).sum()
-        self._descend(total, self.generator_optimizer)
+        self._update(total, self.generator_optimizer)
         self.scaler.update()
         return values | {name: value.detach() for name, (_, value) in terms.items()} | {"generator": total.detach()}
 
-    def _train_discriminator(self, synthesis: Synthesis) -> tuple[Features, Tensor]:
-        both = torch.cat([synthesis.recording, synthesis.output.detach()])[:, None]
-        with self._precision():
-            features = self._shared_discriminator(both)
+    def _train_discriminator(self, batch: SynthesizedBatch) -> tuple[Features, Tensor]:
+        both = torch.cat([batch.recording, batch.output.detach()])[:, None]
+        with self._autocast():
+            features = self._parallel_discriminator(both)
         half = len(both) // 2
         real, fake = ([[layer[part] for layer in scale] for scale in features] for part in (slice(half), slice(half, None)))
         loss = discriminator_loss(real, fake)
-        self._descend(loss, self.discriminator_optimizer)
+        self._update(loss, self.discriminator_optimizer)
         return [[layer.detach() for layer in scale] for scale in real], loss.detach()
 
-    def _terms(self, synthesis: Synthesis, real: Features | None) -> Iterator[tuple[str, tuple[float, Tensor]]]:
-        """Name, weight and value of each term of the generator's objective."""
+    def _terms(self, batch: SynthesizedBatch, real: Features | None) -> Iterator[tuple[str, tuple[float, Tensor]]]:
+        """Yield name, weight and value of each term of the generator's objective."""
         losses = self.config.losses
         if real is not None:
             self.discriminator.requires_grad_(False)
-            with self._precision():
-                fake = self.discriminator(synthesis.output[:, None])
+            with self._autocast():
+                fake = self.discriminator(batch.output[:, None])
             self.discriminator.requires_grad_(True)
             yield "adversarial", (losses.adversarial, adversarial_loss(fake))
             yield "feature_matching", (losses.feature_matching, feature_matching_loss(real, fake, losses.feature_scale))
         if losses.stft:
-            yield "stft", (losses.stft, self.stft_loss(synthesis.recording, synthesis.output))
+            yield "stft", (losses.stft, self.stft_loss(batch.recording, batch.output))
         if losses.mel:
-            yield "mel", (losses.mel, F.l1_loss(self.log_mel.frames(synthesis.output), synthesis.mel))
+            yield "mel", (losses.mel, F.l1_loss(self.log_mel.frames(batch.output), batch.mel))
         for name, extra in self.extra.items():
-            yield name, (1.0, extra(synthesis))
+            yield name, (1.0, extra(batch))
 
-    def _descend(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    def _update(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
         torch.autograd.backward(self.scaler.scale(loss))
         self.scaler.step(optimizer)
 
-    def _set_rates(self, step: int) -> None:
+    def _set_learning_rates(self, step: int) -> None:
         rates = self.config.optimizer
-        factor = rates.factor(step)
+        factor = rates.rate_factor(step)
         for optimizer, rate in (
             (self.generator_optimizer, rates.learning_rate),
             (self.discriminator_optimizer, rates.discriminator_learning_rate),
         ):
             optimizer.param_groups[0]["lr"] = rate * factor
 
-    def _precision(self) -> contextlib.AbstractContextManager[object]:
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
         precision = self.config.machine.precision
         if precision == "float32":
             return contextlib.nullcontext()
         return torch.autocast(self._processes.device.type, torch.bfloat16 if precision == "bfloat16" else torch.float16)
 
 
-def _first_discriminator(config: TrainingConfig) -> Discriminator:
+def _random_discriminator(config: TrainingConfig) -> Discriminator:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed + 1)
         return Discriminator(config.discriminator)
 
 
 def _adam(network: nn.Module, rate: float, betas: tuple[float, float]) -> torch.optim.Adam:
-    # fused: one kernel for all tensors instead of several for each; a step of the published networks has 400 tensors
+    # fused: one kernel for all tensors instead of several for each tensor; the published networks have 400 tensors
     return torch.optim.Adam([p for p in network.parameters() if p.requires_grad], rate, betas, fused=True)

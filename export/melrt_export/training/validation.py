@@ -1,4 +1,4 @@
-"""How close the voice is to recordings that it does not learn from."""
+"""Validation: the log-mel error of the voice on recordings that are kept from training."""
 
 from __future__ import annotations
 
@@ -8,74 +8,76 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from melrt_export.training.distributed import Processes
+from melrt_export.training.distributed import ProcessGroup
 from melrt_export.training.mel import LogMel
 from melrt_export.training.recordings import Recording, read_recording
 
-# Utterances that are kept to be heard and seen.
-SAMPLES = 3
+# Utterances that are logged as audio and spectrogram.
+MAX_SAMPLES = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """An utterance of the validation: the recording, and what the voice makes of its mel."""
+    """Recording of a validation utterance, and its synthesis from the recording's mel."""
 
     name: str
+    """File name without suffix."""
     recording: Tensor
-    """Shape (N,)."""
+    """Samples of the recording, (N,)."""
     synthesis: Tensor
-    """Shape (N,)."""
+    """Samples of the synthesis, (N,)."""
     recording_mel: Tensor
-    """Shape (M, T)."""
+    """Log-mel of the recording, (M, T)."""
     synthesis_mel: Tensor
-    """Shape (M, T)."""
+    """Log-mel of the synthesis, (M, T)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """The voice after so many steps."""
+    """Result of one validation."""
 
     step: int
+    """Number of training steps done."""
     error: float
-    """Mean absolute difference of the log-mels, over all bands and frames, in the convention's logarithm."""
+    """Mean absolute difference of the log-mels over all bands and frames, in units of the convention's logarithm."""
     samples: tuple[Sample, ...]
-    """The first few utterances; all of them the first process's."""
+    """First few utterances of the process of rank 0."""
 
 
 def validate(
-    generator: nn.Module, log_mel: LogMel, recordings: Sequence[Recording], peak: float, processes: Processes
+    generator: nn.Module, log_mel: LogMel, recordings: Sequence[Recording], peak: float, processes: ProcessGroup
 ) -> tuple[float, tuple[Sample, ...]]:
-    """Synthesize whole recordings from their mels; the work is shared among the processes.
+    """Synthesize whole recordings from their mels, and measure the log-mel error. The processes share the work.
 
     Args:
-        generator: As it is trained.
-        log_mel: The mel convention.
-        recordings: Whole utterances.
-        peak: Each is scaled to this one.
-        processes: All of them take part.
+        generator: Generator to validate.
+        log_mel: Mel computation of the voice.
+        recordings: Recordings for validation.
+        peak: Peak to which each recording is scaled.
+        processes: Process group; every process must call this function.
 
     Returns:
-        The log-mel error over all recordings, and the first few of this process's.
+        Log-mel error over all recordings, and samples of this process's first few.
     """
     total, values = 0.0, 0
     samples: list[Sample] = []
-    for recording in recordings[processes.rank :: processes.count]:
+    for recording in recordings[processes.rank :: processes.world_size]:
         sample = _sample(generator, log_mel, recording, peak, processes)
         total += float((sample.recording_mel - sample.synthesis_mel).abs().sum())
         values += sample.recording_mel.numel()
-        if len(samples) < SAMPLES:
+        if len(samples) < MAX_SAMPLES:
             samples.append(sample)
     total, counted = processes.sum(total, values)
     return total / counted, tuple(samples)
 
 
 @torch.no_grad()
-def _sample(generator: nn.Module, log_mel: LogMel, recording: Recording, peak: float, processes: Processes) -> Sample:
+def _sample(generator: nn.Module, log_mel: LogMel, recording: Recording, peak: float, processes: ProcessGroup) -> Sample:
     spec = log_mel.spec
     audio, _, _ = read_recording(recording.path, spec.sample_rate)
     samples = len(audio) // spec.hop * spec.hop
     target = torch.from_numpy(audio[:samples] * (peak / recording.peak))[None].to(processes.device)
     mel = log_mel.frames(target)
-    synthesis = generator.forward(mel).squeeze(1).float()  # not compiled: that would be done anew for every length
-    pictures = mel, log_mel.frames(synthesis)
-    return Sample(recording.path.stem, *(value[0].cpu() for value in (target, synthesis, *pictures)))
+    synthesis = generator.forward(mel).squeeze(1).float()  # without torch.compile, which would recompile for every length
+    mels = mel, log_mel.frames(synthesis)
+    return Sample(recording.path.stem, *(value[0].cpu() for value in (target, synthesis, *mels)))

@@ -1,4 +1,4 @@
-"""Weight norm on a network under training, and off it again."""
+"""Adding weight norm to a network in training, and folding it into plain weights."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def add_weight_norm(network: Network) -> Network:
-    """Split the weight of every convolution into magnitude and direction, in place; the network's function stays the same.
+    """Split the weight of every convolution into magnitude and direction, in place. The output of the network does not change.
 
-    The first weights are PyTorch's own. melgan-neurips draws them from a normal distribution with deviation 0.02 after the norm was
-    added, but there the hook of the norm computes them anew from magnitude and direction, so that its networks too start from PyTorch's.
+    The initial weights are PyTorch's default. melgan-neurips draws weights from a normal distribution with deviation 0.02 after it has
+    added the norm, but the norm's hook overwrites them with weights computed from magnitude and direction, so its networks start from
+    PyTorch's default too.
     """
     for layer in network.modules():
         if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d):
@@ -26,5 +27,5 @@ def add_weight_norm(network: Network) -> Network:
 
 
 def folded_weights(network: nn.Module) -> dict[str, np.ndarray]:
-    """The network's tensors with the norm folded into plain weights, float32, under their plain names."""
+    """Return the network's tensors in float32 under their plain names, with the norm folded into the weights."""
     return fold_weight_norm({name: value.detach().float().cpu().numpy() for name, value in network.state_dict().items()})

@@ -1,15 +1,14 @@
-"""The interface of an inference engine: a voice's graphs, loaded on one device."""
+"""The interface of an inference engine: a voice's two graphs, loaded on one device."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
-from numpy.typing import NDArray
-
-from melrt.mel.spec import MelSpec
 from melrt.planning.edges import Edges
-from melrt.planning.windows import GraphKind, Policy, ReceptiveField
+from melrt.planning.windows import GraphKind, Policy, Window
+from melrt.types import Audio, Mel
 
 BACKENDS = ("tensorrt", "onnxruntime")
 PRECISIONS = ("fp32", "tf32", "fp16", "int8")
@@ -23,27 +22,70 @@ class Backend(Protocol):
     device: str
     """`cpu`, `cuda:0`, ..."""
     machine: str
-    """The processor or GPU that it runs on."""
+    """Name of the processor or GPU."""
     precision: str
-    """Of the artifacts."""
+    """Precision of the artifacts."""
     policy: Policy
-    """How it likes its windows, where `melrt tune` has not measured it."""
+    """Default windows, used until `melrt tune` has measured this machine."""
     candidates: tuple[Policy, ...]
-    """What `melrt tune` may try instead."""
+    """Windows that `melrt tune` tries."""
 
-    def run(self, graph: GraphKind, mel: NDArray[np.float32]) -> NDArray[Any]:
-        """Mel frames (B, M, T) through a graph to samples (B, T·hop), float32 or (if so opened) int16, a fresh array."""
+    def run(self, graph: GraphKind, mel: Mel) -> Audio:
+        """Run mel frames (B, M, T) on the host through a graph.
+
+        Returns:
+            Samples (B, T*hop), float32 or (if the backend was opened so) int16. A fresh array.
+        """
         ...
 
     def close(self) -> None:
-        """Give memory back; no run is going on, and none follows."""
+        """Release the memory. No run is in progress, and none follows."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceUtterance:
+    """One utterance of a mel in GPU memory, and its place in the output there."""
+
+    mel: Any
+    """The backend's view of the whole mel."""
+    audio: Any
+    """The backend's view of the whole output."""
+    index: int
+    """Index of the utterance in the batch."""
+    edges: Edges
+    """Frames added at its ends."""
+
+
+class DeviceMelView(Protocol):
+    """A mel in GPU memory that a backend can read there."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Batch, bands and frames."""
         ...
 
 
 @runtime_checkable
 class DeviceBackend(Backend, Protocol):
-    """A backend that also takes whole mels that are on its GPU."""
+    """A backend that also reads mels in the memory of its GPU and writes audio there."""
 
-    def speak(self, mel: Any, spec: MelSpec, field: ReceptiveField, edges: Edges, policy: Policy) -> Any:
-        """A mel on the GPU to audio of the same kind there, in order with the caller's stream."""
+    def view_mel(self, mel: object) -> DeviceMelView:
+        """Look at a mel (M, T) or (B, M, T) without copying it.
+
+        Raises:
+            MelError: Another shape or dtype than float32, or memory of another device or context.
+        """
+        ...
+
+    def make_audio(self, mel: DeviceMelView, samples: int) -> tuple[Any, Any]:
+        """Make the output of a mel: the caller's array, (N,) or (B, N), and the backend's view of it.
+
+        Raises:
+            MelError: The mel's library is not one that melrt can make arrays of.
+        """
+        ...
+
+    def run_on_device(self, jobs: Sequence[tuple[DeviceUtterance, Window]]) -> None:
+        """Queue windows of one graph and length, in order with the streams that their mels were made on. Nothing is waited for."""
         ...

@@ -1,4 +1,4 @@
-"""ONNX Runtime, on CPU and CUDA."""
+"""ONNX Runtime on CPU and CUDA."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from melrt.errors import BackendError, MissingExtraError
 from melrt.planning.windows import GraphKind, Policy
 from melrt.system import cpu_name, find_gpu
+from melrt.types import FloatAudio, Mel
 
 _ERRORS_ONLY = 3
-# Measured per kept frame (docs/windows.md): shorter windows recompute more context, longer ones fall out of the cache.
+# Measured per kept frame (docs/windows.md): shorter windows recompute more context, longer ones exceed the cache.
 CPU_WINDOW = 128
 CPU_WINDOWS = (48, 64, 96, 128, 192, 256, 384)
-# Not confirmed on a GPU: long enough that the context is under a tenth, one shape so that cuDNN chooses its kernels once.
+# Not confirmed on a GPU: long enough that the context is below a tenth; one shape, so that cuDNN chooses its kernels once.
 CUDA_WINDOW = 256
 CUDA_WINDOWS = (64, 128, 256, 512)
 CUDA_BATCH = 8
@@ -26,25 +26,25 @@ CUDA_BATCHES = (1, 4, 8, 16, 32)
 
 
 def usable_devices() -> tuple[str, ...]:
-    """Devices that the installed ONNX Runtime was built for, best first; a device of the list may still be absent."""
+    """Return the device kinds that the installed ONNX Runtime was built for, best first. The device itself may still be absent."""
     available = _onnxruntime().get_available_providers()
     return ("cuda", "cpu") if "CUDAExecutionProvider" in available else ("cpu",)
 
 
 class OnnxModel:
-    """One ONNX model in one session; safe to call from several threads."""
+    """One ONNX model in one session. Safe to call from several threads."""
 
     def __init__(self, model: bytes, device: str = "cpu", threads: int = 0, *, blocked: bool = True) -> None:
         """Load a model.
 
         Args:
-            model: Serialized ONNX, verified by the caller.
+            model: Serialized ONNX model, verified by the caller.
             device: `cpu`, or `cuda:0`, `cuda:1`, ...
             threads: CPU threads that share one run; 0 for one per physical core.
-            blocked: Let ONNX Runtime use its blocked layout: faster on one thread, slower where several share a run (docs/windows.md).
+            blocked: Use ONNX Runtime's blocked layout: faster on one thread, slower if several threads share a run (docs/windows.md).
 
         Raises:
-            BackendError: ONNX Runtime refuses the model, or the device is not to be had.
+            BackendError: ONNX Runtime rejects the model, or the device is not available.
         """
         ort = _onnxruntime()
         if device != "cpu" and "CUDAExecutionProvider" not in ort.get_available_providers():
@@ -57,40 +57,43 @@ class OnnxModel:
         try:
             self._session = ort.InferenceSession(model, options, providers=_providers(device))
         except Exception as error:  # ONNX Runtime's exceptions have no common base
-            raise BackendError(f"ONNX Runtime {ort.__version__} refused the model: {error}") from error
+            raise BackendError(f"ONNX Runtime {ort.__version__} rejected the model: {error}") from error
         if device != "cpu" and self._session.get_providers()[0] != "CUDAExecutionProvider":
             raise BackendError("ONNX Runtime found no usable CUDA device; `melrt doctor` shows what is missing.")
 
-    def run(self, mel: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Mel frames (B, M, T) to whatever the model makes of them.
+    def run(self, mel: Mel) -> FloatAudio:
+        """Run mel frames (B, M, T) through the model; the output's shape is the model's.
 
         Raises:
             BackendError: ONNX Runtime failed.
         """
         try:
             (audio,) = self._session.run(None, {"mel": mel})
-        except Exception as error:  # as above
+        except Exception as error:  # the same
             raise BackendError(f"ONNX Runtime failed on a mel of shape {mel.shape}: {error}") from error
         return np.asarray(audio, np.float32)
 
 
 class OnnxRuntime:
-    """A voice's two graphs.
+    """A voice's two graphs in ONNX Runtime.
 
     On a CPU every run has one thread, and as many windows run at the same time as there are cores: ONNX Runtime's blocked
-    convolutions divide a run by channels and height only, so that with height 1 half of this network runs on one core anyway.
+    convolutions divide a run by channels and height only, so with height 1 half of this network would run on one core anyway.
     """
 
     name = "onnxruntime"
 
     def __init__(self, models: Mapping[GraphKind, bytes], precision: str, device: str, threads: int | None = None) -> None:
-        """Load both graphs; errors as `OnnxModel`'s.
+        """Load both graphs.
 
         Args:
-            models: Serialized ONNX of `edge` and `interior`, verified by the caller.
-            precision: Of the models.
+            models: Serialized ONNX models of `edge` and `interior`, verified by the caller.
+            precision: Precision of the models.
             device: `cpu`, or `cuda:0`, `cuda:1`, ...
             threads: CPU threads in all; one per usable core if None.
+
+        Raises:
+            BackendError: ONNX Runtime rejects a model, or the device is not available.
         """
         self.precision = precision
         self.device = device
@@ -105,7 +108,7 @@ class OnnxRuntime:
             self.policy = Policy(frames=CUDA_WINDOW, static=True, batch=CUDA_BATCH, workers=1)
             self.candidates = tuple(replace(self.policy, frames=f, batch=b) for f in CUDA_WINDOWS for b in CUDA_BATCHES)
 
-    def run(self, graph: GraphKind, mel: NDArray[np.float32]) -> NDArray[np.float32]:
+    def run(self, graph: GraphKind, mel: Mel) -> FloatAudio:
         return self._models[graph].run(mel)
 
     def close(self) -> None:
@@ -115,7 +118,7 @@ class OnnxRuntime:
 def _providers(device: str) -> list[Any]:
     if device == "cpu":
         return ["CPUExecutionProvider"]
-    # The default search, EXHAUSTIVE, tunes every new input shape anew: hundreds of milliseconds each. HEURISTIC asks cuDNN once.
+    # The default search, EXHAUSTIVE, tunes every new input shape for hundreds of milliseconds. HEURISTIC asks cuDNN once.
     options = {"device_id": device.partition(":")[2], "cudnn_conv_algo_search": "HEURISTIC"}
     return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
 

@@ -10,8 +10,9 @@ from functools import partial
 
 from melrt.backends.base import BACKENDS, PRECISIONS, Backend
 from melrt.bundle import Artifact, Bundle
+from melrt.checks import Rule, check_fields, one_of, optional, whole
 from melrt.errors import BackendError, MissingExtraError
-from melrt.files.wav import SampleFormat
+from melrt.files.audio import SAMPLE_FORMATS, SampleFormat
 from melrt.planning.windows import GraphKind
 from melrt.system import find_gpu
 
@@ -19,28 +20,32 @@ logger = logging.getLogger(__name__)
 
 MAX_THREADS = 1024
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,2})?")
+_DEVICE_RULE = Rule(lambda value: isinstance(value, str) and bool(_DEVICE.fullmatch(value)), "one of auto, cpu, cuda, cuda:0, cuda:1, ...")
 # A CPU has no half-precision convolutions: there the half graph is the float32 graph with casts around it, and slower.
 _AUTO_PRECISIONS = {"cuda": ("fp16", "tf32", "fp32"), "cpu": ("fp32",)}
 
 
 @dataclass(frozen=True, slots=True)
 class BackendChoice:
-    """What the caller asked for; `auto` leaves it to the machine."""
+    """Device, precision and backend that the caller asks for; `auto` leaves the choice to melrt."""
 
     device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, ..., or `auto`: CUDA if it works."""
     precision: str = "auto"
+    """`fp32`, `tf32`, `fp16`, `int8`, or `auto`: the fastest that keeps the voice's quality on the device."""
     backend: str = "auto"
+    """`tensorrt`, `onnxruntime`, or `auto`: an engine if the bundle has one for this GPU."""
     threads: int | None = None
+    """CPU threads in all; one per usable core if None."""
     sample_format: SampleFormat = "float32"
+    """Format of the samples: `float32`, or `int16` with full scale 32767."""
 
     def __post_init__(self) -> None:
-        if not _DEVICE.fullmatch(self.device):
-            raise BackendError(f"device is {self.device!r}; it is one of auto, cpu, cuda, cuda:0, cuda:1, ...")
-        for name, allowed in (("precision", PRECISIONS), ("backend", BACKENDS)):
-            if getattr(self, name) not in ("auto", *allowed):
-                raise BackendError(f"{name} is {getattr(self, name)!r}; it is one of auto, {', '.join(allowed)}.")
-        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
-            raise BackendError(f"threads is {self.threads}; it lies between 1 and {MAX_THREADS}, or is left out for one per core.")
+        rules = {
+            "device": _DEVICE_RULE, "precision": one_of("auto", *PRECISIONS), "backend": one_of("auto", *BACKENDS),
+            "threads": optional(whole(1, MAX_THREADS)), "sample_format": one_of(*SAMPLE_FORMATS),
+        }  # fmt: skip
+        check_fields(self, rules)
 
     @property
     def kind(self) -> str:
@@ -49,12 +54,12 @@ class BackendChoice:
 
     @property
     def index(self) -> int:
-        """Of the CUDA device."""
+        """Index of the CUDA device."""
         return int(self.device.partition(":")[2] or 0)
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class _Candidate:
     """One way to run a voice."""
 
     description: str
@@ -65,7 +70,7 @@ def open_backend(bundle: Bundle, choice: BackendChoice) -> Backend:
     """Load the best artifact of the bundle that this machine can run and the caller allows.
 
     Raises:
-        BackendError: None can; the text says why for each one tried.
+        BackendError: None of them runs here; the text gives the reason for each one tried.
     """
     reasons = []
     for candidate in (*_engines(bundle, choice), *_models(bundle, choice)):
@@ -81,20 +86,20 @@ def open_backend(bundle: Bundle, choice: BackendChoice) -> Backend:
     raise BackendError(_nothing_fits(bundle, choice))
 
 
-def _engines(bundle: Bundle, choice: BackendChoice) -> Iterator[Candidate]:
-    """Pairs of engines, one for each graph, by precision and then by flavor; the newest of each comes last in the manifest."""
+def _engines(bundle: Bundle, choice: BackendChoice) -> Iterator[_Candidate]:
+    """Yield pairs of engines, one for each graph, by precision and then by flavor, the newest first."""
     if choice.backend == "onnxruntime" or choice.kind == "cpu":
         return
     if (choice.backend, choice.kind) == ("auto", "auto") and find_gpu() is None:
-        return  # nothing was promised, so there is nothing to warn of
+        return  # the caller did not ask for a GPU, so its absence deserves no warning
     for precision in _wanted(choice, "cuda"):
         pairs: dict[tuple[str, ...], dict[GraphKind, Artifact]] = {}
         for artifact in bundle.find("engine", precision=precision):
             made_for = tuple(str(artifact.target.get(key)) for key in ("flavor", "version", "compute_capability"))
-            pairs.setdefault(made_for, {})[artifact.graph] = artifact  # type: ignore[index]  # a graph of another name is never asked for
+            pairs.setdefault(made_for, {})[artifact.graph] = artifact  # type: ignore[index]  # other graph names are never looked up
         for made_for, artifacts in reversed(pairs.items()):
             if {"edge", "interior"} <= set(artifacts):
-                yield Candidate(f"the {precision} engine of {' '.join(made_for)}", partial(_open_engines, bundle, artifacts, choice))
+                yield _Candidate(f"the {precision} engine of {' '.join(made_for)}", partial(_open_engines, bundle, artifacts, choice))
 
 
 def _open_engines(bundle: Bundle, artifacts: dict[GraphKind, Artifact], choice: BackendChoice) -> Backend:
@@ -103,8 +108,8 @@ def _open_engines(bundle: Bundle, artifacts: dict[GraphKind, Artifact], choice: 
     return TensorRT(bundle, artifacts, choice.index, int16=choice.sample_format == "int16")
 
 
-def _models(bundle: Bundle, choice: BackendChoice) -> Iterator[Candidate]:
-    """ONNX models, on the GPU if ONNX Runtime can, and on the CPU."""
+def _models(bundle: Bundle, choice: BackendChoice) -> Iterator[_Candidate]:
+    """Yield ONNX models: on the GPU if ONNX Runtime can use it, then on the CPU."""
     if choice.backend == "tensorrt":
         return
     from melrt.backends.onnxruntime import usable_devices
@@ -115,15 +120,14 @@ def _models(bundle: Bundle, choice: BackendChoice) -> Iterator[Candidate]:
             if edge and interior:
                 device = f"cuda:{choice.index}" if kind == "cuda" else "cpu"
                 models: dict[GraphKind, Artifact] = {"edge": edge[0], "interior": interior[0]}
-                yield Candidate(
-                    f"{precision} by ONNX Runtime on {device}", partial(_open_models, bundle, models, precision, device, choice)
-                )
+                yield _Candidate(f"{precision} in ONNX Runtime on {device}", partial(_open_models, bundle, models, device, choice.threads))
 
 
-def _open_models(bundle: Bundle, models: dict[GraphKind, Artifact], precision: str, device: str, choice: BackendChoice) -> Backend:
+def _open_models(bundle: Bundle, models: dict[GraphKind, Artifact], device: str, threads: int | None) -> Backend:
     from melrt.backends.onnxruntime import OnnxRuntime
 
-    return OnnxRuntime({graph: bundle.read(artifact) for graph, artifact in models.items()}, precision, device, choice.threads)
+    precision = models["edge"].precision
+    return OnnxRuntime({graph: bundle.read(artifact) for graph, artifact in models.items()}, precision, device, threads)
 
 
 def _wanted(choice: BackendChoice, kind: str) -> tuple[str, ...]:
@@ -131,9 +135,9 @@ def _wanted(choice: BackendChoice, kind: str) -> tuple[str, ...]:
 
 
 def _nothing_fits(bundle: Bundle, choice: BackendChoice) -> str:
-    there = ", ".join(sorted({f"{a.precision} {a.kind}" for kind in ("engine", "onnx") for a in bundle.find(kind)})) or "none"
+    available = ", ".join(sorted({f"{a.precision} {a.kind}" for kind in ("engine", "onnx") for a in bundle.find(kind)})) or "none"
     asked = "" if choice.precision == "auto" else f"{choice.precision} "
     if choice.backend == "tensorrt":
-        return f"{bundle.path} has no {asked}engines of both graphs; it has {there}. `melrt build` makes them."
+        return f"{bundle.path} has no {asked}engines of both graphs; it has {available}. `melrt build` makes them."
     remedy = "`melrt calibrate` makes it." if choice.precision == "int8" else "Export it with `--precision`."
-    return f"{bundle.path} has no {asked}artifact; it has {there}. {remedy}"
+    return f"{bundle.path} has no {asked}artifact; it has {available}. {remedy}"

@@ -1,61 +1,70 @@
-"""The runtime's commands: info, synth, tune, doctor."""
+"""Commands of the runtime: info, mel, synth, tune, doctor."""
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import numpy as np
 import typer
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, TaskID
-from rich.table import Table
+from rich.table import Column, Table
 
 from melrt.backends.select import BackendChoice, open_backend
 from melrt.bundle import Bundle, Manifest
-from melrt.errors import MelError
+from melrt.cli.progress import Steps
+from melrt.errors import AudioError, BundleError, ConfigError, MelError
+from melrt.files.atomic import atomic_write
+from melrt.files.audio import read_audio, write_wav
 from melrt.files.mels import mel_pieces
-from melrt.files.wav import write_wav
+from melrt.mel.convert import convert_mel
+from melrt.mel.features import mel_from_audio
+from melrt.mel.spec import MelSpec
 from melrt.scheduling.policy_tuning import record
 from melrt.scheduling.policy_tuning import tune as measure
 from melrt.system import examine
+from melrt.types import Audio, Mel
 from melrt.vocoder import Options, Vocoder
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 # Frames read at a time: twelve seconds, enough for every worker to have several windows.
-PIECE = 1024
+PIECE_FRAMES = 1024
+Item = TypeVar("Item")
 
-Voice = Annotated[Path, typer.Argument(metavar="VOICE.melrt", help="The bundle.")]
-Device = Annotated[str, typer.Option(help="cuda, cuda:1, cpu, or auto: CUDA if it works.")]
-Precision = Annotated[str, typer.Option(help="fp32, tf32, fp16, int8, or auto: the fastest that keeps the quality on this device.")]
-BackendName = Annotated[str, typer.Option("--backend", help="tensorrt, onnxruntime, or auto: engines where there are any for this GPU.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; one per usable core if left out.")]
+Voice = Annotated[Path, typer.Argument(metavar="VOICE.melrt", help="The voice bundle.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto: CUDA if it works, otherwise the CPU.")]
+Precision = Annotated[str, typer.Option(help="fp32, tf32, fp16, int8, or auto: the fastest that keeps the voice's quality on this device.")]
+BackendName = Annotated[
+    str, typer.Option("--backend", help="tensorrt, onnxruntime, or auto: TensorRT if the bundle has engines for this GPU.")
+]
+Threads = Annotated[int | None, typer.Option(help="Number of CPU threads; the default is one for each usable core.")]
 
 
 def info(voice: Voice) -> None:
-    """Show what a voice is: mel convention, architecture, files, provenance.
+    """Show the facts of a voice and check its files: mel convention, architecture, files, provenance.
 
-    Look here first when a voice sounds wrong: most often its mels were made in another convention.
+    Look here first when a voice sounds wrong: in most cases its mels were made in another convention. If a file is missing or damaged,
+    the command names it and ends with exit code 2.
     """
     bundle = Bundle.open(voice)
-    manifest = bundle.manifest
-    for line in _facts(voice, manifest):
-        console.print(line, markup=False)
-    table = Table("file", "kind", "graph", "precision", "MB", "against PyTorch")
-    for entry in manifest.artifacts:
-        quality = ", ".join(f"{k} {v:g}" for k, v in entry.quality.items())
-        table.add_row(*map(escape, (entry.file, entry.kind, entry.graph, entry.precision, f"{entry.size / 1e6:.2f}", quality)))
-    console.print(table)
+    for line in _facts(voice, bundle.manifest):
+        _print(line)
+    width = max((len(entry.file) for entry in bundle.manifest.artifacts), default=0)
+    for entry in bundle.manifest.artifacts:
+        kind = " ".join(filter(None, (entry.kind, entry.graph, entry.precision)))
+        _print(f"{entry.file:<{width}}  {entry.size / 1e6:6.2f} MB  {kind}{_quality(entry.quality)}")
+    if damage := list(_damage(bundle)):
+        raise BundleError("\n".join(damage))
 
 
 def _facts(voice: Path, manifest: Manifest) -> Iterator[str]:
-    """What the manifest says, one line each; its texts come from whoever made the bundle, and are shown as they are."""
-    spec = manifest.spec
-    left, right = manifest.receptive_field.left, manifest.receptive_field.right
+    """Yield one line per fact. The texts were chosen by the author of the bundle, and are shown without interpreting markup in them."""
+    spec, field = manifest.spec, manifest.receptive_field
     ms = 1000 * spec.hop / spec.sample_rate
     yield f"{manifest.name}  ({voice})"
     yield f"mel            {spec.describe()}, {spec.framing} framing, floor {spec.floor:g}, n_fft {spec.n_fft}, window {spec.win_length}"
@@ -64,14 +73,14 @@ def _facts(voice: Path, manifest: Manifest) -> Iterator[str]:
         limits = f", clipped to {clip[0]:g}..{clip[1]:g}" if clip else ""
         yield f"normalization  part of the graphs{limits}: give plain log-mels"
     if manifest.levels is not None:
-        kind = "normalized as in training" if manifest.levels.normalized else "of speech"
-        yield f"levels         {manifest.levels.mean:.3g} ± {manifest.levels.deviation:.2g}, {kind}"
-    yield f"frame          {ms:.2f} ms; at least {manifest.receptive_field.smallest_input} frames"
-    yield f"receptive      {left} frames before, {right} after ({right * ms:.0f} ms look-ahead)"
+        kind = "normalized as in training" if manifest.levels.normalized else "for speech"
+        yield f"level          {manifest.levels.mean:.3g} ± {manifest.levels.deviation:.2g}, {kind}"
+    yield f"frame          {ms:.2f} ms; an utterance has at least {field.smallest_input} frames"
+    yield f"context        {field.left} frames before, {field.right} after ({field.right * ms:.0f} ms look-ahead)"
     edges = manifest.edges
     if edges.left or edges.right:
-        value = "the end's own frame" if edges.value is None else f"{edges.value:g}"
-        yield f"edges          {edges.left} frames before and {edges.right} after of {value} in its project; --edges voice does the same"
+        value = "the first and last frame" if edges.value is None else f"{edges.value:g}"
+        yield f"ends           its project adds {edges.left} frames before and {edges.right} after of {value}; so does synth --edges voice"
     yield f"architecture   {', '.join(f'{k} {v}' for k, v in manifest.architecture.items())}"
     if manifest.parameters:
         yield f"size           {manifest.parameters / 1e6:.2f} M parameters, {manifest.flop_per_second / 1e9:.2f} GFLOP per second of audio"
@@ -79,49 +88,147 @@ def _facts(voice: Path, manifest: Manifest) -> Iterator[str]:
         yield f"{key:<14} {value}"
 
 
+def _quality(quality: Mapping[str, float]) -> str:
+    """Return the measured differences of an artifact in words, to be appended to its kind."""
+    texts = {
+        "max_abs": "largest difference from PyTorch {:.1e}", "snr_db": "SNR {:.1f} dB", "half_max_abs": "with FP16 layers {:.1e}",
+        "half_snr_db": "SNR {:.1f} dB", "log_mel_above_fp32": "log-mel error {:+.1%} against FP32",
+    }  # fmt: skip
+    return "".join(", " + texts.get(key, f"{key} {{:g}}").format(value) for key, value in quality.items())
+
+
+def _damage(bundle: Bundle) -> Iterator[str]:
+    """Yield a sentence for each file whose size or hash differs from the manifest's."""
+    for entry in bundle.manifest.artifacts:
+        try:
+            bundle.read(entry)
+        except BundleError as error:
+            yield str(error)
+
+
+def mel(
+    voice: Voice,
+    audio: Annotated[Path, typer.Argument(metavar="RECORDING", help="An audio file (.wav, .flac, .ogg, .mp3, ...) of any sample rate.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="MEL.npy", help="The mel to write.")],
+) -> None:
+    """Compute the mel of a recording in the convention of a voice.
+
+    `melrt mel voice.melrt recording.wav -o mel.npy`
+    """
+    spec = Bundle.open(voice).manifest.spec
+    frames = mel_from_audio(read_audio(audio, spec.sample_rate), spec)
+    with atomic_write(out) as temporary, temporary.open("xb") as stream:
+        np.save(stream, frames)
+    _print(f"Wrote {out}: {frames.shape[0]} bands, {frames.shape[1]} frames ({frames.shape[1] * spec.hop / spec.sample_rate:.2f} s).")
+    _print(f"Next: synthesize it with `melrt synth {voice} {out} -o speech.wav`.")
+
+
 def synth(
     voice: Voice,
-    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Mels (.npy, .npz, .pt), or audio for copy-synthesis.")],
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Mels (.npy, .npz, .pt), or recordings (.wav, .mp3, ...).")],
     out: Annotated[Path, typer.Option("-o", "--out", help="A .wav file for one input, or a folder.")],
-    sample_format: Annotated[str, typer.Option("--format", help="int16 or float32.")] = "int16",
+    sample_format: Annotated[str, typer.Option("--format", help="Format of the samples: int16 or float32.")] = "int16",
+    mel_log: Annotated[str | None, typer.Option(help="Logarithm of the mels, if not the voice's: ln, log10, log2, dB, linear.")] = None,
+    mel_gain: Annotated[float | None, typer.Option(help="Factor of that logarithm; the default is 1.")] = None,
+    mel_normalized: Annotated[bool, typer.Option("--mel-normalized", help="The mels are normalized as in the voice's training.")] = False,
     device: Device = "auto",
     precision: Precision = "auto",
     backend: BackendName = "auto",
     threads: Threads = None,
-    edges: Annotated[
-        str, typer.Option(help="Ends of an utterance: model (as PyTorch's forward), or voice (its project's habit).")
-    ] = "model",
+    edges: Annotated[str, typer.Option(help="Ends of an utterance: model (as PyTorch's forward), or voice (as its project).")] = "model",
 ) -> None:
-    """Turn mels into WAV files, and print the real-time factor (compute time / audio time).
+    """Synthesize WAV files from mels, and print the real-time factor (compute time / audio time).
 
-    `melrt synth voice.melrt mels/*.npy -o speech/` makes one file for each mel; `melrt synth voice.melrt recording.wav -o copy.wav`
-    computes the recording's mel first, and speaks it again. Utterances may be of any length: memory does not grow with it.
+    `melrt synth voice.melrt mels/*.npy -o speech/` writes one file for each mel. `melrt synth voice.melrt recording.wav -o copy.wav`
+    computes the mel of the recording first. Memory does not grow with the length of an utterance.
     """
     if edges not in ("model", "voice"):
-        raise MelError(f"--edges is {edges!r}; it is model or voice.")
+        raise ConfigError(f"--edges is {edges!r}; it must be model or voice.")
     bundle = Bundle.open(voice)
+    given = _given_convention(bundle.manifest, mel_log, mel_gain, normalized=mel_normalized)
     options = Options(edges=bundle.manifest.edges) if edges == "voice" else Options()
     targets = _targets(inputs, out)
-    clock = _Clock()
     vocoder = Vocoder.load(bundle, device=device, precision=precision, backend=backend, threads=threads, options=options)
-    with vocoder, Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=len(inputs))
+    with vocoder, Steps(len(inputs)) as steps:
+        clock = _Clock(lambda samples: steps.on_phase(f"{samples / vocoder.sample_rate:.0f} s of audio"))
         for source, target in zip(inputs, targets, strict=True):
-            # a long utterance is read, computed and written piece by piece: memory does not grow with it
-            mel = mel_pieces(source, vocoder.spec, PIECE)
-            pieces = clock.timed(vocoder.stream(mel), _teller(bar, task, source.name, vocoder.sample_rate))
+            steps(f"synthesizing {source.name}")
+            # A long utterance is read, synthesized and written piece by piece, so that memory does not grow with it.
+            mels = clock.reading(convert_mel(piece, given, vocoder.spec) for piece in mel_pieces(source, given, PIECE_FRAMES))
             try:
-                write_wav(target, pieces, vocoder.sample_rate, sample_format)  # type: ignore[arg-type]  # checked there
+                write_wav(target, clock.synthesis(vocoder.stream(mels)), vocoder.sample_rate, sample_format)  # type: ignore[arg-type]
             except MelError as error:
                 raise MelError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
-            bar.advance(task)
-    engine = vocoder.backend
-    where = targets[0] if len(targets) == 1 else out
-    compute, audio_seconds = clock.seconds, clock.samples / vocoder.sample_rate
-    console.print(
-        f"{where}: {audio_seconds:.2f} s of audio in {compute:.2f} s, real-time factor {compute / audio_seconds:.4f} "
-        f"({audio_seconds / compute:.1f} times real time), {engine.name} {engine.precision} on {engine.device}", markup=False,
-    )  # fmt: skip
+    engine, audio = vocoder.backend, clock.samples / vocoder.sample_rate
+    _print(
+        f"Wrote {targets[0] if len(targets) == 1 else f'{len(targets)} files to {out}'}: {audio:.2f} s of audio in {clock.seconds:.2f} s, "
+        f"{audio / clock.seconds:.1f} times real time (real-time factor {clock.seconds / audio:.4f}), "
+        f"with {engine.name} {engine.precision} on {engine.device}."
+    )
+
+
+def _given_convention(manifest: Manifest, log: str | None, gain: float | None, *, normalized: bool) -> MelSpec:
+    """Return the convention of the mels that the options describe; without options that of the voice."""
+    spec = manifest.spec
+    if log is not None or gain is not None:
+        spec = replace(spec, log=log or spec.log, gain=1.0 if gain is None else gain)  # type: ignore[arg-type]  # MelSpec checks it
+    if normalized and manifest.normalization is None:
+        raise ConfigError(
+            f"--mel-normalized needs the statistics of the training, and {manifest.name} has none. Undo the normalization with the "
+            "statistics of the code that made the mels, or compute them with `melrt mel`."
+        )
+    return replace(spec, normalization=manifest.normalization) if normalized else spec
+
+
+def _targets(inputs: list[Path], out: Path) -> list[Path]:
+    """Return the WAV file for each input."""
+    if out.is_dir() or not out.suffix:
+        targets = [out / f"{source.stem}.wav" for source in inputs]
+    elif out.suffix.lower() != ".wav":
+        raise AudioError(
+            f"--out is {out}, but melrt writes .wav files only. Give a name that ends in .wav for one input, or a folder. A folder with a "
+            "dot in its name must exist already."
+        )
+    elif len(inputs) > 1:
+        raise MelError(f"{len(inputs)} inputs cannot go to one file {out}; give a folder.")
+    else:
+        targets = [out]
+    if overwritten := {t.resolve() for t in targets} & {s.resolve() for s in inputs}:
+        raise MelError(f"{', '.join(map(str, overwritten))} would be overwritten by its own synthesis; give another folder.")
+    if len(set(targets)) < len(targets):
+        raise MelError("two inputs have the same name and would overwrite each other; synthesize them into different folders.")
+    return targets
+
+
+class _Clock:
+    """Adds up the samples of a synthesis and its compute time; the time for reading or computing mels is not counted."""
+
+    def __init__(self, on_samples: Callable[[int], None]) -> None:
+        self.seconds = 0.0
+        self.samples = 0
+        self._on_samples = on_samples
+
+    def reading(self, mels: Iterator[Mel]) -> Iterator[Mel]:
+        """Yield mels, which `synthesis` pulls, and subtract the time that they take."""
+        return self._timed(mels, -1)
+
+    def synthesis(self, pieces: Iterator[Audio]) -> Iterator[Audio]:
+        """Yield pieces of audio, and count them and their time."""
+        for piece in self._timed(pieces, 1):
+            self.samples += len(piece)
+            self._on_samples(self.samples)
+            yield piece
+
+    def _timed(self, items: Iterator[Item], sign: int) -> Iterator[Item]:
+        while True:
+            start = time.perf_counter()
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            finally:
+                self.seconds += sign * (time.perf_counter() - start)
+            yield item
 
 
 def tune(
@@ -130,74 +237,43 @@ def tune(
     precision: Precision = "auto",
     backend: BackendName = "auto",
     threads: Threads = None,
-    rounds: Annotated[int, typer.Option(help="Measurements of each candidate.", min=1)] = 7,
+    rounds: Annotated[int, typer.Option(help="Number of measurements of each candidate.", min=1)] = 7,
 ) -> None:
-    """Measure which windows make this voice cheapest on this machine, and keep the answer in the bundle.
+    """Measure window lengths and batch sizes on this machine, and store the fastest in the bundle.
 
-    Run it once on each kind of machine, with nothing else going on there: some ten seconds. Whoever loads the voice on such a machine
-    runs with the recorded windows; what is exact stays exact with any of them.
+    Run it once on each kind of machine, while the machine is otherwise idle. It takes about a minute per backend. A voice that is loaded
+    on such a machine uses the stored windows. The audio is the same with any of them.
     """
     bundle = Bundle.open(voice)
-    engine = open_backend(bundle, BackendChoice(device, precision, backend, threads))
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("measuring", total=(rounds + 1) * len(engine.candidates))
-        trials = measure(bundle, engine, rounds, lambda: bar.advance(task))
-    entry = record(bundle, engine, trials)
+    with Steps(2) as steps:
+        steps("loading the voice")
+        engine = open_backend(bundle, BackendChoice(device, precision, backend, threads))
+        steps(f"measuring {len(engine.candidates)} candidates {rounds + 1} times each, about a minute")
+        measured = itertools.count(1)
+        total = len(engine.candidates) * (rounds + 1)
+        timings = measure(bundle, engine, rounds, lambda: steps.on_phase("measuring", next(measured), total))
+    entry = record(bundle, engine, timings)
     table = Table("window, frames", "batch", "workers", "µs per frame", "times real time", "")
-    real = 1e6 * bundle.manifest.spec.hop / bundle.manifest.spec.sample_rate
-    for trial in sorted(trials, key=lambda trial: (trial.policy.frames, trial.policy.batch)):
-        policy, cost = trial.policy, trial.microseconds
-        mark = "chosen" if trial is trials[0] else ""
-        table.add_row(str(policy.frames), str(policy.batch), str(policy.workers), f"{cost:.0f}", f"{real / cost:.1f}", mark)
-    console.print(table)
-    console.print(f"{engine.machine}, {engine.name} {engine.precision} on {engine.device}; kept in {voice / entry.file}", markup=False)
-
-
-def _teller(bar: Progress, task: TaskID, name: str, sample_rate: int) -> Callable[[int], None]:
-    def tell(samples: int) -> None:
-        bar.update(task, description=f"{escape(name)}: {samples / sample_rate:.0f} s")
-
-    return tell
-
-
-class _Clock:
-    """Adds up the time that pieces take to come, and their samples."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.samples = 0
-
-    def timed(self, pieces: Iterator[NDArray[np.float32]], tell: Callable[[int], None]) -> Iterator[NDArray[np.float32]]:
-        """Pass pieces on; `tell` is called with the samples of them so far."""
-        samples, start = 0, time.perf_counter()
-        for piece in pieces:
-            self.seconds += time.perf_counter() - start
-            samples += len(piece)
-            self.samples += len(piece)
-            tell(samples)
-            yield piece
-            start = time.perf_counter()
-        self.seconds += time.perf_counter() - start
-
-
-def _targets(inputs: list[Path], out: Path) -> list[Path]:
-    if out.suffix.lower() == ".wav" and not out.is_dir():
-        if len(inputs) > 1:
-            raise MelError(f"{len(inputs)} inputs cannot go to one file {out}; give a folder.")
-        targets = [out]
-    else:
-        targets = [out / f"{source.stem}.wav" for source in inputs]
-    if overwritten := {t.resolve() for t in targets} & {s.resolve() for s in inputs}:
-        raise MelError(f"{', '.join(map(str, overwritten))} would be overwritten by its own synthesis; give another folder.")
-    if len(set(targets)) < len(targets):
-        raise MelError("two inputs have the same name and would overwrite each other; run them apart.")
-    return targets
+    frame = 1e6 * bundle.manifest.spec.hop / bundle.manifest.spec.sample_rate
+    for timing in sorted(timings, key=lambda timing: (timing.policy.frames, timing.policy.batch)):
+        policy, cost = timing.policy, timing.microseconds
+        mark = "chosen" if timing is timings[0] else ""
+        table.add_row(str(policy.frames), str(policy.batch), str(policy.workers), f"{cost:.0f}", f"{frame / cost:.1f}", mark)
+    console.print(table, soft_wrap=False)
+    _print(
+        f"Wrote the chosen windows to {voice / entry.file}. From now on they are used by {engine.name} {engine.precision} on "
+        f"{engine.device} of such a machine ({engine.machine})."
+    )
 
 
 def doctor() -> None:
-    """Show what this machine can run, and how to get what is missing."""
-    table = Table("", "what for", "found", "to install")
+    """Show what this machine can run, and how to install what is missing."""
+    table = Table("ready", "purpose", "found", Column("what to do", no_wrap=True))
     for finding in examine():
         remedy = "" if finding.ready else escape(finding.remedy)
         table.add_row("[green]yes[/]" if finding.ready else "no", finding.purpose, finding.found, remedy)
-    console.print(table)
+    console.print(table, soft_wrap=False)
+
+
+def _print(text: str) -> None:
+    console.print(text, markup=False)

@@ -1,26 +1,65 @@
-"""The `melrt` command: every command is an entry point of the group `melrt.commands`, so that any package can add some.
-
-One of two words is a command of a group: `serve triton`.
-"""
+"""The `melrt` command: finds the sub-command, imports only its module, and turns errors into one line and an exit code."""
 
 from __future__ import annotations
 
 import functools
+import importlib
+import logging
 import sys
 from collections.abc import Callable
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 from melrt.errors import MelrtError, MissingExtraError, ParityError
 
 OUT_OF_TOLERANCE = 1
 WRONG_INPUT = 2
-UNEXPECTED = 3
+INTERNAL_ERROR = 3
 INTERRUPTED = 130
 
 
+class Command(NamedTuple):
+    """One sub-command; modules are named, not imported, so that the runtime does not depend on the packages above it."""
+
+    function: str
+    """Module and function."""
+    extra: str
+    """Extra that a missing package belongs to."""
+
+
+COMMANDS = {
+    "demo": Command("melrt_export.cli:demo", "export"),
+    "train": Command("melrt_export.training.cli:train", "train"),
+    "export": Command("melrt_export.cli:export", "export"),
+    "verify": Command("melrt_export.cli:verify", "export"),
+    "info": Command("melrt.cli.commands:info", "cli"),
+    "mel": Command("melrt.cli.commands:mel", "cli"),
+    "synth": Command("melrt.cli.commands:synth", "cli"),
+    "calibrate": Command("melrt_calibration.cli:calibrate", "export"),
+    "requantize": Command("melrt_calibration.cli:requantize", "export"),
+    "build": Command("melrt_export.cli:build", "tensorrt"),
+    "refit": Command("melrt_export.cli:refit", "tensorrt"),
+    "tune": Command("melrt.cli.commands:tune", "cli"),
+    "bulk": Command("melrt.serving.bulk.cli:bulk", "cli"),
+    "serve triton": Command("melrt.serving.triton.cli:triton", "triton"),
+    "serve version": Command("melrt.serving.triton.cli:version", "triton"),
+    "bench": Command("melrt_benchmarks.cli:bench", "benchmarks"),
+    "bench-serving": Command("melrt_benchmarks.serving.cli:bench_serving", "benchmarks"),
+    "bench-training": Command("melrt_benchmarks.training.cli:bench_training", "benchmarks"),
+    "doctor": Command("melrt.cli.commands:doctor", "cli"),
+}
+# Words of a command that were renamed: (command or "", old word) to the new one.
+RENAMED = {
+    ("", "requantise"): "requantize", ("build", "--flavour"): "--flavor", ("build", "--tune"): "--try-variants",
+    ("build", "--anew"): "--rebuild",
+}  # fmt: skip
+
+
 def main() -> None:
-    """Run the command line; exit codes: 0 done, 1 out of tolerance, 2 wrong input, 3 a fault of melrt's own, 130 interrupted."""
+    """Run the command line.
+
+    Exit codes: 0 done, 1 out of tolerance, 2 wrong input, 3 internal error, 130 interrupted. With `--debug` an error also shows
+    its traceback.
+    """
     try:
         import rich  # noqa: F401
         import typer
@@ -28,47 +67,96 @@ def main() -> None:
         print('the melrt command needs typer and rich: pip install "melrt[cli]"', file=sys.stderr)
         sys.exit(WRONG_INPUT)
     _log_warnings()
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    _refuse_renamed(arguments)
     app = typer.Typer(
-        help="From a MelGAN checkpoint to production speech: export, build, verify, run.",
+        help="Export MelGAN checkpoints, build engines and synthesize speech. `melrt COMMAND --help` explains a command; "
+        "`melrt --debug COMMAND` shows the traceback of an error.",
         no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
     )  # fmt: skip
     groups = {"": app}
-    for point in entry_points(group="melrt.commands"):
-        group, _, name = point.name.rpartition(" ")
+    called = _called(arguments)
+    for name in called or COMMANDS:
+        group, _, last = name.rpartition(" ")
         if group and group not in groups:
-            groups[group] = typer.Typer(no_args_is_help=True)
+            groups[group] = typer.Typer(no_args_is_help=True, help="Write a model repository for NVIDIA Triton Inference Server.")
             app.add_typer(groups[group], name=group)
-        groups[group].command(name)(_guarded(point))
-    app()
+        groups[group].command(last)(_guarded(name, called=bool(called), debug="--debug" in sys.argv[1:]))
+    if len(app.registered_commands) == 1:
+        app.callback()(lambda: None)  # or Typer would take the only command for the whole program
+    app(arguments)
 
 
-def _guarded(point: EntryPoint) -> Callable[..., Any]:
-    """The command, with every expected failure turned into one clear line and an exit code."""
-    command: Callable[..., Any] = point.load()
+def _called(arguments: list[str]) -> list[str]:
+    """Return the command that is called, so that no other command's module is imported; nothing for the list that `--help` shows."""
+    words = [argument for argument in arguments if not argument.startswith("-")]
+    return [name for name in COMMANDS if words[: len(name.split())] == name.split()]
+
+
+def _refuse_renamed(arguments: list[str]) -> None:
+    command = next((argument for argument in arguments if not argument.startswith("-")), "")
+    for word in arguments:
+        new = RENAMED.get((command, word.partition("=")[0])) or (RENAMED.get(("", word)) if word == command else None)
+        if new:
+            _fail(f"{word.partition('=')[0]} is now {new}.", WRONG_INPUT)
+
+
+def _guarded(name: str, *, called: bool, debug: bool) -> Callable[..., Any]:
+    """Load a command, and turn every failure into one clear line and an exit code."""
+    try:
+        module, _, function = COMMANDS[name].function.partition(":")
+        command: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    except Exception as error:  # a command that cannot be imported must not stop the others from being listed
+        if called:
+            _explain(name, error, debug=debug)
+        return _unavailable(error)
 
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
-        except ParityError as error:
-            _fail(str(error), OUT_OF_TOLERANCE)
-        except MelrtError as error:
-            _fail(str(error), WRONG_INPUT)
-        except ModuleNotFoundError as error:
-            extra = point.extras[0] if point.extras else "cli"
-            _fail(str(MissingExtraError(f"melrt {point.name}", error.name or "a package", extra)), WRONG_INPUT)
-        except OSError as error:
-            name = f"{error.filename}: " if error.filename else ""
-            _fail(f"{name}{error.strerror or error}", WRONG_INPUT)
-        except (ArithmeticError, LookupError, TypeError, ValueError, MemoryError) as error:
-            _fail(f"melrt {point.name} met what it does not know ({type(error).__name__}: {error}); please report it.", UNEXPECTED)
-        except KeyboardInterrupt:
-            _fail("interrupted; nothing was left half-written.", INTERRUPTED)
+        except (Exception, KeyboardInterrupt) as error:
+            _explain(name, error, debug=debug)
 
     return guarded
 
 
-def _fail(message: str, code: int) -> None:
+def _unavailable(error: Exception) -> Callable[..., Any]:
+    """Make an entry for the list of commands that gives the reason why this one cannot run here."""
+
+    def unavailable() -> None:
+        """Stand in for the command; the call itself is answered by `_guarded`."""
+
+    reason = f"it needs {error.name}, which is not installed" if isinstance(error, ModuleNotFoundError) else str(error)
+    unavailable.__doc__ = f"Not available here: {reason}."
+    return unavailable
+
+
+def _explain(name: str, error: BaseException, *, debug: bool) -> NoReturn:
+    """Print an error as one line and exit with its code."""
+    if type(error).__module__.partition(".")[0] in ("typer", "click"):
+        raise error  # usage errors and exit codes of Typer, which has its own click from 0.26 on
+    if debug:
+        from rich.console import Console
+        from rich.traceback import Traceback
+
+        Console(stderr=True).print(Traceback.from_exception(type(error), error, error.__traceback__))
+    if isinstance(error, KeyboardInterrupt):
+        _fail("interrupted; no file was left incomplete.", INTERRUPTED)
+    if isinstance(error, ParityError):
+        _fail(str(error), OUT_OF_TOLERANCE)
+    if isinstance(error, MelrtError):
+        _fail(str(error), WRONG_INPUT)
+    if isinstance(error, ModuleNotFoundError):
+        _fail(str(MissingExtraError(f"melrt {name}", error.name or "a package", COMMANDS[name].extra)), WRONG_INPUT)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}", WRONG_INPUT)
+    remedy = "please report it." if debug else f"please report it with the traceback that `melrt --debug {name} ...` shows."
+    _fail(f"internal error in melrt {name} ({type(error).__name__}: {error}); {remedy}", INTERNAL_ERROR)
+
+
+def _fail(message: str, code: int) -> NoReturn:
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -78,8 +166,6 @@ def _fail(message: str, code: int) -> None:
 
 
 def _log_warnings() -> None:
-    import logging
-
     from rich.console import Console
     from rich.logging import RichHandler
 

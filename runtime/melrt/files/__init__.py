@@ -1,1 +1,1 @@
-"""Reading and writing files: atomic replacement, WAV, mels."""
+"""Files: atomic replacement, audio, mels."""

@@ -1,100 +1,116 @@
-"""Reading mels from files. Other packages add kinds of files through the entry-point group `melrt.mel_readers`."""
+"""Reading mels from files: numpy's, PyTorch's, and audio, whose mel is computed."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import zipfile
 from collections.abc import Iterator
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from melrt.errors import MelError, MissingExtraError
+from melrt.errors import AudioError, MelError, MissingExtraError
+from melrt.files.audio import read_audio
+from melrt.mel.features import mel_from_audio
 from melrt.mel.spec import MelSpec
 
-# A day of speech at 86 frames a second and 80 bands is 2.4 GB.
+# A day of speech at 86 frames per second and 80 bands takes 2.4 GB.
 MAX_MEL_BYTES = 4 << 30
 
 
 def read_mel(path: Path, spec: MelSpec) -> NDArray[Any]:
-    """One utterance's frames, shape (M, T), not yet checked against the voice's convention.
+    """Read one utterance's frames, shape (M, T), not yet checked against the voice's convention.
 
     Args:
-        path: .npy (mapped, not loaded); .npz with one array or one named `mel`; with the export extra also .pt, and audio for
-            copy-synthesis.
-        spec: The mel convention, for what has to be computed.
+        path: A .npy file (mapped into memory, not loaded); .npz or .pt with one array or one named `mel`; any other suffix is read as
+            audio, whose mel is computed.
+        spec: The mel convention for audio.
 
     Raises:
-        MelError: Not such a file, or more than one utterance.
+        MelError: The file is none of these, or holds more than one utterance.
+        MissingExtraError: A package that this kind of file needs is not installed.
     """
     if not path.is_file():
-        raise MelError(f"{path} does not exist, or is no file.")
-    suffix = path.suffix.lower().lstrip(".")
-    mel = _read_numpy(path) if suffix in ("npy", "npz") else _read_with_extra(suffix, path, spec)
-    return one_utterance(mel, str(path))
+        raise MelError(f"{path} does not exist or is not a file.")
+    suffix = path.suffix.lower()
+    if suffix in _READERS:
+        return one_utterance(_READERS[suffix](path), str(path))
+    try:
+        return mel_from_audio(read_audio(path, spec.sample_rate), spec)
+    except AudioError as error:
+        raise MelError(f"{error} Mels are read from {', '.join(_READERS)} files, or computed from audio.") from error
 
 
-def one_utterance(mel: NDArray[Any], where: str) -> NDArray[Any]:
-    """An array (M, T) or (1, M, T) as (M, T).
+def one_utterance(mel: NDArray[Any], name: str) -> NDArray[Any]:
+    """Return an array (M, T) or (1, M, T) as (M, T).
 
     Raises:
-        MelError: Another shape, or nothing in it.
+        MelError: Another shape, or an empty array; the text begins with `name`.
     """
     if mel.ndim == 3 and len(mel) == 1:
         mel = mel[0]
     if mel.ndim != 2:
-        raise MelError(f"{where} has shape {mel.shape}; expected one utterance, (bands, frames).")
+        raise MelError(f"{name} has shape {mel.shape}; expected one utterance, (bands, frames).")
     if 0 in mel.shape:
-        raise MelError(f"{where}: mel is empty, shape {mel.shape}.")
+        raise MelError(f"{name}: mel is empty, shape {mel.shape}.")
     return np.asanyarray(mel)
 
 
 def mel_pieces(path: Path, spec: MelSpec, frames: int) -> Iterator[NDArray[Any]]:
-    """As `read_mel`, in pieces of at most this many frames; of a .npy file no more than a piece is in memory."""
+    """Read a mel like `read_mel`, in pieces of at most `frames` frames; only one piece of a .npy file is in memory at a time."""
     mel = read_mel(path, spec)
     total = mel.shape[1]
     mapped = isinstance(mel, np.memmap)
     if mapped:
         mel = np.empty(0)
     for start in range(0, total, frames):
-        # a mapping that is dropped gives its pages back; one that is kept grows to the whole file
+        # A mapping that is closed returns its memory; one that is kept grows to the size of the file.
         yield np.array((read_mel(path, spec) if mapped else mel)[:, start : start + frames])
 
 
-def _read_with_extra(suffix: str, path: Path, spec: MelSpec) -> NDArray[Any]:
-    readers = entry_points(group="melrt.mel_readers")
-    if suffix not in readers.names:
-        known = sorted({"npy", "npz"} | readers.names)
-        raise MelError(f"{path} is no mel that melrt reads; it reads {', '.join('.' + name for name in known)}.")
-    reader = readers[suffix]
-    try:
-        return np.asarray(reader.load()(path, spec))
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(f"reading .{suffix}", error.name or "a package", reader.extras[0]) from error
+def _read_npy(path: Path) -> NDArray[Any]:
+    with _numpy_errors(path):
+        mel = np.load(path, mmap_mode="r", allow_pickle=False)
+    if mel.nbytes > MAX_MEL_BYTES:
+        raise MelError(f"{path} holds {mel.nbytes} bytes; a mel must have at most {MAX_MEL_BYTES}.")
+    return np.asanyarray(mel)
 
 
-def _read_numpy(path: Path) -> NDArray[Any]:
-    try:
-        if path.suffix.lower() == ".npy":
-            return _bounded(np.load(path, mmap_mode="r", allow_pickle=False), path)
+def _read_npz(path: Path) -> NDArray[Any]:
+    with _numpy_errors(path):
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
         if unpacked > MAX_MEL_BYTES:
-            raise MelError(f"{path} unpacks to {unpacked} bytes; at most {MAX_MEL_BYTES} are read.")
+            raise MelError(f"{path} unpacks to {unpacked} bytes; a mel must have at most {MAX_MEL_BYTES}.")
         with np.load(path, allow_pickle=False) as arrays:
             name = "mel" if "mel" in arrays.files else arrays.files[0] if len(arrays.files) == 1 else None
             if name is None:
-                raise MelError(f"{path} holds arrays {arrays.files[:8]}; expected one, or one named 'mel'.")
+                raise MelError(f"{path} holds arrays {arrays.files[:8]}; expected one array, or one named 'mel'.")
             return np.asarray(arrays[name])
+
+
+def _read_torch(path: Path) -> NDArray[Any]:
+    try:
+        # Named as text: the runtime does not depend on the package that exports.
+        return np.asarray(importlib.import_module("melrt_export.torch_mels").read_torch_mel(path))
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f"reading {path.suffix} files", error.name or "torch", "export") from error
+
+
+@contextlib.contextmanager
+def _numpy_errors(path: Path) -> Iterator[None]:
+    """Turn every error of numpy's readers into a MelError: a damaged file may fail anywhere in them, also for lack of memory."""
+    try:
+        yield
     except MelError:
         raise
-    except Exception as error:  # a damaged file fails anywhere in the reader, for want of memory too
-        raise MelError(f"{path} cannot be read as a numpy file of numbers: {error}") from error
+    except Exception as error:
+        # numpy suggests to unpickle such a file, which could run code.
+        reason = "it is another kind of file, or holds Python objects" if "pickle" in str(error) else str(error)
+        raise MelError(f"{path} cannot be read as a numpy file of numbers: {reason}.") from error
 
 
-def _bounded(mel: NDArray[Any], path: Path) -> NDArray[Any]:
-    if mel.nbytes > MAX_MEL_BYTES:
-        raise MelError(f"{path} holds {mel.nbytes} bytes; at most {MAX_MEL_BYTES} are read.")
-    return mel
+_READERS = {".npy": _read_npy, ".npz": _read_npz, ".pt": _read_torch, ".pth": _read_torch}

@@ -1,4 +1,4 @@
-"""Where an array's memory is."""
+"""Memory location of arrays."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ _DLPACK_CUDA = (2, 13)
 
 
 def on_gpu(array: object) -> bool:
-    """Whether an array's memory is a CUDA device's."""
+    """Return whether an array is in the memory of a CUDA device."""
     if hasattr(array, "__cuda_array_interface__"):
         return True
-    where = getattr(array, "__dlpack_device__", None)
-    return where is not None and where()[0] in _DLPACK_CUDA
+    dlpack_device = getattr(array, "__dlpack_device__", None)
+    return dlpack_device is not None and dlpack_device()[0] in _DLPACK_CUDA

@@ -1,4 +1,4 @@
-"""Telling a mel of another convention by its level: the classic mistake, which sounds wrong and raises nothing."""
+"""Detection of mels in another convention by their level. Such mels sound wrong and raise no error."""
 
 from __future__ import annotations
 
@@ -11,124 +11,167 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from melrt.errors import BundleError
+from melrt.checks import check_fields, flag, number
+from melrt.mel.features import largest_value
 from melrt.mel.normalization import Normalization
 from melrt.mel.spec import MelSpec
+from melrt.types import Mel
 
 logger = logging.getLogger(__name__)
 
-# Level of speech as the decimal logarithm of its mel magnitudes: a mean of -3.1 to -1.9 (middle -2.4) and a deviation of 0.69 to 1.21
-# (middle 0.9) in each of 282 stretches of 64 frames of 32 LJSpeech recordings, whatever the floor.
+# Mean and deviation of speech in log10 of its mel magnitudes. Over 282 stretches of 64 frames of 32 LJSpeech recordings the mean was -3.1
+# to -1.9 and the deviation 0.69 to 1.21, whatever the floor.
 SPEECH = (-2.4, 0.9)
-# How far a stretch's mean and the logarithm of its deviation stray from that: one step of `_distance` each.
+# One step of distance: the variation of a stretch's mean, in deviations, and of the natural logarithm of its deviation.
 _MEAN_STEP, _DEVIATION_STEP = 0.66, 0.35
-# Those 282 lie within 1.5 steps; log10 taken for ln, the nearest of the mistakes, in all but one beyond 2.5.
-FAR = 2.5
-NEAR = 2.0
-NOWHERE = 6.0
-STRETCH = 64
-# Of one utterance, frames that are looked at for so many that are spoken.
-MOST_SEEN = 512
+# A stretch this far from the expected level is suspicious: those 282 were within 1.5 steps; log10 given for ln, the nearest mistake, was
+# beyond 2.5 steps in all but one.
+SUSPICIOUS = 2.5
+# A cause explains a stretch that is this close to the expected level once the cause is undone.
+EXPLAINED = 2.0
+# A stretch this far away causes a warning even if no cause explains it.
+UNEXPLAINED = 6.0
+STRETCH_FRAMES = 64
+# Frames of one utterance that are searched for a stretch of speech.
+MAX_SEARCHED_FRAMES = 512
+# Mean and deviation of speech in the usual normalizations: zero mean and unit variance; decibels from -100 to 0 mapped to [-4, 4] with a
+# reference of 20 dB and of 0 dB; and to [-1, 1], [0, 1] and [0, 4] with 20 dB.
+UNIT_VARIANCE = (0.0, 1.0)
+RANGES = ((-1.3, 1.4), (0.3, 1.4), (-0.33, 0.35), (0.34, 0.17), (1.36, 0.7))
 
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """What a mel of speech amounts to in a voice's convention, stored at export."""
+    """Level of a mel of speech in a voice's convention, stored at export."""
 
     mean: float
-    """Over bands and frames."""
+    """Mean over bands and frames."""
     deviation: float
-    """About that mean, over bands and frames."""
+    """Standard deviation over bands and frames."""
     normalized: bool = False
-    """The voice takes normalized mels, and its checkpoint did not say how they are made."""
+    """True if the voice takes normalized mels, and its checkpoint did not include the statistics."""
 
     def __post_init__(self) -> None:
-        numbers = all(type(value) in (int, float) and abs(value) < 1e9 for value in (self.mean, self.deviation))
-        if not numbers or self.deviation <= 0 or type(self.normalized) is not bool:
-            raise BundleError(f"levels of a mean of {self.mean!r} and a deviation of {self.deviation!r}; two numbers, the second above 0.")
+        check_fields(self, {"mean": number(-1e9, 1e9), "deviation": number(0, 1e9, above=True), "normalized": flag()}, "levels")
 
     @classmethod
-    def of(cls, spec: MelSpec, normalization: Normalization | None = None) -> Levels:
-        """Those of the training's statistics if they are known, or those of speech."""
-        if normalization is None or len(set(normalization.mean)) == 1:  # one number for all bands is a range, no statistics
+    def expected(cls, spec: MelSpec, normalization: Normalization | None = None) -> Levels:
+        """Return the level of the training's statistics if they are known, and else that of speech."""
+        if normalization is None or len(set(normalization.mean)) == 1:  # equal numbers for all bands are a range, not statistics
             decade = spec.unit * math.log(10) * spec.power
             return cls(SPEECH[0] * decade, SPEECH[1] * decade)
         mean, scale = np.array(normalization.mean), np.array(normalization.scale)
         return cls(float(mean.mean()), float(np.sqrt((scale**2).mean() + mean.var())))
 
     def distance(self, values: NDArray[np.floating]) -> float:
-        """How far these frames are from such levels, in steps that speech seldom takes more than two of."""
-        spread = max(float(values.std()), 1e-6)
+        """Return the distance of these frames from this level, in steps; speech is rarely more than two steps away."""
+        deviation = max(float(values.std()), 1e-6)
         shift = (float(values.mean()) - self.mean) / (_MEAN_STEP * self.deviation)
-        return math.hypot(shift, math.log(spread / self.deviation) / _DEVIATION_STEP)
+        return math.hypot(shift, math.log(deviation / self.deviation) / _DEVIATION_STEP)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class _Cause:
+    """Possible cause of a wrong level."""
+
+    distance: float
+    """Distance from the expected level once the cause is undone."""
+    name: str
+    """Completes the sentence "It looks like ..."."""
+    remedy: str
+    """Sentence that says what to do."""
 
 
 class LevelCheck:
-    """Looks at the frames that a voice is given, and warns once if they are of another convention. Safe from several threads."""
+    """Observes the frames that a voice is given, and warns once if they are in another convention. Safe from several threads."""
 
     def __init__(self, spec: MelSpec, levels: Levels | None, normalization: Normalization | None) -> None:
         self._spec, self._levels, self._normalization = spec, levels, normalization
-        self._held: list[NDArray[np.float32]] = []
+        self._pending: list[Mel] = []
         self._lock = threading.Lock()
         self._done = levels is None
         self._pause = spec.silence + 0.5 * levels.deviation if levels else 0.0
+        self._largest = math.inf if levels is None or levels.normalized else largest_value(spec)
 
-    def look(self, mel: NDArray[np.float32]) -> None:
-        """Take notice of frames (M, T); a few of a stream at a time add up to a stretch. Pauses have no level to go by and are left out."""
+    def observe(self, mel: Mel) -> None:
+        """Check frames (M, T), and log a warning if they look wrong.
+
+        Short pieces of streams are collected until they make a stretch. Pauses are left out, because they have no level to compare.
+        """
         if self._done:
             return
-        spoken = self._spoken(mel[:, :MOST_SEEN])[:, :STRETCH]
-        if not spoken.shape[1]:
+        speech = self._without_pauses(mel[:, :MAX_SEARCHED_FRAMES])[:, :STRETCH_FRAMES]
+        if not speech.shape[1]:
             return
         with self._lock:
-            self._held.append(spoken)
-            if sum(frames.shape[1] for frames in self._held) < STRETCH:
+            self._pending.append(speech)
+            if sum(frames.shape[1] for frames in self._pending) < STRETCH_FRAMES:
                 return
-            stretch = np.concatenate(self._held, axis=1)
-            self._held.clear()
-        if (warning := self.judge(stretch)) and not self._done:
+            stretch = np.concatenate(self._pending, axis=1)
+            self._pending.clear()
+        if (warning := self.warning(stretch)) and not self._done:
             self._done = True
             logger.warning("%s", warning)
 
-    def judge(self, mel: NDArray[np.float32]) -> str | None:
-        """The warning that these frames deserve, if any.
-
-        Args:
-            mel: A stretch (M, T) of speech.
-        """
-        levels, spec = self._levels, self._spec
-        mel = self._spoken(mel)
-        if levels is None or not mel.shape[1] or (far := levels.distance(mel)) < FAR:
+    def warning(self, mel: Mel) -> str | None:
+        """Return the warning for a stretch (M, T) of speech, or None if its level is as expected."""
+        levels = self._levels
+        mel = self._without_pauses(mel)
+        if levels is None or not mel.shape[1]:
+            return None
+        distance, largest = levels.distance(mel), float(mel.max())
+        if distance < SUSPICIOUS and largest <= self._largest:
             return None
         found = (
             f"mel has values about {mel.mean():.3g} ± {mel.std():.2g}; this voice expects about {levels.mean:.3g} ± {levels.deviation:.2g}"
         )
-        nearest, cause, remedy = min(self._suspects(mel), default=(NOWHERE, "", ""))
-        if nearest < min(NEAR, 0.7 * far):
-            return f"{found} ({spec.describe()}). It looks like {cause}. {remedy}"
-        return f"{found} ({spec.describe()}). Compare how it was made with `melrt info`." if far > NOWHERE else None
+        if largest > self._largest:
+            found += f". Its largest value is {largest:.3g}; audio in [-1, 1] gives at most {self._largest:.3g}"
+        found += f" ({self._spec.describe()})."
+        cause = min(self._causes(mel), default=None)
+        if cause and cause.distance < EXPLAINED and (largest > self._largest or cause.distance < 0.7 * distance):
+            return f"{found} It looks like {cause.name}. {cause.remedy}"
+        if distance > UNEXPLAINED or largest > self._largest:
+            return f"{found} Compare the code that made it with the convention that `melrt info` shows."
+        return None
 
-    def _spoken(self, mel: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _without_pauses(self, mel: Mel) -> Mel:
         return mel[:, mel.max(axis=0, initial=-np.inf) > self._pause]
 
-    def _suspects(self, mel: NDArray[np.float32]) -> Iterator[tuple[float, str, str]]:
-        """Distance from the expected levels if the frames are such, what they are called, and what mends them."""
+    def _causes(self, mel: Mel) -> Iterator[_Cause]:
+        """Yield the causes that are possible for frames (M, T) of speech."""
         assert self._levels is not None
         spec = self._spec
         if self._levels.normalized:
-            plain = Levels.of(spec).distance(mel)
-            remedy = "This voice was exported without its training's statistics: put them beside the checkpoint, and export it anew."
-            yield plain, "a mel that was not normalized", remedy
+            remedy = "This voice was exported without its training's statistics: put them beside the checkpoint, and export it again."
+            yield _Cause(Levels.expected(spec).distance(mel), "a mel that was not normalized", remedy)
             return
         for log in ("ln", "log10", "dB", "linear"):
             source = replace(spec, log=log, gain=1.0)
             if source.unit == spec.unit or (log == "linear" and mel.min() < 0):
                 continue
-            logs = mel / source.unit if source.unit else np.log(np.maximum(mel, spec.floor))
-            name = {"linear": "linear magnitudes", "dB": "decibels"}.get(log, f"{log} magnitudes")
-            gain = ", gain=1.0" if spec.gain != 1 else ""
-            yield self._levels.distance(logs * spec.unit), name, f'Mend it with spec.convert(mel, replace(spec, log="{log}"{gain})).'
+            plain = spec.unit * (mel / source.unit if source.unit else np.log(np.maximum(mel, spec.floor)))
+            if plain.max() <= self._largest:
+                name = {"linear": "linear magnitudes", "dB": "decibels"}.get(log, f"{log} magnitudes")
+                gain = ", gain=1.0" if spec.gain != 1 else ""
+                yield _Cause(self._levels.distance(plain), name, _convert(f"--mel-log {log}", f'log="{log}"{gain}'))
+        scaled = mel - spec.unit * spec.power * math.log(32768)
+        remedy = "Divide the samples by 32768 before the mel is computed."
+        yield _Cause(self._levels.distance(scaled), "a mel of 16-bit samples that were not scaled to [-1, 1]", remedy)
         if self._normalization is not None:
-            pending_blocks = self._normalization.undo(mel.astype(np.float64))
-            remedy = "Mend it with spec.convert(mel, replace(spec, normalization=bundle.manifest.normalization))."
-            yield self._levels.distance(pending_blocks), "a mel that was normalized already, which this voice does itself", remedy
+            plain = self._normalization.undo(mel.astype(np.float64))
+            remedy = _convert("--mel-normalized", "normalization=vocoder.bundle.manifest.normalization")
+            yield _Cause(self._levels.distance(plain), "a mel that was normalized already, which this voice does itself", remedy)
+        remedy = (
+            "This voice takes plain log-mels: undo the normalization with the statistics of the code that made the mel, "
+            "or compute the mel with `melrt mel`."
+        )
+        forms = RANGES if self._normalization is not None else (UNIT_VARIANCE, *RANGES)
+        yield _Cause(min(Levels(*form).distance(mel) for form in forms), "a normalized mel", remedy)
+
+
+def _convert(option: str, change: str) -> str:
+    """Return the sentence that shows how to convert such a mel."""
+    imports = "from dataclasses import replace; from melrt import convert_mel"
+    code = f"{imports}; mel = convert_mel(mel, replace(vocoder.spec, {change}), vocoder.spec)"
+    return f"Convert it with `melrt synth {option}`, or in Python with `{code}`."

@@ -1,9 +1,9 @@
-"""Exact windows: which frames to run through which graph, and which of the output to keep.
+"""Exact windows: plan which frames run through which graph, and which part of the output is kept.
 
-A sample depends on few mel frames, so any utterance can be cut into windows that overlap by the receptive field, and the
-valid middles, stitched, are what the whole utterance gives. The *edge* graph is the network as trained, padding and all; a
-window on it begins or ends where the utterance does. Every other window runs on the *interior* graph, whose padding is zeros
-inside the convolutions and is thrown away with the window's context. Pure functions, no I/O.
+A sample depends on few mel frames. An utterance can therefore be cut into windows that overlap by the receptive field; their
+valid middles, joined, equal the output for the whole utterance. The *edge* graph is the network as trained, including its padding.
+A window on it begins or ends where the utterance does. Every other window runs on the *interior* graph, which pads with zeros
+inside the convolutions; that padding affects only the window's context, which is discarded. Pure functions, no I/O.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from melrt.errors import ConfigError
 
 GraphKind = Literal["edge", "interior"]
 
-# Sharing an utterance among workers shortens its latency and costs an overlap for each share: under a fifth from here on.
+# Dividing an utterance among workers shortens its latency, and each share recomputes its context: less than a fifth from this length on.
 LEAST_SHARE = 32
 # The widest published network sees 30 frames on either side.
 MAX_CONTEXT = 10_000
-# Of a policy's frames, batch and workers; beyond any use.
+# Limit of a policy's frames, batch and workers, far above any useful value.
 MOST = 65_536
 
 
@@ -54,23 +54,23 @@ class ReceptiveField:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How a backend likes its windows; the defaults of each were measured (`docs/windows.md`)."""
+    """Shape of the windows that a backend runs. Each backend's default was measured (`docs/windows.md`)."""
 
     frames: int
-    """Length of a window, context and all."""
+    """Length of a window in frames, context included."""
     static: bool
-    """Interior windows have exactly that length (an engine with one shape); else they are cut evenly, at most that long."""
+    """Interior windows have exactly that length (an engine with one shape). Otherwise windows are cut evenly, at most that long."""
     batch: int
-    """Windows of one shape that go into one run."""
+    """Largest number of windows of one shape in one run."""
     workers: int
-    """Runs at the same time."""
+    """Number of runs at the same time."""
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("frames", "batch", "workers"), whole(1, MOST))
         check_fields(self, {**counts, "static": flag()}, "window policy")
 
     def check(self, field: ReceptiveField) -> None:
-        """Raise ConfigError if a window of this length would keep nothing of this network's output."""
+        """Raise ConfigError if a window of this length would leave nothing of this network's output after its context is discarded."""
         least = max(field.context + 1, field.edge)
         if self.frames < least:
             raise ConfigError(
@@ -81,7 +81,7 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Frames [start, stop) go through a graph; of the output, frames [keep_start, keep_stop) are kept. All are frames of the utterance."""
+    """Frames [start, stop) run through a graph; of its output, [keep_start, keep_stop) is kept. They count from the utterance's start."""
 
     graph: GraphKind
     start: int
@@ -96,42 +96,42 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A stretch of an utterance to be computed: frames [start, stop) of it."""
+    """Part of an utterance to compute: frames [start, stop)."""
 
     start: int
     stop: int
     received: int
-    """Frames known so far."""
+    """Frames received so far."""
     ended: bool
-    """Whether those are all."""
+    """True if no more frames follow."""
 
 
 def ready(received: int, ended: bool, field: ReceptiveField) -> int:
-    """Frames, from the utterance's start, whose samples can be computed."""
+    """Return the number of frames, from the utterance's start, whose samples can be computed."""
     if ended:
         return received
     return max(received - field.right, 0) if received >= field.edge else 0
 
 
 def look_back(field: ReceptiveField, policy: Policy) -> int:
-    """Frames before the next one to be computed that a later window may still begin with."""
+    """Return how many frames before the next one to compute a later window may still begin with."""
     return max(field.left, field.edge, policy.frames if policy.static else 0)
 
 
 def plan(span: Span, field: ReceptiveField, policy: Policy) -> Iterator[Window]:
-    """Cut a span into windows, in order; every frame of the span is kept exactly once.
+    """Cut a span into windows, in order. Every frame of the span is kept exactly once.
 
     Args:
-        span: What to compute; `span.stop` is at most `ready(span.received, span.ended, field)`.
-        field: The network's context.
-        policy: The backend's wishes.
+        span: Frames to compute; `span.stop` is at most `ready(span.received, span.ended, field)`.
+        field: The network's receptive field.
+        policy: Shape of the windows.
     """
     if span.start < span.stop:
         yield from (_static if policy.static else _even)(span, field, policy)
 
 
 def _even(span: Span, field: ReceptiveField, policy: Policy) -> Iterator[Window]:
-    """Windows of one length or nearly, as many as keep every worker busy; one alone needs no overlap, and is PyTorch's own forward."""
+    """Cut windows of nearly equal length, enough for every worker. A single window needs no overlap: it is PyTorch's own forward."""
     frames = span.stop - span.start
     fits_one = span.ended and frames == span.received <= policy.frames
     count = 1 if fits_one else -(-frames // (policy.frames - field.left - field.right))
@@ -146,7 +146,7 @@ def _even(span: Span, field: ReceptiveField, policy: Policy) -> Iterator[Window]
 
 
 def _static(span: Span, field: ReceptiveField, policy: Policy) -> Iterator[Window]:
-    """Interior windows of exactly the policy's length, and short edge windows at the ends; too short for one: the edge graph alone."""
+    """Cut interior windows of the policy's length and short edge windows. A shorter utterance runs on the edge graph alone."""
     if span.ended and span.received < policy.frames:
         yield Window("edge", 0, span.received, span.start, span.stop)
         return
@@ -158,7 +158,7 @@ def _static(span: Span, field: ReceptiveField, policy: Policy) -> Iterator[Windo
         at = stop
     while at < last_interior:
         start = min(at - field.left, span.received - policy.frames)
-        if start < 0:  # a stream whose first frames are fewer than a window
+        if start < 0:  # a stream that has received fewer frames than a window
             yield Window("edge", 0, span.received, at, span.stop)
             return
         stop = min(start + policy.frames - field.right, last_interior)
@@ -169,7 +169,7 @@ def _static(span: Span, field: ReceptiveField, policy: Policy) -> Iterator[Windo
 
 
 def _around(keep_start: int, keep_stop: int, span: Span, field: ReceptiveField) -> Window:
-    """The shortest window that computes these frames: with its full context, or on the edge graph at a true end."""
+    """Return the shortest window that computes these frames: with full context, or on the edge graph at an end of the utterance."""
     start, stop = max(keep_start - field.left, 0), keep_stop + field.right
     at_end = span.ended and stop >= span.received
     stop = min(stop, span.received)

@@ -1,40 +1,43 @@
-"""Limits of a service."""
+"""Limits of a vocoder's queue."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from melrt.errors import BackendError, MelError
+from melrt.checks import check_fields, flag, number, optional, whole
+from melrt.errors import MelError
+
+_MOST = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a service lets in, and how long it holds windows back."""
+    """Limits on the amount of work that a vocoder accepts and on the time that work may wait."""
 
     max_windows: int = 4096
-    """Windows waiting, of all requests; while they are as many, a further request is refused or waits."""
+    """Largest number of windows waiting, over all requests; at this number further requests wait or are refused."""
     wait: bool = True
-    """A caller waits for room in the queue; else it gets QueueFullError at once."""
+    """True: a caller waits for room in the queue. False: it gets QueueFullError at once."""
     wait_timeout: float | None = None
-    """Longest wait for room, seconds; then QueueFullError."""
+    """Longest wait for room in seconds, then QueueFullError; None waits without limit."""
     max_batch_delay: float = 0.002
-    """Longest that a run is held back to fill its batch, seconds."""
+    """Longest delay of a run to fill its batch, in seconds."""
     default_deadline: float = 1.0
-    """A request without a deadline of its own is due this long after it came, seconds."""
+    """Seconds after arrival at which a request without a deadline is due; the earliest deadline runs first."""
     max_frames: int | None = None
-    """Longest utterance, whole or as a stream, mel frames; a longer one is refused with MelError."""
+    """Longest utterance in mel frames, whole or as a stream; a longer one is refused with MelError. None for no limit."""
     max_streams: int | None = None
-    """Streams open at once; a further one is refused with QueueFullError."""
+    """Largest number of open streams; a further one is refused with QueueFullError. None for no limit."""
     timeout: float | None = None
-    """Longest from coming in to done, seconds; then OverdueError, and the request's windows are freed."""
+    """Longest time from arrival to completion in seconds, then OverdueError, and the request's windows are freed. None for no limit."""
 
     def __post_init__(self) -> None:
-        if self.max_windows < 1 or self.max_batch_delay < 0 or self.default_deadline < 0:
-            raise BackendError(f"{self}: max_windows is at least 1, max_batch_delay and default_deadline at least 0 seconds.")
-        if any(limit is not None and limit <= 0 for limit in (self.max_frames, self.max_streams, self.timeout)):
-            raise BackendError(f"{self}: max_frames, max_streams and timeout are above 0, or None for no limit.")
+        counts = {"max_windows": whole(1, _MOST), **dict.fromkeys(("max_frames", "max_streams"), optional(whole(1, _MOST)))}
+        times = {"timeout": optional(number(0, above=True)), "wait_timeout": optional(number(0))}
+        delays = dict.fromkeys(("max_batch_delay", "default_deadline"), number(0))
+        check_fields(self, {"wait": flag(), **counts, **times, **delays}, "limits")
 
     def check_frames(self, frames: int) -> None:
-        """Raise MelError for an utterance of more frames than are let in."""
+        """Raise MelError for an utterance of more than `max_frames` frames."""
         if self.max_frames is not None and frames > self.max_frames:
-            raise MelError(f"mel has {frames} frames; at most {self.max_frames} are taken here. Cut the text into shorter utterances.")
+            raise MelError(f"mel has {frames} frames; at most {self.max_frames} are accepted here. Cut the text into shorter utterances.")

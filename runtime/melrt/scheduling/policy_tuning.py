@@ -1,7 +1,7 @@
-"""Windows by measurement: which length and batch make a frame cheapest on this machine, kept in the bundle.
+"""Windows chosen by measurement: which length and batch make a frame cheapest on this machine, stored in the bundle.
 
-A backend's own policy was measured on one machine. `tune` tries its candidates here, `record` keeps the result in the bundle, and
-whoever loads the voice on such a machine again runs with it.
+A backend's default policy was measured on one machine. `tune` times the backend's candidates on this one, `record` stores the result
+in the bundle, and every vocoder that loads the voice on such a machine uses it.
 """
 
 from __future__ import annotations
@@ -21,35 +21,38 @@ from melrt.bundle import Artifact, Bundle
 from melrt.errors import BackendError, BundleError
 from melrt.planning.windows import Policy, ReceptiveField
 
-# Frames a trial computes per worker: some hundred milliseconds on a CPU, so that starting threads costs nothing.
-TRIAL_FRAMES = 1024
-# Trials this close to the cheapest are as good within a shared machine's noise: then the smaller run wins, for its latency.
-AS_GOOD = 1.02
+# Frames that each worker computes per measurement: some hundred milliseconds on a CPU, so that starting threads costs nothing.
+MEASURED_FRAMES = 1024
+# Policies this close to the cheapest are equal within a shared machine's noise: the smaller run is chosen, for its latency.
+EQUAL = 1.02
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
-    """A policy, measured."""
+class PolicyTiming:
+    """A policy and its measured cost."""
 
     policy: Policy
+    """Windows that were measured."""
     microseconds: float
-    """Per kept mel frame, all workers together, median of the rounds."""
+    """Microseconds per kept mel frame, all workers together, median of the rounds."""
 
 
-def tune(bundle: Bundle, backend: Backend, rounds: int = 7, on_trial: Callable[[], None] = lambda: None) -> tuple[Trial, ...]:
-    """Measure each of the backend's candidates on this machine, interleaved; the chosen one comes first, the rest by length.
+def tune(bundle: Bundle, backend: Backend, rounds: int = 7, on_measured: Callable[[], None] = lambda: None) -> tuple[PolicyTiming, ...]:
+    """Measure each of the backend's candidates on this machine, interleaved.
 
     Args:
         bundle: The voice.
-        backend: With its models loaded; nothing else should use it meanwhile.
-        rounds: Counted rounds over all candidates; one more warms up.
-        on_trial: Called after each single measurement, `(rounds + 1) * len(backend.candidates)` times.
+        backend: The backend with its models loaded; nothing else should use it meanwhile.
+        rounds: Counted rounds over all candidates, after one round that warms up.
+        on_measured: Called after each single measurement, `(rounds + 1) * len(backend.candidates)` times.
+
+    Returns:
+        The chosen policy first, then the others by length.
 
     Raises:
         BackendError: No candidate is longer than this voice's context.
     """
-    manifest = bundle.manifest
-    field = manifest.receptive_field
+    field = bundle.manifest.receptive_field
     candidates = [policy for policy in backend.candidates if policy.frames > max(field.context, field.edge)]
     if not candidates:
         raise BackendError(f"{backend.name} has no window longer than this voice's context of {field.left} + {field.right} frames.")
@@ -57,24 +60,25 @@ def tune(bundle: Bundle, backend: Backend, rounds: int = 7, on_trial: Callable[[
     shuffle = np.random.default_rng(0)
     for turn in range(rounds + 1):
         for index in shuffle.permutation(len(candidates)):
-            cost = _seconds_per_frame(backend, candidates[index], field, manifest.spec.n_mels)
+            cost = _seconds_per_frame(backend, candidates[index], field, bundle.manifest.spec.n_mels)
             if turn:
                 seconds[candidates[index]].append(cost)
-            on_trial()
-    return _ranked([Trial(policy, 1e6 * float(np.median(costs))) for policy, costs in seconds.items()])
+            on_measured()
+    return _ranked([PolicyTiming(policy, 1e6 * float(np.median(costs))) for policy, costs in seconds.items()])
 
 
-def record(bundle: Bundle, backend: Backend, trials: Sequence[Trial]) -> Artifact:
-    """Keep what was measured in the bundle, in place of an earlier record for such a machine."""
+def record(bundle: Bundle, backend: Backend, timings: Sequence[PolicyTiming]) -> Artifact:
+    """Store the measurement in the bundle, replacing an earlier record for such a machine."""
     facts = _facts(backend)
-    data = (json.dumps({"chosen": asdict(trials[0].policy), "trials": [asdict(trial) for trial in trials]}, indent=1) + "\n").encode()
+    values = {"chosen": asdict(timings[0].policy), "measured": [asdict(timing) for timing in timings]}
+    data = (json.dumps(values, indent=1) + "\n").encode()
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
     name = f"policy.{backend.precision}.{backend.name}-{backend.device}-{key}.json"
     return bundle.add(Artifact.of(name, data, "policy", precision=backend.precision, target=facts), data)
 
 
-def recorded(bundle: Bundle, backend: Backend) -> Policy | None:
-    """What was recorded for this backend on such a machine; None if nothing was, or what the backend no longer offers.
+def recorded_policy(bundle: Bundle, backend: Backend) -> Policy | None:
+    """Return the policy recorded for this backend on such a machine; None without a record, or if the backend no longer offers it.
 
     Raises:
         BundleError: The record is damaged.
@@ -84,14 +88,17 @@ def recorded(bundle: Bundle, backend: Backend) -> Policy | None:
         return None
     try:
         policy = Policy(**json.loads(bundle.read(entry))["chosen"])
-    except (ValueError, TypeError, KeyError, RecursionError, BackendError) as error:
-        raise BundleError(f"{bundle.path / entry.file} is no record of windows: {error}") from error
+    except BundleError:
+        raise
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise BundleError(f"{bundle.path / entry.file} is not a record of windows: {error}") from error
     return policy if policy in backend.candidates else None
 
 
 def _seconds_per_frame(backend: Backend, policy: Policy, field: ReceptiveField, bands: int) -> float:
-    kept = (policy.frames - field.left - field.right) * policy.batch
-    runs = -(-TRIAL_FRAMES // kept)
+    """Time one measurement: every worker runs its share of windows at the same time."""
+    kept = (policy.frames - field.context) * policy.batch
+    runs = -(-MEASURED_FRAMES // kept)
     mel = np.random.default_rng(0).uniform(-4, 0, (policy.batch, bands, policy.frames)).astype(np.float32)
 
     def work(_: int) -> None:
@@ -104,11 +111,11 @@ def _seconds_per_frame(backend: Backend, policy: Policy, field: ReceptiveField, 
         return (time.perf_counter() - start) / (runs * kept * policy.workers)
 
 
-def _ranked(trials: list[Trial]) -> tuple[Trial, ...]:
-    cheapest = min(trial.microseconds for trial in trials)
-    good = [trial for trial in trials if trial.microseconds <= AS_GOOD * cheapest]
-    chosen = min(good, key=lambda trial: (trial.policy.frames * trial.policy.batch, trial.microseconds))
-    return chosen, *(trial for trial in trials if trial is not chosen)
+def _ranked(timings: list[PolicyTiming]) -> tuple[PolicyTiming, ...]:
+    cheapest = min(timing.microseconds for timing in timings)
+    good = [timing for timing in timings if timing.microseconds <= EQUAL * cheapest]
+    chosen = min(good, key=lambda timing: (timing.policy.frames * timing.policy.batch, timing.microseconds))
+    return chosen, *(timing for timing in timings if timing is not chosen)
 
 
 def _facts(backend: Backend) -> dict[str, Any]:

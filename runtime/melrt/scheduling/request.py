@@ -1,27 +1,26 @@
-"""A request."""
+"""Requests: windows of one utterance, and the audio that they become."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
-from melrt.files.wav import SampleFormat, to_int16
+from melrt.backends.base import Backend, DeviceBackend, DeviceUtterance
+from melrt.errors import BackendError
+from melrt.files.audio import INT16_NAN, SampleFormat, to_int16
 from melrt.planning.windows import Window
-
-Frames = NDArray[np.float32]
-Audio = NDArray[Any]
+from melrt.types import Audio, Mel
 
 
 @dataclass(frozen=True, slots=True)
 class OutputFormat:
-    """What a mel frame becomes."""
+    """Format of the audio that a mel frame becomes."""
 
     hop: int
     """Samples of audio per frame."""
@@ -30,41 +29,109 @@ class OutputFormat:
 
 
 class Request:
-    """Some windows over some frames, and the audio that they become; `future` ends with it."""
+    """Windows of one utterance that wait, run or are done. `future` ends with the result."""
 
-    def __init__(self, frames: Frames, first_frame: int, windows: Iterable[Window], sound: OutputFormat, deadline: float) -> None:
+    kind: str
+    """Windows of one kind can share a run: `host` or `device`."""
+    result: Any
+    """Result of the future."""
+
+    def __init__(self, windows: Iterable[Window], deadline: float) -> None:
         """Prepare a request.
 
         Args:
-            frames: (M, n) float32; not copied, and read until the future is done.
-            first_frame: Index of its first frame in the utterance.
-            windows: In order and without a gap, from `plan`.
-            sound: What becomes of a frame.
-            deadline: When it is due, on `time.monotonic`'s clock.
+            windows: Windows in order and without a gap, from `plan`.
+            deadline: Time at which it is due, on `time.monotonic`'s clock.
         """
-        self.frames = frames
-        self.first_frame = first_frame
         self.waiting = deque(windows)
         self.unfinished = len(self.waiting)
-        self.ended = False
-        """Result, error or cancellation is decided; guarded by the queue's lock."""
         self.keep_start = self.waiting[0].keep_start if self.waiting else 0
-        kept = self.waiting[-1].keep_stop - self.keep_start if self.waiting else 0
-        self.hop = sound.hop
-        self.audio: Audio = np.empty(kept * sound.hop, sound.sample_format)
+        self.frames_kept = self.waiting[-1].keep_stop - self.keep_start if self.waiting else 0
         self.deadline = deadline
         self.arrival = time.monotonic()
-        self.future: Future[Audio] = Future()
+        self.future: Future[Any] = Future()
+        self.ended = False
+        """True once result, error or cancellation is decided. Guarded by the queue's lock."""
         self.on_end: Callable[[Request, bool], None] | None = None
-        """Called once, with whether the audio is complete, before those who wait for the future hear of it; not if there are no windows."""
+        """Called once, with True if the audio is complete, before waiters are woken. Not called for a request without windows."""
 
-    def cut(self, window: Window) -> Frames:
-        """The window's frames."""
+    @property
+    def urgency(self) -> tuple[float, float]:
+        """Sort key: the earliest deadline runs first."""
+        return self.deadline, self.arrival
+
+    @staticmethod
+    def execute(backend: Backend, jobs: Sequence[Job]) -> None:
+        """Run windows of one kind, graph and length together, and keep their audio.
+
+        Raises:
+            BackendError: The backend failed, or returned samples that are not finite or not of the expected shape.
+        """
+        raise NotImplementedError
+
+
+Job = tuple[Request, Window]
+
+
+class HostRequest(Request):
+    """A request for frames on the host."""
+
+    kind = "host"
+
+    def __init__(self, frames: Mel, first_frame: int, windows: Iterable[Window], output: OutputFormat, deadline: float) -> None:
+        """Prepare a request.
+
+        Args:
+            frames: (M, n) float32. They are not copied, and are read until the future is done.
+            first_frame: Index of the first of them in the utterance.
+            windows: Windows in order and without a gap, from `plan`.
+            output: Format of the audio.
+            deadline: Time at which it is due, on `time.monotonic`'s clock.
+        """
+        super().__init__(windows, deadline)
+        self.frames = frames
+        self.first_frame = first_frame
+        self.hop = output.hop
+        self.result: Audio = np.empty(self.frames_kept * output.hop, output.sample_format)
+
+    @staticmethod
+    def execute(backend: Backend, jobs: Sequence[Job]) -> None:
+        requests = cast(Sequence[tuple[HostRequest, Window]], jobs)
+        mel = np.stack([request._cut(window) for request, window in requests])
+        audio = backend.run(jobs[0][1].graph, mel)
+        _check_audio(backend, audio, (len(jobs), mel.shape[2] * requests[0][0].hop))
+        for (request, window), samples in zip(requests, audio, strict=True):
+            request._keep(window, samples)
+
+    def _cut(self, window: Window) -> Mel:
         return self.frames[:, window.start - self.first_frame : window.stop - self.first_frame]
 
-    def keep(self, window: Window, audio: Audio) -> None:
-        """Put the kept part of a window's audio in its place."""
+    def _keep(self, window: Window, audio: Audio) -> None:
+        """Copy the kept part of a window's audio to its place in the result."""
         source = slice((window.keep_start - window.start) * self.hop, (window.keep_stop - window.start) * self.hop)
         target = slice((window.keep_start - self.keep_start) * self.hop, (window.keep_stop - self.keep_start) * self.hop)
         kept = audio[source]
-        self.audio[target] = to_int16(kept) if self.audio.dtype == np.int16 and kept.dtype != np.int16 else kept
+        self.result[target] = to_int16(kept) if self.result.dtype == np.int16 and kept.dtype != np.int16 else kept
+
+
+class DeviceRequest(Request):
+    """A request for an utterance in GPU memory. It is done once its work is queued on the device, in order with the caller's stream."""
+
+    kind = "device"
+
+    def __init__(self, utterance: DeviceUtterance, windows: Iterable[Window], deadline: float) -> None:
+        super().__init__(windows, deadline)
+        self.utterance = utterance
+        self.result = None
+
+    @staticmethod
+    def execute(backend: Backend, jobs: Sequence[Job]) -> None:
+        requests = cast(Sequence[tuple[DeviceRequest, Window]], jobs)
+        cast(DeviceBackend, backend).run_on_device([(request.utterance, window) for request, window in requests])
+
+
+def _check_audio(backend: Backend, audio: Audio, expected: tuple[int, int]) -> None:
+    if audio.shape != expected:
+        raise BackendError(f"{backend.name} returned audio of shape {audio.shape} instead of {expected}. Is this the voice's model?")
+    if (audio == INT16_NAN).any() if audio.dtype == np.int16 else not np.isfinite(audio).all():
+        raise BackendError(f"{backend.name} returned samples that are not finite. Is {backend.precision} precise enough for this voice?")

@@ -1,4 +1,4 @@
-"""Counters for a service to scrape."""
+"""Counters for a service's monitoring."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ RATE_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """A snapshot. Totals count from the load on and only grow; rates are a scraper's difference of two of them."""
+    """A snapshot of the counters. Totals count from the load on and only grow; a scraper takes rates from two of them."""
 
     queue_windows: int
     """Windows waiting now."""
     queue_requests: int
     """Requests with windows waiting now."""
     requests: int
-    """Let in so far: utterances, and pushes of streams."""
+    """Requests admitted so far: utterances, and pushes of streams."""
     rejected: int
-    """Refused because the queue was full."""
+    """Requests refused because the queue was full."""
     cancelled: int
-    """Ended by their caller."""
+    """Requests cancelled by their callers."""
     failed: int
-    """Ended by an error."""
+    """Requests ended by an error."""
     windows: int
-    """Computed so far."""
+    """Windows computed so far."""
     runs: int
-    """Engine runs they took."""
+    """Engine runs that computed them."""
     busy_seconds: float
     """Time spent in those runs, over all workers."""
     windows_per_second: float
-    """Computed in the last ten seconds, per second."""
+    """Windows per second over the last ten seconds."""
     batch_fill: float
-    """Windows per run over the batch limit, mean since the load; 0 before the first run."""
+    """Mean windows per run over the batch limit, since the load; 0 before the first run."""
     latency_seconds: tuple[float, float, float]
-    """p50, p90 and p99 of the last 2048 requests, from coming in to done; 0 before the first."""
+    """p50, p90 and p99 from arrival to completion over the last 2048 requests; 0 before the first."""
     underruns: int
-    """Times that a stream's audio came after its listener had run out."""
+    """Number of times that a stream's audio came after its playback had run out."""
 
 
 @dataclass(slots=True)
 class Counters:
-    """Counts; the caller holds the lock."""
+    """Counters of one queue. The caller holds the queue's lock."""
 
     requests: int = 0
     rejected: int = 0
@@ -57,36 +57,31 @@ class Counters:
     underruns: int = 0
     busy_seconds: float = 0.0
     latencies: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
-    lately: deque[tuple[float, int]] = field(default_factory=deque)
+    recent_runs: deque[tuple[float, int]] = field(default_factory=deque)
 
     def ran(self, windows: int, seconds: float) -> None:
-        """One engine run."""
+        """Count one engine run."""
         self.windows += windows
         self.runs += 1
         self.busy_seconds += seconds
-        self.lately.append((time.monotonic(), windows))
-        self._forget()
+        self.recent_runs.append((time.monotonic(), windows))
+        self._drop_old_runs()
 
-    def _forget(self) -> None:
-        while self.lately and self.lately[0][0] < time.monotonic() - RATE_SECONDS:
-            self.lately.popleft()
+    def _drop_old_runs(self) -> None:
+        while self.recent_runs and self.recent_runs[0][0] < time.monotonic() - RATE_SECONDS:
+            self.recent_runs.popleft()
 
     def stats(self, queue_windows: int, queue_requests: int, batch: int) -> Stats:
-        """What stands now."""
-        self._forget()
+        """Return a snapshot."""
+        self._drop_old_runs()
         recent = np.percentile(self.latencies, (50, 90, 99), method="higher") if self.latencies else (0.0, 0.0, 0.0)
+        totals = {name: getattr(self, name) for name in ("requests", "rejected", "cancelled", "failed", "windows", "runs", "underruns")}
         return Stats(
+            **totals,
             queue_windows=queue_windows,
             queue_requests=queue_requests,
-            requests=self.requests,
-            rejected=self.rejected,
-            cancelled=self.cancelled,
-            failed=self.failed,
-            windows=self.windows,
-            runs=self.runs,
             busy_seconds=self.busy_seconds,
-            windows_per_second=sum(windows for _, windows in self.lately) / RATE_SECONDS,
+            windows_per_second=sum(windows for _, windows in self.recent_runs) / RATE_SECONDS,
             batch_fill=self.windows / (self.runs * batch) if self.runs else 0.0,
             latency_seconds=(float(recent[0]), float(recent[1]), float(recent[2])),
-            underruns=self.underruns,
         )

@@ -1,1 +1,1 @@
-"""Serving: bulk synthesis and the Triton Inference Server. Nothing else in melrt imports this package."""
+"""Bulk synthesis, and models for the Triton Inference Server. No other package of melrt imports this one."""

@@ -1,4 +1,4 @@
-"""A TensorRT engine, opened: held against its entry in the manifest and against this machine before anything of it is executed."""
+"""A TensorRT engine: compared with its manifest entry and with this machine before any of it is executed."""
 
 from __future__ import annotations
 
@@ -21,44 +21,46 @@ logger = logging.getLogger(__name__)
 # Distribution and extra of each flavor.
 FLAVORS = {"tensorrt": ("tensorrt", "tensorrt"), "tensorrt_rtx": ("tensorrt-rtx", "rtx")}
 PORTABLE = "portable"
-# Compute capability that hardware-compatible engines begin with.
+# Lowest compute capability of hardware-compatible engines.
 AMPERE = 8.0
-# A voice's runtime cache is well under a megabyte per graph; what is far beyond is not one.
+# A voice's runtime cache is well below a megabyte per graph; a file far beyond that is not one.
 MAX_CACHE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """The shapes (B, M, T) that an engine takes."""
+    """Shapes (B, M, T) that an engine takes."""
 
     smallest: tuple[int, ...]
+    """Smallest batch, bands and frames."""
     largest: tuple[int, ...]
+    """Largest batch, bands and frames."""
 
     @property
     def window(self) -> int | None:
-        """Its one length in frames; None if it takes several."""
+        """Window length in frames if the engine takes only one; otherwise None."""
         return self.largest[2] if self.smallest[2] == self.largest[2] else None
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Raise BackendError for a shape outside."""
+        """Raise BackendError for a shape outside the profile."""
         if any(not low <= size <= high for low, size, high in zip(self.smallest, shape, self.largest, strict=True)):
             raise BackendError(f"a mel of shape {shape} is outside this engine's profile, {self.smallest} to {self.largest}.")
 
 
 class Engine:
-    """One engine on one device, and the execution contexts made of it."""
+    """One engine on one device."""
 
     def __init__(self, artifact: Artifact, data: bytes, bands: int, gpu: Gpu) -> None:
-        """Open an engine; the device's context is current.
+        """Open an engine. The device's context is current.
 
         Args:
-            artifact: What it is.
-            data: The serialized engine, verified by the caller.
-            bands: Of the voice's mels.
+            artifact: Manifest entry of the engine.
+            data: Serialized engine, verified by the caller.
+            bands: Mel bands of the voice.
             gpu: The device.
 
         Raises:
-            BackendError: The engine is for another flavor, version or GPU, or is refused by the runtime; the text has the remedy.
+            BackendError: The engine was built for another flavor, version or GPU, or the runtime rejects it; the text has the remedy.
             MissingExtraError: The flavor is not installed.
         """
         self.precision = artifact.precision
@@ -79,18 +81,18 @@ class Engine:
         self._config = self._runtime_config()
 
     def context(self, scratch: Any) -> Any:
-        """An execution context in this scratch memory (`scratch_bytes` of it), which contexts that never run at the same time may share."""
+        """Create an execution context in this scratch memory (`scratch_bytes`). Contexts that never run at the same time may share it."""
         if self._config is not None:
             context = self._engine.create_execution_context(self._config)
         else:
             context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
-            raise BackendError("TensorRT could not make an execution context; is the GPU's memory full?")
+            raise BackendError("TensorRT could not create an execution context. Is the GPU's memory full?")
         context.set_device_memory(int(scratch.handle), scratch.size)
         return context
 
     def save_cache(self) -> None:
-        """Keep the kernels that TensorRT-RTX compiled, so that the next start finds them; where that is not possible, go on without."""
+        """Store the kernels that TensorRT-RTX compiled for the next start; if that is not possible, continue without."""
         if self._config is None or not hasattr(self._config, "get_runtime_cache"):
             return
         data = bytes(memoryview(self._config.get_runtime_cache().serialize()))
@@ -99,20 +101,22 @@ class Engine:
                 with atomic_write(self._cache_file) as temporary:
                     temporary.write_bytes(data)
         except OSError as error:  # a service may run without a writable home
-            logger.info("the runtime cache %s was not kept: %s", self._cache_file, error)
+            logger.info("the runtime cache %s was not written: %s", self._cache_file, error)
 
     def _profile(self, artifact: Artifact, bands: int) -> Profile:
         engine, trt = self._engine, self._trt
         names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
         if names != {"mel", "audio"} or any(engine.get_tensor_dtype(name) != trt.DataType.FLOAT for name in names):
-            raise BackendError(f"{artifact.file} takes and gives {sorted(names)}; a voice's engine has a float32 mel and audio.")
+            raise BackendError(
+                f"{artifact.file} has tensors {sorted(names)}; a voice's engine has a float32 mel and audio."
+            )
         smallest, _, largest = (tuple(int(size) for size in shape) for shape in engine.get_tensor_profile_shape("mel", 0))
         if len(largest) != 3 or largest[1] != bands:
             raise BackendError(f"{artifact.file} takes mels of shape {largest}; this voice's have {bands} bands.")
         return Profile(smallest, largest)
 
     def _runtime_config(self) -> Any:
-        """TensorRT-RTX: kernels are compiled for a shape in the background, kept between processes, and graphs are captured by us."""
+        """Configure TensorRT-RTX: kernels are compiled in the background and kept between processes; melrt captures the graphs."""
         trt = self._trt
         if not hasattr(trt, "IRuntimeCache"):
             return None
@@ -123,21 +127,21 @@ class Engine:
         cache = config.create_runtime_cache()
         kept = _read_cache(self._cache_file)
         if kept and not cache.deserialize(kept):
-            logger.info("the runtime cache %s is of another driver or version; kernels are compiled anew.", self._cache_file)
+            logger.info("the runtime cache %s was made by another driver or version; kernels are compiled again.", self._cache_file)
         config.set_runtime_cache(cache)
         return config
 
 
 def flavor(artifact: Artifact) -> ModuleType:
-    """The module that an engine was built with.
+    """Import the module of the flavor that an engine was built with.
 
     Raises:
-        BackendError: The manifest names no flavor that there is.
-        MissingExtraError: It is not installed.
+        BackendError: The manifest names an unknown flavor.
+        MissingExtraError: The flavor is not installed.
     """
     name = artifact.target.get("flavor")
     if name not in FLAVORS:
-        raise BackendError(f"{artifact.file} is for {name!r}; engines are for one of {', '.join(FLAVORS)}.")
+        raise BackendError(f"{artifact.file} was built by {name!r}; engines are built by one of {', '.join(FLAVORS)}.")
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -145,15 +149,17 @@ def flavor(artifact: Artifact) -> ModuleType:
 
 
 def check_target(artifact: Artifact, version: str, gpu: Gpu, rebuild: str) -> None:
-    """Raise BackendError if an engine was built for another TensorRT or GPU."""
+    """Raise BackendError if an engine was built for another TensorRT version or GPU."""
     target: Mapping[str, Any] = artifact.target
     if not _runs_on_version(target, version):
-        raise BackendError(f"{artifact.file} was built by {target['flavor']} {target.get('version')}, here is {version}. {rebuild}")
+        raise BackendError(
+            f"{artifact.file} was built by {target['flavor']} {target.get('version')}; here is {version}. {rebuild}"
+        )
     capability = target.get("compute_capability")
     from_ampere_on = target.get("compatible") == "hardware" and float(gpu.compute_capability) >= AMPERE
     if capability not in (PORTABLE, gpu.compute_capability) and not from_ampere_on:
         raise BackendError(
-            f"{artifact.file} is for compute capability {capability}, and {gpu.name} has {gpu.compute_capability}. {rebuild}"
+            f"{artifact.file} was built for compute capability {capability}; {gpu.name} has {gpu.compute_capability}. {rebuild}"
         )
 
 
@@ -171,14 +177,14 @@ def _numbers(version: str) -> list[int]:
 def _rebuild_command(artifact: Artifact) -> str:
     portable = artifact.target.get("compute_capability") == PORTABLE
     kind = f"--precision {artifact.precision} --flavor {artifact.target.get('flavor')}"
-    return f"Build it anew: melrt build VOICE.melrt {kind}{'' if portable else ' --this-gpu'}"
+    return f"Rebuild it: melrt build VOICE.melrt {kind}{'' if portable else ' --this-gpu'}"
 
 
 def runtime_logger(trt: ModuleType) -> Any:
-    """A logger for TensorRT that hands its messages to Python's."""
+    """Make a TensorRT logger that passes its messages to Python's logging."""
 
     class Log(trt.ILogger):  # type: ignore[misc, name-defined]
-        """Hands TensorRT's messages to Python's logging."""
+        """Logger that passes TensorRT's messages to Python's logging."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)

@@ -1,101 +1,129 @@
-"""Arrays of other libraries on a GPU: read where they are, and answered in kind, in order with the caller's own work.
+"""Arrays of other libraries in GPU memory: read in place, and answered with an array of the same library, in order with the caller's work.
 
-Whatever has `__cuda_array_interface__` or DLPack can be read. None of the libraries is imported: who passes an array of one has done so.
+Arrays with `__cuda_array_interface__` or DLPack can be read. None of the libraries is imported: a caller that passes an array has done so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from melrt.errors import MelError
 
+# CUDA's handle of the legacy default stream; 0 would be ambiguous in DLPack.
+LEGACY_STREAM = 1
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceMel:
-    """A mel on a device: where it is, and how to step through it."""
+    """A mel in GPU memory."""
 
     pointer: int
+    """Address of the first element."""
     shape: tuple[int, int, int]
-    """(B, M, T)."""
+    """Batch, bands and frames (B, M, T)."""
     strides: tuple[int, int, int]
     """Elements between utterances, bands and frames."""
     owner: object
-    """Keeps the memory alive."""
-
-
-def read_mel(array: object, device_index: int, stream: Any) -> DeviceMel:
-    """Look at a mel without copying it; `stream` is made to wait for the work of its producer.
-
-    Raises:
-        MelError: Not (M, T) or (B, M, T) float32, or in the memory of another device or context.
-    """
-    from cuda.core.utils import StridedMemoryView
-
-    try:
-        view = StridedMemoryView.from_any_interface(array, stream_ptr=int(stream.handle))
-    except BufferError as error:
-        raise MelError(f"a mel of {type(array).__name__} cannot be read on a GPU ({error}).") from error
-    if np.dtype(view.dtype) != np.float32:
-        raise MelError(f"mel has dtype {view.dtype} on the GPU; it is float32 there: convert it first.")
-    if len(view.shape) not in (2, 3):
-        raise MelError(f"mel has shape {tuple(view.shape)}; expected (bands, frames) or (batch, bands, frames).")
-    shape = (1,) * (3 - len(view.shape)) + tuple(view.shape)
-    strides = tuple(view.strides) if view.strides is not None else _contiguous(tuple(view.shape))
-    _check_memory(int(view.ptr), view.device_id, device_index)
-    return DeviceMel(int(view.ptr), shape, (0,) * (3 - len(strides)) + strides, view)
+    """The caller's array, which keeps the memory alive."""
+    stream: int
+    """Handle of the stream that the caller's library works on."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceAudio:
-    """A fresh array of the caller's kind, to be filled."""
+    """An output array in GPU memory, to be filled."""
 
-    array: Any
     pointer: int
-    stream: int
-    """The caller's current stream: the audio is ready for work that is queued on it afterwards."""
+    """Address of the first sample."""
+    owner: object
+    """The array, which keeps the memory alive."""
 
 
-def make_audio(like: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceAudio:
-    """An array of `like`'s library, on its device.
+def read_mel(array: object, device_index: int) -> DeviceMel:
+    """Look at a mel without copying it. Its library's current stream is made to wait for the work that produces it.
 
     Raises:
-        MelError: Of a library that melrt cannot make arrays of.
+        MelError: Not (M, T) or (B, M, T) float32, in memory of another device or context, or of a library that melrt does not know.
     """
-    library = type(like).__module__.partition(".")[0]
-    if library not in _MAKERS:
-        known = ", ".join(_MAKERS)
-        raise MelError(f"melrt cannot make GPU arrays of {library} ({type(like).__name__}); it can of {known}. Or pass a numpy array.")
-    array, stream = _MAKERS[library](like, shape, dtype)
-    return DeviceAudio(array, int(array.__cuda_array_interface__["data"][0]), stream)
+    from cuda.core.utils import StridedMemoryView
+
+    stream = _library(array).current_stream(array) or LEGACY_STREAM
+    try:
+        view = StridedMemoryView.from_any_interface(array, stream_ptr=stream)
+    except BufferError as error:
+        raise MelError(f"a mel of {type(array).__name__} cannot be read on a GPU ({error}).") from error
+    if np.dtype(view.dtype) != np.float32:
+        raise MelError(f"mel has dtype {view.dtype}; in GPU memory it must be float32. Convert it first.")
+    if len(view.shape) not in (2, 3):
+        raise MelError(f"mel has shape {tuple(view.shape)}; expected (bands, frames) or (batch, bands, frames).")
+    missing = 3 - len(view.shape)
+    shape = (1,) * missing + tuple(view.shape)
+    strides = tuple(view.strides) if view.strides is not None else _contiguous(tuple(view.shape))
+    _check_memory(int(view.ptr), view.device_id, device_index)
+    return DeviceMel(int(view.ptr), shape, (0,) * missing + strides, array, stream)
 
 
-def _torch(like: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Any, int]:
-    torch = sys.modules["torch"]
-    array = torch.empty(shape, dtype=getattr(torch, dtype.name), device=like.device)
-    return array, int(torch.cuda.current_stream(like.device).cuda_stream)
+def make_audio(like: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Any, DeviceAudio]:
+    """Make an array of `like`'s library on its device, and melrt's view of it.
+
+    Raises:
+        MelError: The library is not one that melrt can make arrays of.
+    """
+    array = _library(like).empty(like, shape, dtype)
+    return array, DeviceAudio(int(array.__cuda_array_interface__["data"][0]), array)
 
 
-def _cupy(_: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Any, int]:
-    cupy = sys.modules["cupy"]
-    return cupy.empty(shape, dtype), int(cupy.cuda.get_current_stream().ptr)
+class _Library(NamedTuple):
+    """Functions that melrt needs of an array library."""
+
+    empty: Callable[[Any, tuple[int, ...], np.dtype[Any]], Any]
+    current_stream: Callable[[Any], int]
 
 
-def _pycuda(_: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Any, int]:
-    return sys.modules["pycuda.gpuarray"].empty(shape, dtype), 0  # PyCUDA works on the default stream
+def _library(array: object) -> _Library:
+    name = type(array).__module__.partition(".")[0]
+    if name not in _LIBRARIES:
+        known = ", ".join(_LIBRARIES)
+        raise MelError(f"melrt cannot make GPU arrays of {name} ({type(array).__name__}); it can for {known}. Or pass a numpy array.")
+    return _LIBRARIES[name]
 
 
-def _numba(_: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[Any, int]:
-    return sys.modules["numba.cuda"].device_array(shape, dtype), 0
+def _module(name: str) -> Any:
+    return sys.modules[name]
 
 
-_MAKERS: dict[str, Callable[[Any, tuple[int, ...], np.dtype[Any]], tuple[Any, int]]] = {
-    "torch": _torch, "cupy": _cupy, "pycuda": _pycuda, "numba": _numba,
-}  # fmt: skip
+_LIBRARIES = {
+    "torch": _Library(
+        lambda like, shape, dtype: _module("torch").empty(shape, dtype=getattr(_module("torch"), dtype.name), device=like.device),
+        lambda like: int(_module("torch").cuda.current_stream(like.device).cuda_stream),
+    ),
+    "cupy": _Library(
+        lambda _, shape, dtype: _module("cupy").empty(shape, dtype), lambda _: int(_module("cupy").cuda.get_current_stream().ptr)
+    ),
+    # PyCUDA and Numba work on the default stream
+    "pycuda": _Library(lambda _, shape, dtype: _module("pycuda.gpuarray").empty(shape, dtype), lambda _: 0),
+    "numba": _Library(lambda _, shape, dtype: _module("numba.cuda").device_array(shape, dtype), lambda _: 0),
+}
+
+
+@contextlib.contextmanager
+def current_device(device: Any) -> Iterator[None]:
+    """Make a device current in this thread, and restore the caller's context afterwards."""
+    from cuda.bindings import driver
+
+    error, previous = driver.cuCtxGetCurrent()
+    device.set_current()
+    try:
+        yield
+    finally:
+        if error == driver.CUresult.CUDA_SUCCESS:
+            driver.cuCtxSetCurrent(previous)
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -103,7 +131,7 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _check_memory(pointer: int, device_id: int, wanted: int) -> None:
-    """A pointer of another device or context would fault, or read what is not the mel."""
+    """Refuse a pointer of another device or context: reading it would fault, or return something other than the mel."""
     if device_id != wanted:
         raise MelError(f"mel is on cuda:{device_id}, this voice on cuda:{wanted}; load one with device='cuda:{device_id}' for it.")
     from cuda.bindings import driver

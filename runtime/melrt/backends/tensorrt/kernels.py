@@ -1,4 +1,4 @@
-"""The few CUDA kernels around an engine: cutting windows out of a mel on the device, and keeping their middles."""
+"""CUDA kernels around an engine: cut windows out of a mel on the device, and copy their kept parts to the output."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 THREADS = 256
 
 SOURCE = r"""
-// One window of a mel (bands, frames) with any strides, into a slot (bands, window) of the engine's input.
-// Frames beyond the utterance hold `value`, or the frame at that end if it is not a number.
+// Copy one window of a mel (bands, frames) with any strides to a place (bands, window) in the engine's input.
+// Frames outside the utterance hold `value`, or the frame at that end if `value` is NaN.
 extern "C" __global__ void cut(const float* mel, long long band_stride, long long frame_stride, int bands, int frames,
                                int start, int window, float value, float* slot) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -29,7 +29,7 @@ extern "C" __global__ void keep_int16(const short* audio, int samples, short* ou
     if (i < samples) out[i] = audio[i];
 }
 
-// Full scale is 32767, as in melrt.files.wav.to_int16; -32768 says that a sample was not a number.
+// Full scale is 32767, as in melrt.files.audio.to_int16; -32768 says that a sample was not a number.
 extern "C" __global__ void to_int16(const float* audio, int samples, short* out) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= samples) return;
@@ -50,5 +50,5 @@ class Kernels:
         self._config, self._launch = LaunchConfig, launch
 
     def run(self, name: str, stream: Any, elements: int, *arguments: Any) -> None:
-        """Queue a kernel that has a thread for each element."""
+        """Queue a kernel with one thread per element."""
         self._launch(stream, self._config(grid=-(-elements // THREADS), block=THREADS), self._kernels[name], *arguments)

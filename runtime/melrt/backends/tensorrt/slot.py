@@ -1,4 +1,4 @@
-"""A lane: one stream of a device with memory of its own, through which one run goes at a time."""
+"""Execution slot: one stream of a device with its own memory, used by one run at a time."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from melrt.backends.tensorrt.engine import Engine
 from melrt.backends.tensorrt.kernels import Kernels
 from melrt.errors import BackendError
 from melrt.planning.windows import GraphKind
+from melrt.types import Audio, Mel
 
 FLOAT = 4
-# A shape that comes this often is worth a CUDA graph; one that came once may never come again.
+# A shape that has run this often is worth a CUDA graph; one that ran once may never run again.
 CAPTURE_AFTER = 2
-# Shapes that a lane keeps ready; each has an execution context, and perhaps a CUDA graph, of some hundred kilobytes.
+# Prepared shapes per slot; each has an execution context, and perhaps a CUDA graph, of some hundred kilobytes.
 MOST_SHAPES = 64
 
 Shape = tuple[int, int, int]
 
 
 class ExecutionSlot:
-    """Stream, buffers and ready shapes; everything is allocated when it is made, and nothing in a run."""
+    """Stream, buffers and prepared shapes. All memory is allocated when the slot is made, none during a run."""
 
     def __init__(self, device: Any, engines: Mapping[GraphKind, Engine], hop: int, *, int16: bool) -> None:
-        """Allocate.
+        """Allocate stream and memory.
 
         Args:
-            device: Current in this thread.
-            engines: Of both graphs.
+            device: The device, current in this thread.
+            engines: Engine of each graph.
             hop: Samples per frame.
-            int16: Give 16-bit samples, converted on the device.
+            int16: Return 16-bit samples, converted on the device.
         """
         self.stream = device.create_stream()
         self.kernels = Kernels(device)
@@ -49,36 +50,36 @@ class ExecutionSlot:
         self.pcm = device.allocate(self.dtype.itemsize * samples, stream=self.stream) if int16 else self.audio
         self.host_mel = _Pinned(FLOAT * mels, np.dtype(np.float32))
         self.host_audio = _Pinned(self.dtype.itemsize * samples, self.dtype)
-        self._ready: OrderedDict[tuple[GraphKind, Shape], PreparedShape] = OrderedDict()
+        self._prepared: OrderedDict[tuple[GraphKind, Shape], PreparedShape] = OrderedDict()
         self.stream.sync()
 
-    def run(self, graph: GraphKind, mel: NDArray[np.float32]) -> NDArray[Any]:
-        """Mel frames (B, M, T) on the host through a graph to samples (B, T·hop), a fresh array."""
-        ready = self.ready(graph, *mel.shape)
+    def run(self, graph: GraphKind, mel: Mel) -> Audio:
+        """Run mel frames (B, M, T) on the host through a graph; return samples (B, T*hop), a fresh array."""
+        shape = self.prepared(graph, *mel.shape)
         self.host_mel.array[: mel.size] = mel.reshape(-1)
-        ready.mel.copy_from(ready.host_mel, stream=self.stream)
-        ready.launch()
-        ready.host_audio.copy_from(ready.pcm, stream=self.stream)
+        shape.mel.copy_from(shape.host_mel, stream=self.stream)
+        shape.launch()
+        shape.host_audio.copy_from(shape.pcm, stream=self.stream)
         self.stream.sync()
         batch, _, frames = mel.shape
-        audio: NDArray[Any] = self.host_audio.array[: batch * frames * self.hop].reshape(batch, -1).copy()
+        audio: Audio = self.host_audio.array[: batch * frames * self.hop].reshape(batch, -1).copy()
         return audio
 
-    def ready(self, graph: GraphKind, batch: int, bands: int, frames: int) -> PreparedShape:
-        """What runs this shape. A window's batch is rounded up to a power of two: few CUDA graphs, and a spare slot is no harm."""
+    def prepared(self, graph: GraphKind, batch: int, bands: int, frames: int) -> PreparedShape:
+        """Return the prepared shape for a run. A window's batch is rounded up to a power of two, which keeps the CUDA graphs few."""
         profile = self.engines[graph].profile
         slots = min(1 << (batch - 1).bit_length(), profile.largest[0]) if profile.window else batch
         shape = (max(slots, batch, profile.smallest[0]), bands, frames)
-        found = self._ready.pop((graph, shape), None) or PreparedShape(self, graph, shape)
-        self._ready[graph, shape] = found
-        if len(self._ready) > MOST_SHAPES:
-            self._ready.popitem(last=False)
+        found = self._prepared.pop((graph, shape), None) or PreparedShape(self, graph, shape)
+        self._prepared[graph, shape] = found
+        if len(self._prepared) > MOST_SHAPES:
+            self._prepared.popitem(last=False)
         return found
 
     def close(self) -> None:
-        """Give everything back, after what was queued is done; the device is current."""
+        """Release everything after the queued work is done. The device is current."""
         self.stream.sync()
-        self._ready.clear()  # contexts and graphs go before the memory that they use
+        self._prepared.clear()  # contexts and graphs are released before the memory that they use
         for buffer in {id(b): b for b in (self.mel, self.audio, self.pcm, self.scratch)}.values():
             buffer.close(self.stream)
         self.host_mel.close()
@@ -88,57 +89,57 @@ class ExecutionSlot:
 
 
 class PreparedShape:
-    """One shape of one engine, ready to be launched again and again: in a context of its own, as a CUDA graph once it has recurred.
+    """One shape of one engine in an execution context of its own, launched as a CUDA graph once the shape has recurred.
 
-    A captured graph stands for the state that its context had; so each has its own, and contexts of a lane share its scratch memory
-    (TensorRT's developer guide, CUDA graphs).
+    A captured graph depends on the state of its context, so each shape has its own context. The contexts of a slot share its scratch
+    memory (TensorRT's developer guide, CUDA graphs).
     """
 
-    def __init__(self, lane: ExecutionSlot, graph: GraphKind, shape: Shape) -> None:
-        engine = lane.engines[graph]
+    def __init__(self, slot: ExecutionSlot, graph: GraphKind, shape: Shape) -> None:
+        engine = slot.engines[graph]
         engine.profile.check(shape)
-        self._lane = lane
-        self._samples = shape[0] * shape[2] * lane.hop
-        mel_bytes, sample_bytes = FLOAT * int(np.prod(shape)), self._samples * lane.dtype.itemsize
-        self.mel, self.host_mel = _part(lane.mel, mel_bytes), _part(lane.host_mel.buffer, mel_bytes)
-        self.pcm, self.host_audio = _part(lane.pcm, sample_bytes), _part(lane.host_audio.buffer, sample_bytes)
-        self._context = engine.context(lane.scratch)
+        self._slot = slot
+        self._samples = shape[0] * shape[2] * slot.hop
+        mel_bytes, sample_bytes = FLOAT * int(np.prod(shape)), self._samples * slot.dtype.itemsize
+        self.mel, self.host_mel = _part(slot.mel, mel_bytes), _part(slot.host_mel.buffer, mel_bytes)
+        self.pcm, self.host_audio = _part(slot.pcm, sample_bytes), _part(slot.host_audio.buffer, sample_bytes)
+        self._context = engine.context(slot.scratch)
         if not self._context.set_input_shape("mel", shape) or self._context.infer_shapes():
-            raise BackendError(f"the {graph} engine refuses a mel of shape {shape}.")
-        for name, buffer in (("mel", lane.mel), ("audio", lane.audio)):
+            raise BackendError(f"the {graph} engine rejects a mel of shape {shape}.")
+        for name, buffer in (("mel", slot.mel), ("audio", slot.audio)):
             if not self._context.set_tensor_address(name, int(buffer.handle)):
-                raise BackendError(f"the {graph} engine refuses the address of its {name}.")
+                raise BackendError(f"the {graph} engine rejects the address of its {name}.")
         self._captured: Any = None
         self._launches = 0
 
     def launch(self) -> None:
-        """Queue the run on the lane's stream."""
+        """Queue the run on the slot's stream."""
         if self._captured is not None:
-            self._captured.launch(self._lane.stream)
+            self._captured.launch(self._slot.stream)
             return
         self._enqueue()
         self._launches += 1
         # the first launch of a context may set itself up, which no graph can hold; TensorRT-RTX may still be compiling
         if self._launches >= CAPTURE_AFTER and self._capturable():
-            builder = self._lane.stream.create_graph_builder().begin_building("thread_local")
+            builder = self._slot.stream.create_graph_builder().begin_building("thread_local")
             self._enqueue()
             self._captured = builder.end_building().complete()
 
     def _capturable(self) -> bool:
         capturable = getattr(self._context, "is_stream_capturable", None)
-        return capturable is None or bool(capturable(int(self._lane.stream.handle)))
+        return capturable is None or bool(capturable(int(self._slot.stream.handle)))
 
     def _enqueue(self) -> None:
-        lane = self._lane
-        if not self._context.execute_async_v3(int(lane.stream.handle)):
+        slot = self._slot
+        if not self._context.execute_async_v3(int(slot.stream.handle)):
             raise BackendError("TensorRT could not queue the run.")
-        if lane.pcm is not lane.audio:
-            addresses = (np.uint64(int(lane.audio.handle)), np.uint64(int(lane.pcm.handle)))
-            lane.kernels.run("to_int16", lane.stream, self._samples, addresses[0], np.int32(self._samples), addresses[1])
+        if slot.pcm is not slot.audio:
+            addresses = (np.uint64(int(slot.audio.handle)), np.uint64(int(slot.pcm.handle)))
+            slot.kernels.run("to_int16", slot.stream, self._samples, addresses[0], np.int32(self._samples), addresses[1])
 
 
 class _Pinned:
-    """Page-locked host memory, as a buffer for copies and as an array."""
+    """Page-locked host memory as a buffer for copies and as an array."""
 
     def __init__(self, size: int, dtype: np.dtype[Any]) -> None:
         from cuda.core import LegacyPinnedMemoryResource
@@ -148,12 +149,12 @@ class _Pinned:
         self.array: NDArray[Any] = np.frombuffer(memory, dtype)
 
     def close(self) -> None:
-        self.array = self.array[:0].copy()  # nobody reads freed memory through us
+        self.array = self.array[:0].copy()  # no view of freed memory remains
         self.buffer.close()
 
 
 def _part(buffer: Any, size: int) -> Any:
-    """The first bytes of a buffer, as a buffer that owns nothing."""
+    """Return the first bytes of a buffer as a buffer that does not own them."""
     from cuda.core import Buffer
 
     return Buffer.from_handle(int(buffer.handle), size)

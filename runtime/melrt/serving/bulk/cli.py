@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.console import Console
@@ -14,85 +14,99 @@ from rich.progress import Progress
 from melrt.backends.select import BackendChoice, open_backend
 from melrt.bundle import Bundle
 from melrt.cli.commands import BackendName, Device, Precision, Threads, Voice
-from melrt.errors import AudioError, MelError
-from melrt.files.wav import SAMPLE_FORMATS
+from melrt.errors import MelError
+from melrt.files.audio import SampleFormat
 from melrt.serving.bulk.inputs import Block, find_blocks
-from melrt.serving.bulk.outputs import KINDS
-from melrt.serving.bulk.ray import Actors, synthesize_on_ray
-from melrt.serving.bulk.run import Outcome, Target, pending_blocks, speak, write_failures
+from melrt.serving.bulk.outputs import Kind
+from melrt.serving.bulk.ray import ActorSettings, import_ray, synthesize_on_ray
+from melrt.serving.bulk.run import OutputSettings, UtteranceResult, pending_blocks, synthesize_blocks, write_failures
 from melrt.vocoder import Vocoder
 
-console = Console(highlight=False)
-# Mels of a folder that are handed to an actor at once, or make one parquet file: what is done again after a kill.
+console = Console(highlight=False, soft_wrap=True)
+# Mel files in a block: an actor takes one block at a time, a parquet file holds one block, and a killed run repeats unfinished blocks.
 FILES_IN_BLOCK = {"wav": 8, "parquet": 64}
+# A run whose output is not a terminal reports its progress this many times.
+PROGRESS_LINES = 10
+
+
+Mels = Annotated[Path, typer.Option("--input", help="Folder of mels (.npy, .npz) or of parquet files, at any depth; or one parquet file.")]
+Output = Annotated[Path, typer.Option(help="Folder for the audio. Utterances that are already there are not synthesized again.")]
+To = Annotated[str, typer.Option("--to", help="wav: one file for each utterance; parquet: one file for each block.")]
+Format = Annotated[str, typer.Option("--format", help="Format of the samples: int16 or float32.")]
+RayAddress = Annotated[
+    str | None, typer.Option(help="Run on the Ray cluster at this address; auto: the cluster of this node; local: start one here.")
+]
+ActorCount = Annotated[
+    int, typer.Option(help="With --ray: largest number of actors. Each loads the voice on one GPU, or on --threads cores.", min=1)
+]
 
 
 def bulk(
     voice: Voice,
-    mels: Annotated[
-        Path, typer.Option("--input", help="A folder of mels (.npy, .npz), at any depth; or parquet: a file, or a folder of them.")
-    ],
-    output: Annotated[Path, typer.Option(help="A folder for the audio; what is there is not made again.")],
-    kind: Annotated[str, typer.Option("--to", help="wav: a file for each utterance, or parquet.")] = "wav",
-    sample_format: Annotated[str, typer.Option("--format", help="int16 or float32.")] = "int16",
+    mels: Mels,
+    output: Output,
+    kind: To = "wav",
+    sample_format: Format = "int16",
     device: Device = "auto",
     precision: Precision = "auto",
     backend: BackendName = "auto",
     threads: Threads = None,
-    ray: Annotated[str | None, typer.Option(help="A Ray cluster's address, auto for this node's, or local to start one here.")] = None,
-    actors: Annotated[
-        int, typer.Option(help="With --ray: actors at most, each with the voice on one GPU or on --threads cores.", min=1)
-    ] = 1,
+    ray: RayAddress = None,
+    actors: ActorCount = 1,
 ) -> None:
-    """Speak mels by the thousand, on this machine or on a Ray cluster.
+    """Synthesize thousands of mels, on this machine or on a Ray cluster.
 
-    Run it again after anything that stopped it: finished files are kept, and nothing is ever half-written. A mel that cannot be
-    spoken is skipped and listed in `failed.json`, and the command ends with exit code 2.
+    Run the same command again after an interruption: it keeps finished files and synthesizes the others. No file is ever half-written.
+    A mel that cannot be synthesized is skipped and listed in `failed.json`, and the command ends with exit code 2.
     """
-    target = _target(output, kind, sample_format)
+    settings = OutputSettings(output.resolve(), cast(Kind, kind), cast(SampleFormat, sample_format))
+    if ray is not None:
+        import_ray()  # a missing package is reported before the output folder is made
     bundle = Bundle.open(voice)
     blocks = find_blocks(mels, None if ray is None and kind == "wav" else FILES_IN_BLOCK[kind])
-    with target.claim(bundle, precision):
-        todo = pending_blocks(blocks, target.output(bundle.manifest.spec.sample_rate))
-        total, left = (sum(len(block.names) for block in some) for some in (blocks, todo))
+    with settings.lock(bundle, precision):
+        pending = pending_blocks(blocks, settings.open(bundle.manifest.spec.sample_rate))
         if ray is None:
-            outcomes = _here(bundle, todo, target, BackendChoice(device, precision, backend, threads))
+            results = _synthesize_here(bundle, pending, settings, BackendChoice(device, precision, backend, threads))
         else:
-            outcomes = synthesize_on_ray(todo, Actors(voice.resolve(), device, precision, backend, threads or 1, actors), target, ray)
+            actor = ActorSettings(voice.resolve(), device, precision, backend, threads or 1, actors)
+            results = synthesize_on_ray(pending, actor, settings, ray)
         start = time.perf_counter()
-        frames, failed = _follow(outcomes if todo else iter(()), left)
+        frames, failed = _follow(results, _count(pending)) if pending else (0, [])
         seconds = time.perf_counter() - start
-        listed = write_failures(output, failed)
-    audio = frames * bundle.manifest.spec.hop / bundle.manifest.spec.sample_rate
-    console.print(
-        f"{output}: {left - len(failed)} spoken, {total - left} were there, {len(failed)} failed; "
-        f"{audio:.1f} s of audio in {seconds:.1f} s, {audio / seconds:.1f} times real time", markup=False,
-    )  # fmt: skip
-    if listed:
-        raise MelError(f"{len(failed)} of {total} mels could not be spoken, the first is {failed[0].name}: {failed[0].error} ({listed})")
+        failures = write_failures(output, failed)
+    counts = f"{_count(pending) - len(failed)} synthesized, {_count(blocks) - _count(pending)} already there, {len(failed)} failed"
+    console.print(f"Utterances in {output}: {counts}.", markup=False)
+    if frames:
+        audio = frames * bundle.manifest.spec.hop / bundle.manifest.spec.sample_rate
+        console.print(f"{audio:.1f} s of audio took {seconds:.1f} s, {audio / seconds:.1f} times real time.", markup=False)
+    if failures:
+        raise MelError(
+            f"{len(failed)} of {_count(blocks)} mels could not be synthesized. The first is {failed[0].name}: {failed[0].error}\n"
+            f"{failures} lists all of them. Fix or remove these mels and run the same command again."
+        )
 
 
-def _target(output: Path, kind: str, sample_format: str) -> Target:
-    if kind not in KINDS:
-        raise AudioError(f"--to is {kind!r}; it is one of {', '.join(KINDS)}.")
-    if sample_format not in SAMPLE_FORMATS:
-        raise AudioError(f"--format is {sample_format!r}; it is one of {', '.join(SAMPLE_FORMATS)}.")
-    return Target(output.resolve(), kind, sample_format)
+def _count(blocks: list[Block]) -> int:
+    return sum(len(block.names) for block in blocks)
 
 
-def _here(bundle: Bundle, todo: list[Block], target: Target, choice: BackendChoice) -> Iterator[Outcome]:
+def _synthesize_here(bundle: Bundle, blocks: list[Block], settings: OutputSettings, choice: BackendChoice) -> Iterator[UtteranceResult]:
     with Vocoder(bundle, open_backend(bundle, choice)) as vocoder:
-        yield from speak(vocoder, todo, target.output(vocoder.sample_rate))
+        yield from synthesize_blocks(vocoder, blocks, settings.open(vocoder.sample_rate))
 
 
-def _follow(outcomes: Iterator[Outcome], total: int) -> tuple[int, list[Outcome]]:
-    """Frames spoken, and what failed, by name."""
+def _follow(results: Iterator[UtteranceResult], total: int) -> tuple[int, list[UtteranceResult]]:
+    """Show progress on stderr; return the number of frames synthesized and the failed utterances, sorted by name."""
     frames, failed = 0, []
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("speaking", total=total)
-        for outcome in outcomes:
-            frames += outcome.frames
-            if outcome.error:
-                failed.append(outcome)
+    screen = Console(stderr=True, highlight=False)
+    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as bar:
+        task = bar.add_task("synthesizing", total=total)
+        for done, result in enumerate(results, 1):
+            frames += result.frames
+            if result.error:
+                failed.append(result)
             bar.advance(task)
-    return frames, sorted(failed, key=lambda outcome: outcome.name)
+            if not screen.is_terminal and PROGRESS_LINES * done // total > PROGRESS_LINES * (done - 1) // total:
+                screen.print(f"utterance {done} of {total}")
+    return frames, sorted(failed, key=lambda result: result.name)

@@ -1,6 +1,7 @@
-"""Where a bulk run's audio goes: WAV files, or parquet files with columns `name`, `audio` and `sample_rate`; each appears whole.
+"""The audio of a bulk run: WAV files, or parquet files with the columns `name`, `audio` and `sample_rate`.
 
-What is there is done. A WAV file is an utterance; a parquet file is a block, named after the utterances in it.
+A file appears only when it is complete, so an existing file is finished work. A WAV file holds one utterance. A parquet file holds one
+block, and its name is a hash of the utterances' names.
 """
 
 from __future__ import annotations
@@ -14,60 +15,60 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from melrt.files.atomic import atomic_write
-from melrt.files.wav import SampleFormat, to_int16, write_wav
-from melrt.serving.bulk.inputs import Block, open_parquet
+from melrt.files.audio import SampleFormat, to_int16, write_wav
+from melrt.serving.bulk.inputs import Block, import_pyarrow, open_parquet
+from melrt.types import Audio, FloatAudio
 
 Kind = Literal["wav", "parquet"]
 KINDS: tuple[Kind, ...] = ("wav", "parquet")
-# A row group of what is written holds so many samples, or a little more: three minutes.
-SAMPLES = 1 << 22
+# Samples after which a row group is written: three minutes of audio at 22,050 Hz.
+ROW_GROUP_SAMPLES = 1 << 22
 
 
-class Sink(Protocol):
-    """Takes the audio of one block."""
+class BlockWriter(Protocol):
+    """Writes the audio of one block."""
 
-    def write(self, name: str, audio: Iterable[NDArray[np.float32]]) -> None:
-        """Take an utterance's pieces of audio."""
+    def write(self, name: str, audio: Iterable[FloatAudio]) -> None:
+        """Write an utterance, whose audio comes in pieces."""
 
 
-class Output(Protocol):
-    """A folder that is filled."""
+class OutputFolder(Protocol):
+    """The folder of a bulk run's audio."""
 
-    def done(self, names: Iterable[str]) -> set[str]:
-        """Which of these utterances are there."""
+    def finished(self, names: Iterable[str]) -> set[str]:
+        """Return the utterances whose audio is already there."""
 
-    def rest(self, block: Block) -> Block:
-        """What of a block was not written since its run began: by an actor that died over it."""
+    def unfinished(self, block: Block) -> Block:
+        """Return the part of a block that is still to be written, in case an actor died after it had written some of it."""
 
-    def open(self, block: Block) -> AbstractContextManager[Sink]:
-        """Begin a block; what is not written by the end of the context is as if it had never been begun."""
+    def open(self, block: Block) -> AbstractContextManager[BlockWriter]:
+        """Open a writer for a block; audio that is not complete at the end of the context leaves no file."""
 
 
 @dataclass(frozen=True, slots=True)
-class WavFiles:
+class WavFolder:
     """One WAV file for each utterance."""
 
     folder: Path
-    """Where."""
+    """Folder of the files."""
     sample_rate: int
-    """Hz."""
+    """Sample rate in Hz."""
     sample_format: SampleFormat
-    """Of the samples."""
+    """Format of the samples."""
 
-    def done(self, names: Iterable[str]) -> set[str]:
+    def finished(self, names: Iterable[str]) -> set[str]:
         return {name for name in names if self._path(name).exists()}
 
-    def rest(self, block: Block) -> Block:
-        return block.keep(set(block.names) - self.done(block.names))
+    def unfinished(self, block: Block) -> Block:
+        return block.keep(set(block.names) - self.finished(block.names))
 
     @contextlib.contextmanager
-    def open(self, _: Block) -> Iterator[Sink]:
+    def open(self, _: Block) -> Iterator[BlockWriter]:
         yield self
 
-    def write(self, name: str, audio: Iterable[NDArray[np.float32]]) -> None:
+    def write(self, name: str, audio: Iterable[FloatAudio]) -> None:
         write_wav(self._path(name), audio, self.sample_rate, self.sample_format)
 
     def _path(self, name: str) -> Path:
@@ -75,63 +76,61 @@ class WavFiles:
 
 
 @dataclass(frozen=True, slots=True)
-class ParquetFiles:
+class ParquetFolder:
     """One parquet file for each block."""
 
     folder: Path
-    """Where."""
+    """Folder of the files."""
     sample_rate: int
-    """Hz."""
+    """Sample rate in Hz."""
     sample_format: SampleFormat
-    """Of the samples."""
+    """Format of the samples."""
 
-    def done(self, names: Iterable[str]) -> set[str]:
+    def finished(self, names: Iterable[str]) -> set[str]:
         there: set[str] = set()
         for path in self.folder.glob("part-*.parquet"):
             there.update(open_parquet(path).read(columns=["name"]).column(0).to_pylist())
         return there.intersection(names)
 
-    def rest(self, block: Block) -> Block:
+    def unfinished(self, block: Block) -> Block:
         return block.keep(()) if self._path(block).exists() else block
 
     @contextlib.contextmanager
-    def open(self, block: Block) -> Iterator[Sink]:
-        with contextlib.suppress(_NothingError), atomic_write(self._path(block)) as temporary:
-            with _Part(temporary, self.sample_rate, self.sample_format) as sink:
-                yield sink
-            if not sink.utterances:
-                raise _NothingError
+    def open(self, block: Block) -> Iterator[BlockWriter]:
+        with contextlib.suppress(_EmptyBlockError), atomic_write(self._path(block)) as temporary:
+            with _ParquetWriter(temporary, self.sample_rate, self.sample_format) as writer:
+                yield writer
+            if not writer.utterances:
+                raise _EmptyBlockError
 
     def _path(self, block: Block) -> Path:
         part = hashlib.sha256("\n".join(block.names).encode()).hexdigest()[:16]
         return self.folder / f"part-{part}.parquet"
 
 
-class _NothingError(Exception):
-    """Every utterance of a block failed: there is no file to write."""
+class _EmptyBlockError(Exception):
+    """Every utterance of a block failed, so there is no file to write."""
 
 
-class _Part:
-    """A parquet file in the making; few minutes of audio are in memory."""
+class _ParquetWriter:
+    """Writes one parquet file, and holds at most one row group of audio in memory."""
 
     def __init__(self, path: Path, sample_rate: int, sample_format: SampleFormat) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         self.utterances = 0
-        self._arrow, self._sample_rate, self._int16 = pa, sample_rate, sample_format == "int16"
-        samples = pa.list_(pa.int16() if self._int16 else pa.float32())
-        self._schema = pa.schema([("name", pa.string()), ("audio", samples), ("sample_rate", pa.int32())])
-        self._writer = pq.ParquetWriter(path, self._schema, compression="zstd")
+        self._arrow, parquet = import_pyarrow()
+        self._sample_rate, self._int16 = sample_rate, sample_format == "int16"
+        samples = self._arrow.list_(self._arrow.int16() if self._int16 else self._arrow.float32())
+        self._schema = self._arrow.schema([("name", self._arrow.string()), ("audio", samples), ("sample_rate", self._arrow.int32())])
+        self._writer: Any = parquet.ParquetWriter(path, self._schema, compression="zstd")
         self._names: list[str] = []
-        self._audio: list[NDArray[Any]] = []
+        self._audio: list[Audio] = []
 
-    def write(self, name: str, audio: Iterable[NDArray[np.float32]]) -> None:
+    def write(self, name: str, audio: Iterable[FloatAudio]) -> None:
         samples = np.concatenate(list(audio))
         self._names.append(name)
         self._audio.append(to_int16(samples) if self._int16 else samples)
         self.utterances += 1
-        if sum(map(len, self._audio)) >= SAMPLES:
+        if sum(map(len, self._audio)) >= ROW_GROUP_SAMPLES:
             self._flush()
 
     def _flush(self) -> None:
@@ -141,7 +140,7 @@ class _Part:
             self._writer.write_table(self._arrow.table([self._names, audio, rates], self._schema))
         self._names, self._audio = [], []
 
-    def __enter__(self) -> _Part:
+    def __enter__(self) -> _ParquetWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

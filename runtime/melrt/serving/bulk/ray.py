@@ -1,7 +1,7 @@
-"""Bulk synthesis on a Ray cluster: one actor holds the voice on each GPU (or on some cores), Ray Data gives it blocks.
+"""Bulk synthesis on a Ray cluster: each actor holds the voice on one GPU or on some CPU cores, and Ray Data hands it blocks.
 
-Blocks travel as paths, so that every node needs to see the same folders. An actor that dies is replaced and its block is given out
-again; what is there of it is not spoken twice.
+Blocks name their files by path, so every node must see the same folders. If an actor dies, Ray replaces it and hands its block out again;
+the new actor skips the files of the block that are already written.
 """
 
 from __future__ import annotations
@@ -15,47 +15,47 @@ from typing import Any
 
 from melrt.errors import MissingExtraError
 from melrt.serving.bulk.inputs import Block
-from melrt.serving.bulk.run import Outcome, Target, speak
+from melrt.serving.bulk.run import OutputSettings, UtteranceResult, synthesize_blocks
 from melrt.vocoder import Vocoder
 
 
 @dataclass(frozen=True, slots=True)
-class Actors:
-    """What each actor loads and takes of its node."""
+class ActorSettings:
+    """The voice that each actor loads, and the resources that it takes."""
 
     voice: Path
-    """The bundle, the same on every node."""
+    """Path of the bundle, the same on every node."""
     device: str = "auto"
-    """As for `Vocoder.load`; `auto` is a GPU if the cluster has any. On `cpu` an actor takes cores, else one GPU."""
+    """`cpu`, or else one GPU for each actor; `auto` means a GPU if the cluster has any."""
     precision: str = "auto"
-    """As for `Vocoder.load`."""
+    """Precision, see `Vocoder.load`."""
     backend: str = "auto"
-    """As for `Vocoder.load`."""
+    """Backend, see `Vocoder.load`."""
     threads: int = 1
-    """Cores of an actor on a CPU."""
+    """CPU cores of an actor that runs on the CPU."""
     count: int = 1
-    """Actors at most; as many as the cluster has room for are started."""
+    """Largest number of actors; as many as the cluster has room for are started."""
 
 
 class SynthesisActor:
-    """The actor: a loaded voice."""
+    """An actor: a loaded voice that synthesizes blocks."""
 
-    def __init__(self, actors: Actors, target: Target) -> None:
-        threads = actors.threads if actors.device == "cpu" else None
+    def __init__(self, settings: ActorSettings, output: OutputSettings) -> None:
+        threads = settings.threads if settings.device == "cpu" else None
         self._vocoder = Vocoder.load(
-            actors.voice, device=actors.device, precision=actors.precision, backend=actors.backend, threads=threads
+            settings.voice, device=settings.device, precision=settings.precision, backend=settings.backend, threads=threads
         )
-        self._output = target.output(self._vocoder.sample_rate)
+        self._output = output.open(self._vocoder.sample_rate)
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, list[Any]]:
-        """Speak a block; one row in, a row for each outcome out."""
-        (block,) = (pickle.loads(row) for row in rows["block"])  # of the driver's own making
-        outcomes = [asdict(outcome) for outcome in speak(self._vocoder, [block], self._output)]
-        return {column: [outcome[column] for outcome in outcomes] for column in ("name", "frames", "error")}
+        """Synthesize one block, given as one row, and return a row for each utterance."""
+        (block,) = (pickle.loads(row) for row in rows["block"])  # pickled by the driver of this run
+        results = [asdict(result) for result in synthesize_blocks(self._vocoder, [block], self._output)]
+        return {column: [result[column] for result in results] for column in ("name", "frames", "error")}
 
 
-def synthesize_on_ray(blocks: list[Block], actors: Actors, target: Target, address: str) -> Iterator[Outcome]:
-    """As `bulk.speak`, on the cluster at `address` (`local` starts one here); outcomes come in any order.
+def import_ray() -> Any:
+    """Return the module `ray`, with `ray.data` imported.
 
     Raises:
         MissingExtraError: Ray is not installed.
@@ -66,18 +66,34 @@ def synthesize_on_ray(blocks: list[Block], actors: Actors, target: Target, addre
         import ray.data
     except ImportError as error:
         raise MissingExtraError("melrt bulk --ray", error.name or "ray", "ray") from error
+    return ray
+
+
+def synthesize_on_ray(blocks: list[Block], settings: ActorSettings, output: OutputSettings, address: str) -> Iterator[UtteranceResult]:
+    """Synthesize blocks like `synthesize_blocks`, on a Ray cluster; results come in any order.
+
+    Args:
+        blocks: Blocks to synthesize.
+        settings: Voice and resources of the actors.
+        output: Place, kind and format of the audio.
+        address: Address of the cluster; `local` starts one on this machine.
+
+    Raises:
+        MissingExtraError: Ray is not installed.
+    """
+    ray = import_ray()
     ray.init(address=address, include_dashboard=False if address == "local" else None, log_to_driver=False)
     try:
-        if actors.device == "auto" and not ray.cluster_resources().get("GPU"):
-            actors = replace(actors, device="cpu")
-        on_gpu = actors.device != "cpu"
+        if settings.device == "auto" and not ray.cluster_resources().get("GPU"):
+            settings = replace(settings, device="cpu")
+        on_gpu = settings.device != "cpu"
         rows = ray.data.from_items([{"block": pickle.dumps(block)} for block in blocks], override_num_blocks=len(blocks))
-        spoken = rows.map_batches(
-            SynthesisActor, fn_constructor_args=(actors, target), batch_size=1,
-            num_gpus=1 if on_gpu else 0, num_cpus=1 if on_gpu else actors.threads,
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors.count),
+        results = rows.map_batches(
+            SynthesisActor, fn_constructor_args=(settings, output), batch_size=1,
+            num_gpus=1 if on_gpu else 0, num_cpus=1 if on_gpu else settings.threads,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=settings.count),
         )  # fmt: skip
-        for row in spoken.iter_rows():
-            yield Outcome(row["name"], row["frames"], row["error"])
+        for row in results.iter_rows():
+            yield UtteranceResult(row["name"], row["frames"], row["error"])
     finally:
         ray.shutdown()

@@ -1,7 +1,7 @@
-"""Bulk synthesis: mels by the thousand become audio, and a run that was killed goes on where it was.
+"""Bulk synthesis of mels on this machine; a run that was killed can be continued by the same command.
 
-What a run was asked for stands beside its files in `bulk.json`, so that no other voice or format goes on in the same folder, and whoever
-runs holds a lock on it, which ends with the process however that ends.
+The settings of a run are stored in the output folder as `bulk.json`, so that a run with another voice or format cannot continue in the
+same folder. A run holds a lock on the folder, which the operating system releases when the process ends for any reason.
 """
 
 from __future__ import annotations
@@ -18,50 +18,57 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from melrt.bundle import Bundle
-from melrt.errors import BackendError, MelError, MelrtError
+from melrt.checks import check_fields, one_of
+from melrt.errors import BackendError, ConfigError, MelError, MelrtError
 from melrt.files.atomic import atomic_write
+from melrt.files.audio import SAMPLE_FORMATS, SampleFormat
 from melrt.files.mels import mel_pieces
-from melrt.files.wav import SampleFormat
-from melrt.serving.bulk.inputs import Block, Utterance
-from melrt.serving.bulk.outputs import Kind, Output, ParquetFiles, Sink, WavFiles
+from melrt.serving.bulk.inputs import Block, Utterance, import_pyarrow
+from melrt.serving.bulk.outputs import KINDS, BlockWriter, Kind, OutputFolder, ParquetFolder, WavFolder
+from melrt.types import Audio, FloatAudio
 from melrt.vocoder import Vocoder
 
 RECORD = "bulk.json"
-# Longer utterances are spoken as streams of such pieces, in constant memory: three minutes at 86 frames a second.
-PIECE = 1 << 14
-# A file that a killed run left half-written (`melrt.files.atomic.atomic_write`).
+# Longer utterances are streamed in pieces of this many frames, in constant memory: three minutes at 86 frames a second.
+PIECE_FRAMES = 1 << 14
+# Names that `melrt.files.atomic.atomic_write` gives to files that are not yet complete; a killed run leaves them behind.
 _HALF_WRITTEN = re.compile(r"\..+-[0-9a-f]{8}\.(wav|parquet|json)")
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
-    """What a bulk run writes, and where."""
+class OutputSettings:
+    """Place, kind and format of the audio that a bulk run writes."""
 
     folder: Path
-    """Absolute."""
+    """Output folder, an absolute path."""
     kind: Kind
-    """WAV or parquet files."""
+    """Kind of file: `wav` or `parquet`."""
     sample_format: SampleFormat
-    """Of the samples."""
+    """Format of the samples."""
 
-    def output(self, sample_rate: int) -> Output:
-        """The folder, to fill."""
-        files = WavFiles if self.kind == "wav" else ParquetFiles
-        return files(self.folder, sample_rate, self.sample_format)
+    def __post_init__(self) -> None:
+        check_fields(self, {"kind": one_of(*KINDS), "sample_format": one_of(*SAMPLE_FORMATS)}, "output (--to, --format)")
+        if self.kind == "parquet":
+            import_pyarrow()  # a missing package is reported before the voice is loaded
+
+    def open(self, sample_rate: int) -> OutputFolder:
+        """Return the output folder, ready to be written to."""
+        folder = WavFolder if self.kind == "wav" else ParquetFolder
+        return folder(self.folder, sample_rate, self.sample_format)
 
     @contextlib.contextmanager
-    def claim(self, bundle: Bundle, precision: str) -> Iterator[None]:
-        """Hold the folder for one run, and clear away what a killed one left half-written.
+    def lock(self, bundle: Bundle, precision: str) -> Iterator[None]:
+        """Lock the folder for one run, check that it belongs to this voice, and remove half-written files of a killed run.
 
         Raises:
-            MelrtError: Another run holds it, or it was begun with another voice, precision, kind or format.
+            MelrtError: Another run holds the lock, or `bulk.json` is damaged.
+            ConfigError: The folder was begun with another voice, precision, kind or format.
         """
         voice = "".join(sorted(artifact.sha256 for artifact in bundle.manifest.artifacts if artifact.kind == "onnx"))
-        asked = {
+        settings = {
             "voice": bundle.manifest.name, "sha256": hashlib.sha256(voice.encode()).hexdigest(), "kind": self.kind,
             "format": self.sample_format, "precision": precision,
         }  # fmt: skip
@@ -71,78 +78,81 @@ class Target:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise MelrtError(f"another melrt bulk is writing to {self.folder}; wait for it, or give another --output.") from error
-            self._check_record(asked)
-            self._clear()
+            self._check_record(settings)
+            self._remove_half_written()
             yield
 
-    def _check_record(self, asked: dict[str, str]) -> None:
+    def _check_record(self, settings: dict[str, str]) -> None:
         record = self.folder / RECORD
         if not record.exists():
             with atomic_write(record) as temporary:
-                temporary.write_text(json.dumps(asked, indent=1))
+                temporary.write_text(json.dumps(settings, indent=1))
             return
         try:
             begun = json.loads(record.read_text())
             begun = begun if isinstance(begun, dict) else {}
         except ValueError as error:
             raise MelrtError(f"{record} is not JSON ({error}); give another --output.") from error
-        if begun != asked:
-            differs = [f"{key} {begun.get(key)!r}, now {asked[key]!r}" for key in asked if begun.get(key) != asked[key]]
-            raise MelrtError(f"{self.folder} was begun with {'; '.join(differs)}; one folder holds one kind. Give another --output.")
+        if begun != settings:
+            changes = [f"{key} {begun.get(key)!r}, now {settings[key]!r}" for key in settings if begun.get(key) != settings[key]]
+            raise ConfigError(
+                f"{self.folder} was begun with {'; '.join(changes)}. One folder holds the audio of one voice, precision, kind and format; "
+                "give another --output."
+            )
 
-    def _clear(self) -> None:
+    def _remove_half_written(self) -> None:
         for path in self.folder.rglob(".*-*"):
             if _HALF_WRITTEN.fullmatch(path.name):
                 path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of an utterance."""
+class UtteranceResult:
+    """The result of one utterance: synthesized or failed."""
 
     name: str
-    """Its name."""
+    """Name of the utterance."""
     frames: int
-    """Mel frames spoken; 0 if it failed."""
+    """Mel frames synthesized; 0 if it failed."""
     error: str
-    """Why it could not be spoken; empty if it was."""
+    """Reason of the failure; empty if there was none."""
 
 
-def pending_blocks(blocks: Iterable[Block], output: Output) -> list[Block]:
-    """What is not there yet."""
+def pending_blocks(blocks: Iterable[Block], output: OutputFolder) -> list[Block]:
+    """Return the blocks without the utterances whose audio is already there."""
     blocks = list(blocks)
     names = {name for block in blocks for name in block.names}
-    left = names - output.done(names)
-    return [kept for block in blocks if (kept := block.keep(left)).names]
+    pending = names - output.finished(names)
+    return [kept for block in blocks if (kept := block.keep(pending)).names]
 
 
-def speak(vocoder: Vocoder, blocks: Iterable[Block], output: Output) -> Iterator[Outcome]:
-    """Speak blocks and write their audio; a bad utterance is an outcome, not an end.
+def synthesize_blocks(vocoder: Vocoder, blocks: Iterable[Block], output: OutputFolder) -> Iterator[UtteranceResult]:
+    """Synthesize blocks and write their audio; an utterance that fails is reported in its result and does not end the run.
 
     Raises:
-        AudioError: A file could not be written, which is no utterance's fault.
+        AudioError: A file could not be written.
     """
     for block in blocks:
-        if (rest := output.rest(block)).names:
-            with output.open(rest) as sink:
-                yield from _speak(vocoder, rest, sink)
+        if (unfinished := output.unfinished(block)).names:
+            with output.open(unfinished) as writer:
+                yield from _synthesize_block(vocoder, unfinished, writer)
 
 
-def _speak(vocoder: Vocoder, block: Block, sink: Sink) -> Iterator[Outcome]:
-    """Several utterances are in work at once: their windows share runs. They are written in their order."""
+def _synthesize_block(vocoder: Vocoder, block: Block, writer: BlockWriter) -> Iterator[UtteranceResult]:
+    """Keep several utterances in the vocoder's queue, so that their windows share runs, and write them in their order."""
     ahead = 2 * vocoder.policy.workers * vocoder.policy.batch
-    working: deque[tuple[Utterance, Future[Any] | None]] = deque()
+    submitted: deque[tuple[Utterance, Future[Audio] | None]] = deque()
     for utterance in block.utterances(vocoder.spec):
-        working.append(_begin(vocoder, utterance))
-        if len(working) > ahead:
-            yield _finish(vocoder, *working.popleft(), sink)
-    while working:
-        yield _finish(vocoder, *working.popleft(), sink)
+        submitted.append(_submit(vocoder, utterance))
+        if len(submitted) > ahead:
+            yield _finish(vocoder, *submitted.popleft(), writer)
+    while submitted:
+        yield _finish(vocoder, *submitted.popleft(), writer)
 
 
-def _begin(vocoder: Vocoder, utterance: Utterance) -> tuple[Utterance, Future[Any] | None]:
-    """The audio to come; None if it is bad, or so long that it is streamed when its turn comes."""
-    if isinstance(utterance.mel, MelError) or utterance.mel.shape[-1] > PIECE:
+def _submit(vocoder: Vocoder, utterance: Utterance) -> tuple[Utterance, Future[Audio] | None]:
+    """Return the utterance and its future audio; None if its mel is unusable, or so long that `_finish` streams it."""
+    if isinstance(utterance.mel, MelError) or utterance.mel.shape[-1] > PIECE_FRAMES:
         return utterance, None
     try:
         return utterance, vocoder.submit(utterance.mel)
@@ -150,30 +160,30 @@ def _begin(vocoder: Vocoder, utterance: Utterance) -> tuple[Utterance, Future[An
         return Utterance(utterance.name, error), None
 
 
-def _finish(vocoder: Vocoder, utterance: Utterance, audio: Future[Any] | None, sink: Sink) -> Outcome:
+def _finish(vocoder: Vocoder, utterance: Utterance, audio: Future[Audio] | None, writer: BlockWriter) -> UtteranceResult:
     if isinstance(utterance.mel, MelError):
-        return Outcome(utterance.name, 0, str(utterance.mel))
+        return UtteranceResult(utterance.name, 0, str(utterance.mel))
     try:
         pieces = [audio.result()] if audio else _streamed(vocoder, utterance, utterance.mel)
-        sink.write(utterance.name, pieces)
+        writer.write(utterance.name, pieces)
     except (MelError, BackendError) as error:
-        return Outcome(utterance.name, 0, str(error))
-    return Outcome(utterance.name, utterance.mel.shape[1], "")
+        return UtteranceResult(utterance.name, 0, str(error))
+    return UtteranceResult(utterance.name, utterance.mel.shape[1], "")
 
 
-def _streamed(vocoder: Vocoder, utterance: Utterance, mel: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
+def _streamed(vocoder: Vocoder, utterance: Utterance, mel: NDArray[Any]) -> Iterator[FloatAudio]:
     if utterance.file:
-        return vocoder.stream(mel_pieces(utterance.file, vocoder.spec, PIECE))
-    return vocoder.stream(mel[:, start : start + PIECE] for start in range(0, mel.shape[1], PIECE))
+        return vocoder.stream(mel_pieces(utterance.file, vocoder.spec, PIECE_FRAMES))
+    return vocoder.stream(mel[:, start : start + PIECE_FRAMES] for start in range(0, mel.shape[1], PIECE_FRAMES))
 
 
-def write_failures(folder: Path, failed: Iterable[Outcome]) -> Path | None:
-    """List what could not be spoken in `failed.json`, which a later run replaces; None if there is nothing to list."""
+def write_failures(folder: Path, failed: Iterable[UtteranceResult]) -> Path | None:
+    """Write the utterances that failed to `failed.json`, in place of an earlier list; remove it and return None if none failed."""
     path = folder / "failed.json"
-    listed = [{"name": one.name, "error": one.error} for one in failed]
-    if not listed:
+    entries = [{"name": result.name, "error": result.error} for result in failed]
+    if not entries:
         path.unlink(missing_ok=True)
         return None
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(listed, indent=1))
+        temporary.write_text(json.dumps(entries, indent=1))
     return path

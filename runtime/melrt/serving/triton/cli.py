@@ -10,68 +10,72 @@ from rich.console import Console
 
 from melrt.bundle import Bundle
 from melrt.cli.commands import BackendName, Precision
-from melrt.errors import BackendError, BundleError
-from melrt.files.wav import SampleFormat
-from melrt.serving.triton.voice import Serving
+from melrt.errors import ConfigError
+from melrt.files.audio import SampleFormat
+from melrt.serving.triton.voice import ServingConfig
 
-console = Console(highlight=False)
-DEFAULT = Serving()
+console = Console(highlight=False, soft_wrap=True)
+DEFAULT = ServingConfig()
 
-Voices = Annotated[list[Path], typer.Argument(metavar="VOICE.melrt...", help="The bundles.")]
-Name = Annotated[str | None, typer.Option(help="Of the models, for one voice; its file's name if left out.")]
-Format = Annotated[str, typer.Option("--format", help="Of the audio: float32 or int16.")]
-Gpus = Annotated[str, typer.Option(help="GPUs, as in 0,1; Triton's choice if left out: all, or else the CPU.")]
+Voices = Annotated[list[Path], typer.Argument(metavar="VOICE.melrt...", help="One or more bundles.")]
+Name = Annotated[str | None, typer.Option(help="Name of the models, for a single voice; the bundle's file name if left out.")]
+Format = Annotated[str, typer.Option("--format", help="Format of the audio: float32 or int16.")]
+Gpus = Annotated[str, typer.Option(help="GPUs to use, for example 0,1; if left out Triton uses all GPUs, or the CPU if there is none.")]
 
 
 def triton(
     voices: Voices,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The model repository; made, or added to.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the model repository; made if it does not exist.")],
     name: Name = None,
     precision: Precision = DEFAULT.precision,
     backend: BackendName = DEFAULT.backend,
-    threads: Annotated[int, typer.Option(help="CPU threads of an instance; 0: one per usable core.")] = DEFAULT.threads,
+    threads: Annotated[int, typer.Option(help="CPU threads of an instance; 0 for one per usable core.")] = DEFAULT.threads,
     sample_format: Format = DEFAULT.sample_format,
-    instances: Annotated[int, typer.Option(help="Processes with the voice on each GPU, or on the CPU.")] = DEFAULT.instances,
+    instances: Annotated[int, typer.Option(help="Processes that load the voice, on each GPU or on the CPU.")] = DEFAULT.instances,
     gpus: Gpus = "",
-    max_frames: Annotated[int, typer.Option(help="Longest utterance, mel frames.")] = DEFAULT.max_frames,
-    max_queue: Annotated[int, typer.Option(help="Whole mels waiting; a further one is refused.")] = DEFAULT.max_queue,
-    queue_timeout: Annotated[float, typer.Option(help="Longest wait there, seconds.")] = DEFAULT.queue_timeout,
-    max_streams: Annotated[int, typer.Option(help="Streams open at once in an instance.")] = DEFAULT.max_streams,
-    timeout: Annotated[float, typer.Option(help="Seconds for an accepted request, and between a stream's.")] = DEFAULT.timeout,
+    max_frames: Annotated[int, typer.Option(help="Longest utterance in mel frames.")] = DEFAULT.max_frames,
+    max_queue: Annotated[int, typer.Option(help="Whole mels that may wait; a further one is refused.")] = DEFAULT.max_queue,
+    queue_timeout: Annotated[float, typer.Option(help="Longest wait in the queue in seconds.")] = DEFAULT.queue_timeout,
+    max_streams: Annotated[int, typer.Option(help="Streams that may be open at once in an instance.")] = DEFAULT.max_streams,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds that an admitted request may take, and that a stream may wait for frames.")
+    ] = DEFAULT.timeout,
 ) -> None:
-    """Write a model repository for NVIDIA Triton Inference Server, or add the next version of a voice to one.
+    """Write a model repository for NVIDIA Triton Inference Server, or add a voice or its next version to one.
 
-    A voice `lj` becomes the models `lj` (whole mels) and `lj_stream` (audio as it is ready). The newest version is served;
-    `melrt serve version` goes back to an older one.
+    A voice `lj` becomes the models `lj` (whole mels) and `lj_stream` (audio as soon as it is ready). The server then serves the newest
+    version; `melrt serve version` returns to an older one.
     """
     from melrt.serving.triton.repository import add_voice, models_of
 
-    serving = Serving(
+    serving = ServingConfig(
         precision, backend, threads, cast(SampleFormat, sample_format), max_frames, max_streams, timeout, max_queue, queue_timeout,
-        instances, _numbers(gpus),
+        instances, _gpu_indices(gpus),
     )  # fmt: skip
     if name and len(voices) > 1:
-        raise BundleError(f"--name is for one voice; {len(voices)} are given.")
+        raise ConfigError(f"--name is for one voice, but {len(voices)} are given; add them one at a time.")
     for bundle in [Bundle.open(voice) for voice in voices]:
         model = name or bundle.path.resolve().name.removesuffix(".melrt")
         added = add_voice(output, model, bundle, serving)
-        console.print(f"{output}: {' and '.join(one.name for one in models_of(model))}, version {added}", markup=False)
+        console.print(f"Wrote version {added} of {' and '.join(one.name for one in models_of(model))} to {output}.", markup=False)
+    console.print(f"Start the server with `tritonserver --model-repository={output}`, or load the models in a running one.", markup=False)
 
 
 def version(
-    repository: Annotated[Path, typer.Argument(help="The model repository.")],
-    voice: Annotated[str, typer.Argument(help="The voice, by its model's name.")],
-    number: Annotated[int, typer.Argument(metavar="VERSION", help="The version to serve.")],
+    repository: Annotated[Path, typer.Argument(help="Folder of the model repository.")],
+    voice: Annotated[str, typer.Argument(help="Name of the voice's model for whole mels.")],
+    number: Annotated[int, typer.Argument(metavar="VERSION", help="Version to serve.")],
 ) -> None:
-    """Serve a version of a voice that is in a model repository: back to an older one, or forward again."""
-    from melrt.serving.triton.repository import use_version
+    """Choose which version of a voice in a model repository is served, an older or a newer one."""
+    from melrt.serving.triton.repository import models_of, use_version
 
     use_version(repository, voice, number)
-    console.print(f"{repository}: {voice} is served in version {number}", markup=False)
+    models = " and ".join(model.name for model in models_of(voice))
+    console.print(f"{repository} now serves version {number} of {models}. Load both models in a running server.", markup=False)
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _gpu_indices(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",")) if text else ()
     except ValueError as error:
-        raise BackendError(f"--gpus is {text!r}; it is numbers with commas, as in 0,1.") from error
+        raise ConfigError(f"--gpus is {text!r}; it must be whole numbers separated by commas, for example 0,1.") from error

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Export a checkpoint as a verified bundle. Replace the demo voice by your own checkpoint file or folder.
+set -euo pipefail
+checkpoint=${1:-export/melrt_export/demo_voice}
+melrt export "$checkpoint" -o converted.melrt --force
+melrt verify converted.melrt --checkpoint "$checkpoint"
+melrt info converted.melrt

@@ -1,0 +1,126 @@
+"""Audio files: reading with libsndfile and soxr, and writing WAV files."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from melrt.errors import AudioError, MissingExtraError
+from melrt.files.atomic import atomic_write
+from melrt.types import FloatAudio
+
+logger = logging.getLogger(__name__)
+
+SampleFormat = Literal["int16", "float32"]
+SAMPLE_FORMATS: tuple[SampleFormat, ...] = ("int16", "float32")
+# A GPU kernel that converts to int16 writes this for a sample that is NaN. Full scale is 32767, so no finite sample becomes this.
+INT16_NAN = -32768
+_SUBTYPES = {"int16": "PCM_16", "float32": "FLOAT"}
+
+
+def read_audio(path: Path, sample_rate: int) -> FloatAudio:
+    """Read an audio file of any kind that libsndfile supports (WAV, FLAC, OGG, MP3, ...).
+
+    Several channels are averaged and another rate is resampled; a warning is logged for each.
+
+    Args:
+        path: The file.
+        sample_rate: Sample rate of the result in Hz.
+
+    Returns:
+        Samples, shape (N,).
+
+    Raises:
+        AudioError: Not an audio file, or one without samples.
+        MissingExtraError: soundfile or soxr is not installed.
+    """
+    try:
+        import soundfile
+    except ImportError as error:
+        raise MissingExtraError("reading audio", "soundfile", "cli") from error
+    try:
+        audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, TypeError) as error:
+        reason = getattr(error, "error_string", str(error))
+        raise AudioError(f"{path} cannot be read as audio: {reason}") from error
+    if not len(audio):
+        raise AudioError(f"{path} has no samples.")
+    if audio.shape[1] > 1:
+        logger.warning("%s has %d channels; using their mean", path, audio.shape[1])
+    mono = audio.mean(axis=1)
+    if rate != sample_rate:
+        logger.warning("%s has %d Hz; resampling to %d Hz", path, rate, sample_rate)
+    return np.asarray(resample(mono, rate, sample_rate), np.float32)
+
+
+def resample(audio: FloatAudio, rate: int, new_rate: int) -> FloatAudio:
+    """Resample a signal with soxr in high quality.
+
+    Args:
+        audio: Shape (N,).
+        rate: Its sample rate in Hz.
+        new_rate: Sample rate of the result in Hz.
+
+    Returns:
+        Shape (ceil(N * new_rate / rate),); `audio` itself if the rates are equal.
+
+    Raises:
+        MissingExtraError: soxr is not installed.
+    """
+    if rate == new_rate:
+        return audio
+    try:
+        import soxr
+    except ImportError as error:
+        raise MissingExtraError("resampling audio", "soxr", "cli") from error
+    length = math.ceil(len(audio) * (new_rate / rate))
+    resampled = soxr.resample(audio, rate, new_rate, quality="HQ")[:length]
+    return np.pad(resampled, (0, length - len(resampled)))
+
+
+def to_int16(audio: FloatAudio) -> NDArray[np.int16]:
+    """Convert samples in [-1, 1] to 16 bit with full scale 32767; larger samples are clipped."""
+    return np.asarray(np.rint(np.clip(audio, -1.0, 1.0) * 32767.0), np.int16)
+
+
+def write_wav(
+    path: str | os.PathLike[str], audio: FloatAudio | Iterable[FloatAudio], sample_rate: int, sample_format: SampleFormat = "int16"
+) -> None:
+    """Write a mono WAV file atomically: a failure leaves no file, and a file that existed before stays as it was.
+
+    Args:
+        path: The file; its folder is created if it is missing.
+        audio: Samples in [-1, 1], shape (N,), or an iterable of such pieces; each piece is written as it arrives, and none is kept.
+        sample_rate: Sample rate in Hz.
+        sample_format: `int16` (clipped to full scale) or `float32` (unchanged).
+
+    Raises:
+        AudioError: Not one channel of samples, an unknown format, or a file that libsndfile could not write.
+        MissingExtraError: soundfile is not installed.
+        OSError: The file cannot be written.
+    """
+    try:
+        import soundfile
+    except ImportError as error:
+        raise MissingExtraError("writing audio", "soundfile", "cli") from error
+    if sample_format not in _SUBTYPES:
+        raise AudioError(f"sample format is {sample_format!r}; it must be one of {', '.join(_SUBTYPES)}.")
+    path = Path(path)
+    with atomic_write(path) as temporary:
+        try:
+            with soundfile.SoundFile(temporary, "x", sample_rate, 1, _SUBTYPES[sample_format], format="WAV") as file:
+                for piece in [audio] if isinstance(audio, np.ndarray) else audio:
+                    if piece.ndim != 1:
+                        raise AudioError(f"audio has shape {piece.shape}; a file takes one utterance, shape (samples,).")
+                    file.write(to_int16(piece) if sample_format == "int16" else piece)
+        except soundfile.LibsndfileError as error:  # a full or locked disk is reported as "System error." only
+            free = shutil.disk_usage(path.parent).free >> 20
+            raise AudioError(f"{path} could not be written ({error}). The disk has {free} MiB free.") from error

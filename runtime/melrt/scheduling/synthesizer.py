@@ -1,0 +1,100 @@
+"""One voice's way from mel frames to requests: check, extend, plan."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from melrt.backends.base import DeviceBackend, DeviceUtterance
+from melrt.mel.arrays import on_gpu
+from melrt.mel.level_check import LevelCheck
+from melrt.mel.spec import MelSpec
+from melrt.planning.edges import Edges
+from melrt.planning.windows import ReceptiveField, Span, Window, plan
+from melrt.scheduling.queue import RequestQueue
+from melrt.scheduling.request import DeviceRequest, HostRequest, OutputFormat, Request
+from melrt.types import Mel
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
+class Synthesizer:
+    """State that a vocoder shares with its streams, and the one place where requests are made."""
+
+    spec: MelSpec
+    """Mel convention of the input."""
+    output: OutputFormat
+    """Format of the audio."""
+    field: ReceptiveField
+    """Receptive field of the network."""
+    edges: Edges
+    """Frames added at an utterance's ends."""
+    queue: RequestQueue
+    """Queue of this voice's backend."""
+    level_check: LevelCheck
+    """Warning about mels of another convention."""
+
+    @property
+    def fewest_frames(self) -> int:
+        """Fewest frames that an utterance must have."""
+        return max(self.field.smallest_input - self.edges.left - self.edges.right, 1)
+
+    def owned_frames(self, mel: ArrayLike) -> Mel:
+        """Check one utterance (M, T) and copy it if need be, so that the caller may refill its array while the windows wait.
+
+        Raises:
+            MelError: The mel does not fit this voice, or is in GPU memory.
+        """
+        frames = self.spec.check(mel, self.fewest_frames)
+        if frames.ndim != 2:
+            raise self.spec.wrong_axes(frames.shape)
+        return frames.copy() if np.may_share_memory(frames, np.asarray(mel)) else frames
+
+    def utterance(self, frames: Mel) -> HostRequest:
+        """Make the request for a whole utterance.
+
+        Args:
+            frames: Checked frames (M, T). They are not copied.
+
+        Raises:
+            MelError: The utterance is longer than `Limits.max_frames`.
+        """
+        windows = self._plan(frames.shape[1])
+        self.level_check.observe(frames)
+        return HostRequest(self.edges.extend(frames), 0, windows, self.output, self._deadline())
+
+    def utterances(self, mel: ArrayLike) -> tuple[Iterator[Request], Any]:
+        """Make the requests for a mel (M, T) or (B, M, T) in any memory, one per utterance.
+
+        Returns:
+            The requests, made one by one as they are taken, and the array that the device fills; None for a mel on the host,
+            whose requests have the audio as their results.
+
+        Raises:
+            MelError: The mel does not fit this voice.
+        """
+        backend = self.queue.backend
+        if not (on_gpu(mel) and isinstance(backend, DeviceBackend)):
+            frames = self.spec.check(mel, self.fewest_frames)
+            return (self.utterance(one) for one in frames.reshape(-1, *frames.shape[-2:])), None
+        view = backend.view_mel(mel)
+        batch, bands, total = view.shape
+        self.spec.check_shape((bands, total), self.fewest_frames)
+        windows = list(self._plan(total))
+        array, audio = backend.make_audio(view, total * self.output.hop)
+        places = (DeviceUtterance(view, audio, index, self.edges) for index in range(batch))
+        return (DeviceRequest(place, windows, self._deadline()) for place in places), array
+
+    def _plan(self, frames: int) -> Iterator[Window]:
+        """Plan a whole utterance of this many frames."""
+        self.queue.limits.check_frames(frames)
+        total = self.edges.left + frames + self.edges.right
+        span = Span(self.edges.left, self.edges.left + frames, total, ended=True)
+        return plan(span, self.field, self.queue.policy)
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self.queue.limits.default_deadline

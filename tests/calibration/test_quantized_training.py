@@ -1,0 +1,204 @@
+"""Quantization-aware training: the same rounding as the INT8 graph's, and weights that learn to live with it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import soundfile
+import torch
+
+from melrt.backends.onnxruntime import OnnxModel
+from melrt.bundle import Artifact, Bundle
+from melrt.errors import MelrtError, TrainingError
+from melrt.files.audio import read_audio
+from melrt.mel.features import mel_from_audio
+from melrt_calibration.bundle_graphs import FLOAT_PRECISIONS, PLAN_FILE
+from melrt_calibration.calibrate import CalibrationOptions
+from melrt_calibration.data import Sampling
+from melrt_calibration.equalization import shared_tensors
+from melrt_calibration.evaluation import Budget
+from melrt_calibration.network import Network
+from melrt_calibration.qdq import Form, insert_qdq
+from melrt_calibration.requantize import requantize
+from melrt_export.checkpoints import Checkpoint, load_checkpoint
+from melrt_export.demo import DEMO_VOICE, RECORDING
+from melrt_export.generator.config import GeneratorConfig
+from melrt_export.generator.network import Generator
+from melrt_export.int8_plan import SIGNED_MAX, Int8Plan, LayerPlan, Range, read_plan
+from melrt_export.parity import Difference, probe_mel, verify
+from melrt_export.training.config import TrainingConfig, read_config
+from melrt_export.training.quantized import quantize
+from melrt_export.training.trainer import Trainer
+from melrt_export.training.voice import TrainableVoice
+
+# By how much the two agree better than either with the float network: they sum in another order, so that a value in some thousands rounds
+# the other way; and the graph for TensorRT computes in half precision between.
+MARGIN_DB: dict[Form, float] = {"cpu": 15.0, "tensorrt": 3.0}
+# Log-mel error, of that before. A sixth of it is rounding's; the recording and the segments are the same in every run.
+STEPS, LEARNT = 30, 0.99
+# Between the error that training saw and that of the graphs: they sum in another order, and values round the other way.
+SAME = 0.01
+SMALL = GeneratorConfig(in_channels=8, channels=32, upsample_scales=(4, 3), stacks=2)
+CONFIG = """
+run = "run"
+start_from = "{start}"
+[quantization]
+voice = "{voice}"
+[data]
+train = "{wav}"
+validation = "{wav}"
+batch = 2
+segment = 8192
+workers = 0
+gain = [1.0, 1.0]
+[losses]
+adversarial = 0
+feature_matching = 0
+mel = 5.0
+[optimizer]
+learning_rate = 5e-5
+[schedule]
+steps = {steps}
+"""
+
+
+def observed(bundle: Bundle, windows: list[np.ndarray]) -> Network:
+    graphs = {
+        ("edge", form): onnx.load_from_string(bundle.read(bundle.find("onnx", graph="edge", precision=precision)[0]))
+        for form, precision in FLOAT_PRECISIONS.items()
+    }
+    plain = Network.observed(graphs, windows)  # type: ignore[arg-type]
+    return plain.equalized({t.consumers[0]: 1.0 for t in shared_tensors(dict.fromkeys(plain.names))})
+
+
+def following(network: Network) -> Int8Plan:
+    """The plan with the weight scales that training uses: of the largest weight."""
+
+    def scales(layer: LayerPlan) -> tuple[float, ...]:
+        tensor = next(t for t in network.graphs["edge", "cpu"].graph.initializer if t.name == f"{layer.name}.weight")
+        rows = np.abs(onnx.numpy_helper.to_array(tensor)).reshape(tensor.dims[0], -1)
+        return tuple(rows.max(axis=1).astype(np.float64) / SIGNED_MAX)
+
+    return Int8Plan(tuple(replace(layer, weight_scales=scales(layer)) for layer in network.plan.layers))
+
+
+@pytest.mark.parametrize("form", MARGIN_DB)
+@pytest.mark.parametrize("causal", [False, True])
+def test_training_rounds_as_the_int8_graph_does(form: Form, causal: bool, make_voice, tmp_path: Path) -> None:
+    """Each layer alone: in a whole network one value that rounds the other way changes all that hears it."""
+    config = replace(SMALL, causal=causal, final_tanh=False)
+    path, checkpoint = make_voice(config, tmp_path, ("fp32", "fp16"))
+    bundle = Bundle.open(path)
+    network = observed(bundle, [probe_mel(bundle.manifest.spec, 64, seed) for seed in range(3)])
+    plan = following(network)
+    assert Int8Plan.loads(plan.dumps()) == plan
+    assert any(layer.output_factors for layer in plan.layers)
+    mel = probe_mel(bundle.manifest.spec, 100, 9)[None]
+    graph = network.graphs["edge", form]
+    plain = OnnxModel(graph.SerializeToString()).run(mel)
+    for layer in plan.layers:
+        alone = Int8Plan((layer,))
+        voice = trainable(checkpoint)
+        quantize(voice, alone, form)
+        with torch.no_grad():
+            trained = voice.generator(torch.from_numpy(mel)).squeeze(1).numpy()
+        exported = OnnxModel(insert_qdq(graph, alone, form).SerializeToString()).run(mel)
+        noise, mismatch = Difference.between(plain, exported).snr_db, Difference.between(exported, trained).snr_db
+        assert mismatch > noise + MARGIN_DB[form], layer.name
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small are slower on two threads, where another process has one of the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def calibrated(demo_bundle: Bundle, tmp_path: Path) -> Bundle:
+    """The demo voice with every layer before the last stage in its plan."""
+    bundle = Bundle.open(shutil.copytree(demo_bundle.path, tmp_path / "demo.melrt"))
+    mel = mel_from_audio(read_audio(RECORDING, bundle.manifest.spec.sample_rate), bundle.manifest.spec)
+    network = observed(bundle, [mel[:, at : at + 64] for at in range(0, 256, 64)])
+    names = [name for name in network.names if not name.startswith(("stages.3", "last"))]
+    data = network.plan.only(frozenset(names)).dumps().encode()
+    bundle.add(Artifact.of(PLAN_FILE, data, "plan", precision="int8"), data)
+    return Bundle.open(bundle.path)
+
+
+def settings(folder: Path, start: Path | str, voice: Path, steps: int = 1) -> TrainingConfig:
+    (folder / "x.toml").write_text(CONFIG.format(start=start, voice=voice, wav=folder / "wavs", steps=steps))
+    (folder / "wavs").mkdir(exist_ok=True)
+    soundfile.write(folder / "wavs" / "speech.wav", read_audio(RECORDING, 22050)[: 3 * 22050], 22050)
+    return read_config(folder / "x.toml")
+
+
+def test_training_mends_what_rounding_breaks(calibrated: Bundle, tmp_path: Path) -> None:
+    """The real voice, on the recording that it is judged by: that it learns, not how well it does on others."""
+    outcome = Trainer(settings(tmp_path, DEMO_VOICE, calibrated.path, steps=STEPS)).run()
+    (_, before), *_, (_, after) = outcome.history.errors
+    assert after < LEARNT * before, outcome.history.errors
+    kept = load_checkpoint(outcome.best).weights["stages.0.blocks.0.dilated.weight"]
+    steps = np.abs(kept).max(axis=(1, 2), keepdims=True) / SIGNED_MAX
+    assert np.abs(kept / steps - np.rint(kept / steps)).max() > 0.4, "float weights, not bytes"
+
+    planned = read_plan(calibrated).names
+    floats = [calibrated.read(entry) for entry in calibrated.find("onnx", precision="fp32")]
+    learnt = requantize(calibrated, outcome.best, [tmp_path / "wavs"], CalibrationOptions(Budget(10, 100), Sampling(peak=0.95), force=True))
+    assert learnt.evaluated["int8"].log_mel_error == pytest.approx(after, rel=SAME), "what was trained is what speaks"
+    bundle = Bundle.open(calibrated.path)
+    assert [bundle.read(entry) for entry in bundle.find("onnx", precision="fp32")] == floats, "in float the voice is as it was"
+    assert all(row.passed for row in verify(bundle))
+    assert read_plan(bundle).names == planned
+
+
+def test_there_is_no_float_voice_to_export(calibrated: Bundle, tmp_path: Path, melrt) -> None:
+    settings(tmp_path, DEMO_VOICE, calibrated.path)
+    code, _, err = melrt("train", tmp_path / "x.toml", "--export", tmp_path / "new.melrt")
+    assert code == 2
+    assert "melrt requantize" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_another_voice(calibrated: Bundle, tiny_bundle: Bundle, tiny_checkpoint: Path, tmp_path: Path, melrt) -> None:
+    before = sorted(path.name for path in calibrated.path.iterdir())
+    code, _, err = melrt("requantize", calibrated.path, tiny_checkpoint, RECORDING)
+    assert code == 2
+    assert "has another architecture" in err
+    assert sorted(path.name for path in calibrated.path.iterdir()) == before
+    code, _, err = melrt("requantize", tiny_bundle.path, tiny_checkpoint, RECORDING)
+    assert code == 2
+    assert "has no INT8 plan" in err
+
+
+@pytest.mark.parametrize(
+    ("with_start", "voice", "message"),
+    [(False, "tiny.melrt", "name its checkpoint as start_from"), (True, "tiny.melrt", "melrt calibrate .*tiny.melrt SPEECH makes one")],
+)
+def test_what_cannot_be_trained_in_int8(
+    with_start: bool, voice: str, message: str, tiny_bundle: Bundle, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(MelrtError, match=message):
+        Trainer(settings(tmp_path, tiny_checkpoint if with_start else "", tiny_bundle.path))
+
+
+def test_a_plan_of_another_network(make_voice, tmp_path: Path) -> None:
+    _, other = make_voice(SMALL, tmp_path)
+    layer = LayerPlan("first", Range(-1.0, 1.0, "minmax"), Range(-1.0, 1.0, "minmax"), (0.1,) * 64)
+    with pytest.raises(TrainingError, match="the INT8 plan has 64 weight_scales for first, which has 32 such channels"):
+        quantize(trainable(other), Int8Plan((layer,)), "cpu")
+    with pytest.raises(TrainingError, match="a layer stages.9.upsample; this generator has first"):
+        quantize(trainable(other), Int8Plan((replace(layer, name="stages.9.upsample"),)), "cpu")
+
+
+def trainable(checkpoint: Checkpoint) -> TrainableVoice:
+    weights = {name: torch.from_numpy(value) for name, value in checkpoint.weights.items()}
+    return TrainableVoice(checkpoint.config, checkpoint.spec, Generator.from_weights(checkpoint.config, weights))

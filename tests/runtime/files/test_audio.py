@@ -1,0 +1,63 @@
+"""Audio files are read at the voice's rate as one channel."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from melrt.errors import AudioError, MissingExtraError
+from melrt.files.audio import read_audio, resample
+from melrt_export.assets import RECORDING
+
+
+def test_audio_is_mixed_and_resampled_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tone = np.sin(2 * np.pi * 440 * np.arange(44100) / 44100).astype(np.float32)
+    soundfile.write(tmp_path / "x.wav", np.stack([tone, tone], 1), 44100)
+    with caplog.at_level(logging.WARNING):
+        audio = read_audio(tmp_path / "x.wav", 22050)
+    assert "2 channels" in caplog.text
+    assert "44100 Hz; resampling to 22050 Hz" in caplog.text
+    expected = np.sin(2 * np.pi * 440 * np.arange(22050) / 22050)
+    assert np.abs(audio[1000:-1000] - expected[1000:-1000]).max() < 1e-3
+
+
+def test_resampling_equals_librosa(noise: np.random.Generator) -> None:
+    librosa = pytest.importorskip("librosa", reason="librosa is the reference of this test")
+    for samples in (1, 100, 44_101):
+        audio = noise.uniform(-0.5, 0.5, samples).astype(np.float32)
+        for rate, new_rate in ((44100, 22050), (48000, 22050), (22050, 16000), (16000, 22050), (22050, 22050)):
+            expected = librosa.resample(audio, orig_sr=rate, target_sr=new_rate, res_type="soxr_hq")
+            resampled = resample(audio, rate, new_rate)
+            assert resampled.dtype == np.float32
+            assert resampled.shape == expected.shape
+            assert np.abs(resampled - expected).max() < 1e-6, (samples, rate, new_rate)
+
+
+def test_every_format_of_libsndfile_is_read(tmp_path: Path) -> None:
+    audio = read_audio(RECORDING, 22050)
+    for name, tolerance in (("x.flac", 1e-4), ("x.ogg", 0.1), ("x.mp3", 0.1), ("x.aiff", 1e-4)):
+        soundfile.write(tmp_path / name, audio, 22050)
+        read = read_audio(tmp_path / name, 22050)[: len(audio)]
+        assert np.abs(read).max() > 0.5
+        assert np.sqrt(((read - audio[: len(read)]) ** 2).mean()) < tolerance, name
+
+
+def test_files_that_are_not_audio_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.wav").write_bytes(b"RIFF no sound")
+    with pytest.raises(AudioError, match="x.wav cannot be read as audio"):
+        read_audio(tmp_path / "x.wav", 22050)
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0, np.float32), 22050)
+    with pytest.raises(AudioError, match="no samples"):
+        read_audio(tmp_path / "empty.wav", 22050)
+
+
+@pytest.mark.parametrize("package", ["soundfile", "soxr"])
+def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=rf"audio needs {package}.*melrt\[cli\]"):
+        read_audio(RECORDING, 16000)

@@ -1,0 +1,259 @@
+"""`melrt bulk` gives the audio of `Vocoder`, also after a kill, and names the mels that fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+
+from melrt import Bundle, Vocoder
+from melrt.files.audio import to_int16
+from melrt_export.parity import probe_mel
+
+BAD = {"bands": "40 bands", "nan": "finite", "empty": "empty", "text": "cannot be read"}
+
+
+def fill(folder: Path, bundle: Bundle, count: int) -> Path:
+    (folder / "sub").mkdir(parents=True)
+    for index in range(count):
+        mel = probe_mel(bundle.manifest.spec, 30 + 17 * (index % 7))
+        np.save(folder / ("sub" if index % 2 else "") / f"u{index:03}.npy", mel)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    found = [*folder.rglob("*.wav"), *folder.rglob("*.parquet")]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+def finished(folder: Path) -> int:
+    """Count the complete files."""
+    return sum(path.suffix in (".wav", ".parquet") and not path.name.startswith(".") for path in folder.rglob("*"))
+
+
+def command(bundle: Bundle, mels: Path, output: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "melrt", "bulk", str(bundle.path), "--input", str(mels), "--output", str(output), "--device", "cpu", *more,
+    ]  # fmt: skip
+
+
+def test_folder_run_names_failures_and_keeps_finished_files(melrt, demo_bundle: Bundle, tmp_path: Path) -> None:
+    mels, output = fill(tmp_path / "mels", demo_bundle, 5), tmp_path / "speech"
+    np.save(mels / "bands.npy", np.zeros((40, 30), np.float32))
+    np.save(mels / "nan.npy", np.full((80, 30), np.nan, np.float32))
+    np.save(mels / "empty.npy", np.zeros((80, 0), np.float32))
+    (mels / "text.npz").write_text("not numbers")
+    code, out, err = melrt("bulk", demo_bundle.path, "--input", mels, "--output", output)
+    assert code == 2
+    assert "5 synthesized, 0 already there, 4 failed" in out
+    assert "4 of 9 mels" in err
+    listed = {one["name"]: one["error"] for one in json.loads((output / "failed.json").read_text())}
+    assert listed.keys() == BAD.keys()
+    assert all(BAD[name] in error for name, error in listed.items()), listed
+    vocoder = Vocoder.load(demo_bundle, device="cpu")
+    for index in range(5):
+        name = f"{'sub/' if index % 2 else ''}u{index:03}"
+        samples, _ = soundfile.read(output / f"{name}.wav", dtype="int16")
+        assert np.abs(samples).max() > 500, "not silent"
+        assert np.array_equal(samples, to_int16(vocoder(np.load(mels / f"{name}.npy")))), name
+    vocoder.close()
+
+    for name in ("bands.npy", "nan.npy", "empty.npy", "text.npz"):
+        (mels / name).unlink()
+    (output / "u002.wav").unlink()
+    kept = (output / "u000.wav").stat().st_ino
+    code, out, _ = melrt("bulk", demo_bundle.path, "--input", mels, "--output", output)
+    assert code == 0
+    assert "1 synthesized, 4 already there, 0 failed" in out
+    assert (output / "u000.wav").stat().st_ino == kept
+    assert not (output / "failed.json").exists()
+    code, _, err = melrt("bulk", demo_bundle.path, "--input", mels, "--output", output, "--format", "float32")
+    assert code == 2
+    assert "was begun with format 'int16', now 'float32'" in err
+
+
+def test_wrong_input_folders_are_refused(melrt, demo_bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "mels").mkdir()
+    for mels, reason in ((tmp_path / "no", "does not exist"), (tmp_path / "mels", "holds no mel")):
+        code, _, err = melrt("bulk", demo_bundle.path, "--input", mels, "--output", tmp_path / "out")
+        assert code == 2
+        assert reason in err
+        assert not (tmp_path / "out").exists()
+    np.save(tmp_path / "mels" / "a.npy", np.zeros((80, 30), np.float32))
+    np.savez(tmp_path / "mels" / "a.npz", mel=np.zeros((80, 30), np.float32))
+    code, _, err = melrt("bulk", demo_bundle.path, "--input", tmp_path / "mels", "--output", tmp_path / "out")
+    assert code == 2
+    assert "2 utterances named 'a'" in err
+
+
+LISTS = pa.list_(pa.list_(pa.float32()))
+
+
+def write_rows(path: Path, names: list[str] | None, mels: list[np.ndarray | None], rows_in_group: int = 4) -> None:
+    column = pa.array([None if mel is None else list(mel) for mel in mels], LISTS)
+    columns = {"mel": column} if names is None else {"other": [0] * len(names), "name": names, "mel": column}
+    pq.write_table(pa.table(columns), path, row_group_size=rows_in_group)
+
+
+def test_parquet_in_and_out(melrt, demo_bundle: Bundle, tmp_path: Path) -> None:
+    """Ten rows of lists and two tensors; two of the rows are wrong in the first run and fixed for the second."""
+    speech = tmp_path / "speech"
+    (tmp_path / "rows").mkdir()
+    mels = {f"sub/p{index}": probe_mel(demo_bundle.manifest.spec, 30 + index) for index in range(10)}
+    damaged = [None if name.endswith("3") else mel[:40] if name.endswith("7") else mel for name, mel in mels.items()]
+    write_rows(tmp_path / "rows" / "lists.parquet", list(mels), damaged)
+    unnamed = probe_mel(demo_bundle.manifest.spec, 55)
+    tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(np.stack([unnamed]))
+    pq.write_table(pa.table({"mel": tensors}), tmp_path / "rows" / "tensors.parquet")
+    mels["tensors-00000000"] = unnamed
+    differing = pa.array([{"data": unnamed[:, :44].ravel(), "shape": [80, 44]}])  # as Ray stores tensors of differing shapes
+    pq.write_table(pa.table({"mel": differing}), tmp_path / "rows" / "ray.parquet")
+    mels["ray-00000000"] = unnamed[:, :44]
+    arguments = ("bulk", demo_bundle.path, "--input", tmp_path / "rows", "--format", "float32", "--to")
+    code, out, _ = melrt(*arguments, "parquet", "--output", speech)
+    assert code == 2
+    assert "10 synthesized, 0 already there, 2 failed" in out
+    listed = {one["name"]: one["error"] for one in json.loads((speech / "failed.json").read_text())}
+    assert listed.keys() == {"sub/p3", "sub/p7"}
+    assert "has no mel" in listed["sub/p3"]
+    before = contents(speech)
+    assert len(before) == 5, "a file for each row group"
+    write_rows(tmp_path / "rows" / "lists.parquet", list(mels)[:10], list(mels.values())[:10])
+    code, out, err = melrt(*arguments, "parquet", "--output", speech)
+    assert code == 0, err
+    assert "2 synthesized, 10 already there, 0 failed" in out
+    assert before.items() <= contents(speech).items()
+    code, _, err = melrt(*arguments, "wav", "--output", tmp_path / "wavs")
+    assert code == 0, err
+    assert_synthesized(demo_bundle, mels, speech, tmp_path / "wavs")
+
+
+def assert_synthesized(bundle: Bundle, mels: dict[str, np.ndarray], parquet: Path, wavs: Path) -> None:
+    rows = [row for path in parquet.glob("*.parquet") for row in pq.read_table(path).to_pylist()]
+    assert sorted(row["name"] for row in rows) == sorted(mels)
+    with Vocoder.load(bundle, device="cpu") as vocoder:
+        for row in rows:
+            expected = vocoder(mels[row["name"]])
+            assert np.abs(expected).max() > 0.01, "not silent"
+            assert row["sample_rate"] == bundle.manifest.spec.sample_rate
+            assert np.array_equal(np.float32(row["audio"]), expected), row["name"]
+            assert np.array_equal(soundfile.read(wavs / f"{row['name']}.wav", dtype="float32")[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["../a"], "the name '../a'"),
+        (["/a"], "the name '/a'"),
+        ([None], "the name None"),
+        (["a", "./a"], "2 utterances named 'a'"),
+        (["b/" + 121 * "ü"], "242 bytes; at most 240"),
+        ([], "no row"),
+    ],
+)
+def test_row_names_that_leave_the_output_folder_are_refused(
+    melrt, demo_bundle: Bundle, tmp_path: Path, names: list[str], reason: str
+) -> None:
+    write_rows(tmp_path / "rows.parquet", names, [np.zeros((80, 30), np.float32)] * len(names))
+    code, _, err = melrt("bulk", demo_bundle.path, "--input", tmp_path / "rows.parquet", "--output", tmp_path / "out")
+    assert code == 2
+    assert reason in err
+    assert list(tmp_path.iterdir()) == [tmp_path / "rows.parquet"]
+
+
+def test_files_that_are_not_parquet_are_refused(melrt, demo_bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "text.parquet").write_text("not numbers")
+    pq.write_table(pa.table({"speech": [1]}), tmp_path / "other.parquet")
+    for name, reason in (("text", "cannot be read as parquet"), ("other", "columns speech")):
+        code, _, err = melrt("bulk", demo_bundle.path, "--input", tmp_path / f"{name}.parquet", "--output", tmp_path / "out")
+        assert code == 2
+        assert reason in err
+
+
+@pytest.mark.parametrize(("package", "option", "extra"), [("pyarrow", ("--to", "parquet"), "parquet"), ("ray", ("--ray", "local"), "ray")])
+def test_missing_package_names_its_extra(melrt, demo_bundle: Bundle, tmp_path: Path, monkeypatch, package, option, extra: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    mels, output = fill(tmp_path / "mels", demo_bundle, 1), tmp_path / "speech"
+    code, _, err = melrt("bulk", demo_bundle.path, "--input", mels, "--output", output, *option)
+    assert code == 2
+    assert f'pip install "melrt[{extra}]"' in err
+    assert not output.exists()
+
+
+def test_killed_run_continues_where_it_stopped(demo_bundle: Bundle, tmp_path: Path) -> None:
+    mels = fill(tmp_path / "mels", demo_bundle, 30)
+    subprocess.run(command(demo_bundle, mels, tmp_path / "whole"), check=True, capture_output=True)
+    output = tmp_path / "killed"
+    running = subprocess.Popen(command(demo_bundle, mels, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_files(output, 5)
+    running.send_signal(signal.SIGSTOP)  # it keeps its lock and writes nothing more
+    second = subprocess.run(command(demo_bundle, mels, output), capture_output=True, text=True)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert second.returncode == 2
+    assert "another melrt bulk is writing" in second.stderr
+    there = finished(output)
+    assert 5 <= there < 30
+    (output / "sub" / ".u001-0123abcd.wav").write_bytes(b"half")
+    again = subprocess.run(command(demo_bundle, mels, output), capture_output=True, text=True, check=True)
+    assert f"{30 - there} synthesized, {there} already there" in again.stdout
+    assert contents(output) == contents(tmp_path / "whole"), "bit for bit, none missing, none too many"
+
+
+def wait_for_files(output: Path, count: int) -> None:
+    until = time.monotonic() + 60
+    while finished(output) < count:
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("kind", ["wav", "parquet"])
+def test_ray_run_survives_killed_actor_and_driver(demo_bundle: Bundle, tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("ray", reason="the extra melrt[ray] is not installed here")
+    count = int(os.environ.get("MELRT_BULK_ITEMS", "60"))
+    mels = fill(tmp_path / "mels", demo_bundle, count)
+    if kind == "parquet":
+        files = sorted(mels.rglob("*.npy"))
+        write_rows(tmp_path / "mels.parquet", [file.stem for file in files], [np.load(file) for file in files], 4)
+        mels = tmp_path / "mels.parquet"
+    subprocess.run(command(demo_bundle, mels, tmp_path / "whole", "--to", kind), check=True, capture_output=True)
+    whole = contents(tmp_path / "whole")
+    ray, output = ("--ray", "local", "--actors", "2", "--to", kind), tmp_path / "killed"
+    running = subprocess.Popen(command(demo_bundle, mels, output, *ray), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_files(output, len(whole) // 6)
+    os.kill(actor_processes(running.pid)[0], signal.SIGKILL)
+    wait_for_files(output, len(whole) // 3)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert finished(output) < len(whole)
+    again = subprocess.run(command(demo_bundle, mels, output, *ray), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert contents(output) == whole, "equal to an uninterrupted run without Ray: bit for bit, none missing, none too many"
+
+
+def actor_processes(driver: int) -> list[int]:
+    """Return the process ids of the actors that descend from a driver."""
+    parents, names = {}, {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pid, rest = int(status.parent.name), status.read_text().rpartition(")")[2].split()
+            parents[pid], names[pid] = int(rest[1]), (status.parent / "cmdline").read_text()
+        except OSError:
+            continue
+
+    def descends(pid: int) -> bool:
+        while pid in parents and pid != driver:
+            pid = parents[pid]
+        return pid == driver
+
+    return [pid for pid, name in names.items() if name.startswith("ray::") and "SynthesisActor" in name and descends(pid)]

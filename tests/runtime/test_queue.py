@@ -1,0 +1,245 @@
+"""The request queue: order, shared runs, failures, cancellation, closing."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import CancelledError, wait
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.runtime.echo import BATCHED, ONE, constant, load_echo
+
+from melrt import Vocoder
+from melrt.bundle import Bundle
+from melrt.errors import BackendError, ClosedError
+from melrt.planning.windows import Policy
+from melrt.scheduling.limits import Limits
+
+
+def test_windows_of_streams_go_first(tiny_bundle_path: Path) -> None:
+    vocoder, echo = load_echo(tiny_bundle_path, ONE)
+    echo.go.clear()
+    blocker = vocoder.submit(constant(0))
+    assert echo.started.acquire(timeout=5)
+    slow = [vocoder.submit(constant(value)) for value in (1, 2)]
+    opened = vocoder.open_stream()
+    live = opened.submit(constant(3))
+    echo.go.set()
+    for future in (blocker, *slow, live):
+        future.result(5)
+    assert echo.first == [0, 3, 1, 2], "the stream's window is first, the others keep their order"
+    vocoder.close()
+
+
+def test_windows_of_one_shape_share_a_run(tiny_bundle_path: Path) -> None:
+    vocoder, echo = load_echo(tiny_bundle_path, BATCHED, max_batch_delay=0)
+    echo.go.clear()
+    first = vocoder.submit(constant(0))
+    assert echo.started.acquire(timeout=5)
+    mels = [constant(value, frames) for value, frames in ((1, 100), (2, 130), (3, 64), (4, 7))]
+    futures = [vocoder.submit(mel) for mel in mels]
+    echo.go.set()
+    for mel, future in zip(mels, futures, strict=True):
+        assert (future.result(5) == mel[0, 0]).all()
+    first.result(5)
+    assert sorted(echo.runs) == [(1, 7), (1, 20), (2, 12), (2, 64), (4, 12), (4, 64)]
+    assert vocoder.stats().batch_fill == pytest.approx(14 / 24)
+    vocoder.close()
+
+
+def test_run_waits_for_a_full_batch_or_the_delay(tiny_bundle_path: Path) -> None:
+    vocoder, echo = load_echo(tiny_bundle_path, BATCHED, max_batch_delay=60)
+    futures = [vocoder.submit(constant(value)) for value in range(4)]
+    for future in futures:
+        future.result(10)  # a full batch does not wait
+    assert echo.runs == [(4, 20)]
+    vocoder.queue.limits = Limits(max_batch_delay=0.01)
+    vocoder.submit(constant(5)).result(10)
+    assert echo.runs[-1] == (1, 20)
+    vocoder.close()
+
+
+def test_failed_request_does_not_fail_its_batch(tiny_bundle_path: Path) -> None:
+    vocoder, _ = load_echo(tiny_bundle_path, BATCHED, max_batch_delay=0.2)
+    futures = [vocoder.submit(constant(value)) for value in (1, 99, 2)]
+    with pytest.raises(RuntimeError, match="planted"):
+        futures[1].result(5)
+    assert (futures[0].result(5) == 1).all()
+    assert (futures[2].result(5) == 2).all()
+    assert (vocoder(constant(3)) == 3).all(), "the worker is alive"
+    opened = vocoder.open_stream()
+    with pytest.raises(RuntimeError, match="planted"):
+        opened.push(constant(99))
+    with pytest.raises(ClosedError):
+        opened.push(constant(1))
+    assert vocoder.stats().failed == 2
+    vocoder.close()
+
+
+def test_wrong_samples_of_a_backend_are_errors(tiny_bundle_path: Path) -> None:
+    vocoder, echo = load_echo(tiny_bundle_path, ONE)
+    echo.run = lambda graph, mel: np.full((1, mel.shape[2] * 256), np.nan, np.float32)  # type: ignore[method-assign]
+    with pytest.raises(BackendError, match="not finite. Is fp32 precise enough"):
+        vocoder(constant(1))
+    echo.run = lambda graph, mel: np.zeros((1, 17), np.float32)  # type: ignore[method-assign]
+    with pytest.raises(BackendError, match=r"shape \(1, 17\) instead of \(1, 5120\)"):
+        vocoder(constant(1))
+    vocoder.close()
+
+
+def test_cancellation_frees_windows(tiny_bundle_path: Path) -> None:
+    vocoder, echo = load_echo(tiny_bundle_path, ONE)
+    echo.go.clear()
+    running = vocoder.submit(constant(0, 500))
+    assert echo.started.acquire(timeout=5)
+    waiting = [vocoder.submit(constant(1, 500)) for _ in range(3)]
+    before = vocoder.stats().queue_windows
+    assert all(future.cancel() for future in waiting)
+    assert vocoder.stats().queue_windows == before - 3 * 10
+    assert running.cancel()
+    echo.go.set()
+    with pytest.raises(CancelledError):
+        running.result(5)
+    assert (vocoder(constant(2)) == 2).all()
+    assert len(echo.runs) == 2, "of the cancelled requests, only the window that was running has run"
+    assert (vocoder.stats().cancelled, vocoder.stats().queue_windows) == (4, 0)
+    vocoder.close()
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_close_completes_or_cancels_requests(tiny_bundle_path: Path, drain: bool) -> None:
+    vocoder, echo = load_echo(tiny_bundle_path, ONE)
+    echo.go.clear()
+    running = vocoder.submit(constant(0))
+    assert echo.started.acquire(timeout=5)
+    waiting = vocoder.submit(constant(1))
+    closer = threading.Thread(target=lambda: vocoder.close(drain=drain))
+    closer.start()
+    time.sleep(0.05)
+    with pytest.raises(ClosedError, match="load it again"):
+        vocoder.submit(constant(2))
+    echo.go.set()
+    closer.join(5)
+    assert not closer.is_alive()
+    assert (running.result(0) == 0).all()
+    if drain:
+        assert (waiting.result(0) == 1).all()
+    else:
+        with pytest.raises(ClosedError):
+            waiting.result(0)
+
+
+def test_workers_of_a_deleted_vocoder_end(tiny_bundle_path: Path) -> None:
+    vocoder, _ = load_echo(tiny_bundle_path, ONE)
+    vocoder(constant(1))
+    (worker,) = vocoder.queue._threads
+    last = vocoder.submit(constant(2, 300))
+    del vocoder
+    worker.join(5)
+    assert not worker.is_alive()
+    assert (last.result(0) == 2).all(), "pending requests complete first"
+    opened = load_echo(tiny_bundle_path, ONE)[0].open_stream()
+    gc.collect()
+    assert np.concatenate([opened.push(constant(3)), opened.flush()]).shape == (20 * 256,), "an open stream keeps its vocoder"
+
+
+def _in_child(vocoder: Vocoder, answers) -> None:
+    try:
+        vocoder(constant(1))
+    except BackendError as error:
+        answers.put(str(error))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_use_after_a_fork_is_refused(tiny_bundle_path: Path) -> None:
+    vocoder, _ = load_echo(tiny_bundle_path, ONE)
+    vocoder(constant(1))
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    child = context.Process(target=_in_child, args=(vocoder, answers))
+    child.start()
+    assert "did not survive the fork. Load one here." in answers.get(timeout=20)
+    child.join(20)
+    assert child.exitcode == 0
+    vocoder.close()
+
+
+class Instant:
+    """A backend that returns or fails at once, so that events in the queue coincide."""
+
+    name, device, precision = "instant", "cpu", "fp32"
+    policy = Policy(64, static=False, batch=1, workers=4)
+    failing = False
+
+    def close(self) -> None:
+        pass
+
+    def run(self, graph: str, mel: np.ndarray) -> np.ndarray:
+        if self.failing:
+            raise RuntimeError("the planted failure")
+        return np.zeros((len(mel), mel.shape[2] * 256), np.float32)
+
+
+def test_workers_survive_simultaneous_events(tiny_bundle_path: Path) -> None:
+    """Results, failures and cancellations coincide in many threads. Every future ends and every worker stays alive."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    backend, problems = Instant(), []
+    vocoder = Vocoder(Bundle.open(tiny_bundle_path), backend)
+
+    def work(seed: int) -> None:
+        for turn in range(150):
+            backend.failing = (turn // 30) % 2 == 1
+            try:
+                future = vocoder.submit(constant(seed, 200))
+                if turn % 7 == 0:
+                    future.cancel()
+                if not wait([future], timeout=10).done:
+                    problems.append("a future that never ends")
+            except Exception as error:
+                problems.append(repr(error))
+
+    try:
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert problems == []
+    assert all(worker.is_alive() for worker in vocoder.queue._threads)
+    vocoder.close()
+
+
+def test_exit_with_pending_requests_is_clean(tiny_bundle_path: Path) -> None:
+    code = f"import numpy, melrt; v = melrt.Vocoder.load({str(tiny_bundle_path)!r}); f = v.submit(numpy.zeros((80, 60000)))"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_underruns_are_counted(tiny_bundle_path: Path) -> None:
+    vocoder, _ = load_echo(tiny_bundle_path, ONE)
+    opened = vocoder.open_stream()
+    assert opened.push(constant(1)).size == 14 * 256  # 163 ms to play
+    opened.push(constant(1, 16))
+    assert vocoder.stats().underruns == 0
+    time.sleep(0.5)
+    opened.push(constant(1, 64))
+    assert vocoder.stats().underruns == 1, "counted before the caller has the audio"
+    vocoder.close()
+
+
+def test_failed_piece_closes_its_stream_first(tiny_bundle_path: Path) -> None:
+    vocoder, _ = load_echo(tiny_bundle_path, ONE)
+    opened = vocoder.open_stream()
+    with pytest.raises(RuntimeError, match="planted"):
+        opened.submit(constant(99)).result(5)
+    with pytest.raises(ClosedError, match="has ended"):
+        opened.submit(constant(1))
+    vocoder.close()
