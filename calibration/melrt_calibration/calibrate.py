@@ -19,7 +19,7 @@ from melrt_calibration.search import LayerSet, search
 from melrt_calibration.sensitivity import Sensitivity, measure_sensitivities
 from melrt_export.int8_plan import Int8Plan
 
-STEPS = 10
+STEPS = 11
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,11 +68,11 @@ class Network:
         """Names of all convolutions that can be in INT8."""
         return self.plan.names
 
-    def equalized(self, powers: Mapping[str, float]) -> Network:
+    def equalized(self, powers: Mapping[str, float], on_window: Callable[[], None] = lambda: None) -> Network:
         """Return the same function with equalized channels, with its statistics collected again."""
         factors = equalizing_factors(self.statistics, powers)
         graphs = {key: equalize_graph(graph, factors) for key, graph in self.graphs.items()}
-        network = Network.observed(graphs, self.windows)
+        network = Network.observed(graphs, self.windows, on_window=on_window)
         layers = (
             replace(layer, input_factors=_as_tuple(factors[layer.name].input), output_factors=_as_tuple(factors[layer.name].output))
             for layer in network.plan.layers

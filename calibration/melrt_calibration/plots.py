@@ -56,7 +56,7 @@ def pareto(result: CalibrationResult) -> Any:
     axis.plot(*points(front), "o-", color=BLUE, markersize=4, label="Pareto front")
     axis.scatter(*points([result.chosen]), color=RED, zorder=3, label="chosen")
     axis.set(xlabel="times FP32's speed", ylabel="log-mel error above FP32, %", yscale="symlog")
-    axis.yaxis.set_major_formatter("{x:.2g}")
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=FONT_SIZE)
     return figure

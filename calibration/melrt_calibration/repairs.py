@@ -31,11 +31,11 @@ def choose_equalization(plain: Network, evaluator: Evaluator, steps: Steps) -> d
     """
     tensors = shared_tensors(dict.fromkeys(plain.names))
     stages = {stage: [t for t in tensors if _stage(t.consumers[0]) == stage] for stage in (_stage(t.consumers[0]) for t in tensors)}
-    steps.begin("choosing the equalization of each stage", len(POWERS) * (1 + len(stages)))
+    steps.begin("collecting statistics of equalized networks", sum(power > 0 for power in POWERS) * len(plain.windows))
     networks: dict[float, Network] = {}
     for power in POWERS:
-        networks[power] = plain.equalized({t.consumers[0]: power for t in tensors}) if power else plain
-        steps.advance()
+        networks[power] = plain.equalized({t.consumers[0]: power for t in tensors}, steps.advance) if power else plain
+    steps.begin("choosing the equalization of each stage", len(POWERS) * len(stages))
     powers: dict[str, float] = {}
     for group in stages.values():
         layers = {name for t in group for name in (*t.producers, *t.consumers)}
@@ -63,12 +63,10 @@ def repair(
     Returns:
         The network, the chosen layers with their quality, and one row per repair.
     """
-    steps.begin("measuring the repairs", 4)
+    steps.begin("measuring the repairs")
 
     def measure(name: str, one: Network, all_layers: Network) -> Repair:
-        row = Repair(name, evaluator.quality(one.model(chosen.names)), evaluator.quality(all_layers.model(all_layers.names)))
-        steps.advance()
-        return row
+        return Repair(name, evaluator.quality(one.model(chosen.names)), evaluator.quality(all_layers.model(all_layers.names)))
 
     minmax = Network.observed(plain.graphs, plain.windows, "minmax")
     corrected, corrected_all = correct_biases(network, chosen.names), correct_biases(network, network.names)

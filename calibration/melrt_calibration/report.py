@@ -26,8 +26,10 @@ from melrt_calibration.search import pareto_front
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 h1{font-size:1.6rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid #ddd}
-.scroll{overflow-x:auto;margin:1rem 0}table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px}
-td,th{padding:.2rem .7rem;border-bottom:1px solid #eee;text-align:right;white-space:nowrap}td:first-child,th:first-child{text-align:left}
+.scroll{overflow-x:auto;margin:1rem 0;background:linear-gradient(to right,#fff,#fff0) 0 0/2rem 100% no-repeat local,
+linear-gradient(to left,#fff,#fff0) 100% 0/2rem 100% no-repeat local,linear-gradient(to left,#0003,#0000) 100% 0/1rem 100% no-repeat scroll}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px}
+td,th{padding:.2rem .7rem;border-bottom:1px solid #eee;text-align:right}td{white-space:nowrap}td:first-child,th:first-child{text-align:left}
 img{max-width:100%}.verdict{padding:.7rem 1rem;background:#eef4fb;border-left:4px solid #3477b5}.no{background:#fbeeee;border-color:#b53434}
 audio{height:2rem;width:18rem;max-width:100%}pre{overflow-x:auto}
 """

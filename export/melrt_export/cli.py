@@ -97,40 +97,44 @@ def _verify_line(row: VerifiedArtifact) -> str:
     return f"{result}    {escape(row.file)}: {difference}; limit: {row.limit}"
 
 
+GraphName = Annotated[str, typer.Option(help="interior (windows of one length), edge (ends of utterances and short utterances), or both.")]
+Compatible = Annotated[
+    str,
+    typer.Option(
+        help="With tensorrt: exact (this GPU model and TensorRT), hardware (also other GPUs from Ampere on), "
+        "version (also later TensorRT of the same major version)."
+    ),
+]
+Portable = Annotated[
+    bool, typer.Option("--portable/--this-gpu", help="With tensorrt_rtx: build for every GPU, or for the GPU of this machine.")
+]
+Frames = Annotated[str | None, typer.Option(help="Smallest,best,largest length in frames. The default depends on graph and network.")]
+TimingCache = Annotated[
+    Path | None, typer.Option(help="File that stores kernel timings between builds. The default is in the user's cache.")
+]
+Cached = Annotated[
+    bool, typer.Option("--cached/--rebuild", help="Take an engine from the user's cache if it was built before, or build it again.")
+]
+TryVariants = Annotated[
+    bool, typer.Option("--try-variants", help="Measure exact rewrites of the graph and several windows on this GPU, and keep the fastest.")
+]
+
+
 def build(
     voice: Voice,
     precision: Annotated[str, typer.Option(help="fp32, tf32, fp16, or int8. The last needs `melrt calibrate` first.")] = "fp16",
     flavor: Annotated[str, typer.Option(help="tensorrt, tensorrt_rtx, or auto for the first that is installed.")] = "auto",
-    portable: Annotated[
-        bool, typer.Option("--portable/--this-gpu", help="With tensorrt_rtx: build for every GPU, or for the GPU of this machine.")
-    ] = True,
-    graph: Annotated[
-        str, typer.Option(help="interior (windows of one length), edge (ends of utterances and short utterances), or both.")
-    ] = "both",
+    portable: Portable = True,
+    graph: GraphName = "both",
     batch: Annotated[str, typer.Option(help="Smallest,best,largest batch.")] = "1,4,16",
-    frames: Annotated[
-        str | None, typer.Option(help="Smallest,best,largest length in frames. The default depends on graph and network.")
-    ] = None,
+    frames: Frames = None,
     optimization_level: Annotated[int | None, typer.Option(help="Effort of the builder, 0 (fast build) to 5 (fast engine).")] = None,
-    timing_cache: Annotated[
-        Path | None, typer.Option(help="File that stores kernel timings between builds. The default is in the user's cache.")
-    ] = None,
+    timing_cache: TimingCache = None,
     workspace: Annotated[int | None, typer.Option(help="Largest scratch memory of a kernel in MiB.")] = None,
-    compatible: Annotated[
-        str,
-        typer.Option(
-            help="With tensorrt: exact (this GPU model and TensorRT), hardware (also other GPUs from Ampere on), "
-            "version (also later TensorRT of the same major version)."
-        ),
-    ] = "exact",
+    compatible: Compatible = "exact",
     refittable: Annotated[bool, typer.Option("--refittable", help="Build engines whose weights `melrt refit` can exchange.")] = False,
-    cached: Annotated[
-        bool, typer.Option("--cached/--rebuild", help="Take an engine from the user's cache if it was built before, or build it again.")
-    ] = True,
-    try_variants: Annotated[
-        bool,
-        typer.Option("--try-variants", help="Measure exact rewrites of the graph and several windows on this GPU, and keep the fastest."),
-    ] = False,
+    cached: Cached = True,
+    try_variants: TryVariants = False,
 ) -> None:
     """Build TensorRT engines from the bundle's ONNX graphs, check their precision, and add them to the bundle.
 

@@ -74,10 +74,8 @@ def export_voice(
     checkpoint = load_checkpoint(source)
     _check_output(checkpoint)
     name = options.name or checkpoint.name
-    provenance = {
-        "source": checkpoint.source.name, "sha256": checkpoint.sha256, "format": checkpoint.format, "tool": f"melrt {__version__}",
-        "command": f"melrt export {Path(source).name} --name {name}", **options.provenance,
-    }  # fmt: skip
+    command = f"melrt export {Path(source).name} --name {name}"
+    provenance = {**_provenance(checkpoint), "command": command, **options.provenance}
     on_step("computing the reference output with PyTorch")
     field = receptive_field(checkpoint.config)
     mel = probe_mel(checkpoint.spec, max(PROBE_FRAMES, field.smallest_input, field.context + 1))[None]
@@ -95,6 +93,12 @@ def export_voice(
         flop_per_second=checkpoint.config.flop_per_frame * checkpoint.spec.sample_rate / checkpoint.spec.hop, provenance=provenance,
     )  # fmt: skip
     return Bundle.create(out, manifest, [*files, *references], overwrite=options.overwrite)
+
+
+def _provenance(checkpoint: Checkpoint) -> dict[str, str]:
+    return {
+        "source": checkpoint.source.name, "sha256": checkpoint.sha256, "format": checkpoint.format, "tool": f"melrt {__version__}",
+    }  # fmt: skip
 
 
 def _check_output(checkpoint: Checkpoint) -> None:

@@ -107,9 +107,7 @@ class Engine:
         engine, trt = self._engine, self._trt
         names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
         if names != {"mel", "audio"} or any(engine.get_tensor_dtype(name) != trt.DataType.FLOAT for name in names):
-            raise BackendError(
-                f"{artifact.file} has tensors {sorted(names)}; a voice's engine has a float32 mel and audio."
-            )
+            raise BackendError(f"{artifact.file} has tensors {sorted(names)}; a voice's engine has a float32 mel and audio.")
         smallest, _, largest = (tuple(int(size) for size in shape) for shape in engine.get_tensor_profile_shape("mel", 0))
         if len(largest) != 3 or largest[1] != bands:
             raise BackendError(f"{artifact.file} takes mels of shape {largest}; this voice's have {bands} bands.")
@@ -152,9 +150,7 @@ def check_target(artifact: Artifact, version: str, gpu: Gpu, rebuild: str) -> No
     """Raise BackendError if an engine was built for another TensorRT version or GPU."""
     target: Mapping[str, Any] = artifact.target
     if not _runs_on_version(target, version):
-        raise BackendError(
-            f"{artifact.file} was built by {target['flavor']} {target.get('version')}; here is {version}. {rebuild}"
-        )
+        raise BackendError(f"{artifact.file} was built by {target['flavor']} {target.get('version')}; here is {version}. {rebuild}")
     capability = target.get("compute_capability")
     from_ampere_on = target.get("compatible") == "hardware" and float(gpu.compute_capability) >= AMPERE
     if capability not in (PORTABLE, gpu.compute_capability) and not from_ampere_on:
