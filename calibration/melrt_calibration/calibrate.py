@@ -61,7 +61,7 @@ class CalibrationResult:
     verdict: str
     """Sentence that says whether INT8 pays, and why."""
     written: bool
-    """Whether INT8 was written to the bundle."""
+    """True if INT8 was written to the bundle."""
 
     @property
     def reference(self) -> Quality:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run is."""
+    """Position of a run."""
 
     step: int
     """Number of the step, from 1."""

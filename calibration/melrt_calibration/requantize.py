@@ -38,7 +38,7 @@ class Requantized:
     verdict: str
     """Sentence that says whether INT8 pays, and why."""
     written: bool
-    """Whether INT8 was written to the bundle."""
+    """True if INT8 was written to the bundle."""
 
 
 def requantize(

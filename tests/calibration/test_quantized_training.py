@@ -1,4 +1,4 @@
-"""Quantization-aware training: the same rounding as the INT8 graph's, and weights that learn to live with it."""
+"""Quantization-aware training: it rounds as the INT8 graph does, and it reduces the error that rounding causes."""
 
 from __future__ import annotations
 
@@ -37,12 +37,13 @@ from melrt_export.training.quantized import quantize
 from melrt_export.training.trainer import Trainer
 from melrt_export.training.voice import TrainableVoice
 
-# By how much the two agree better than either with the float network: they sum in another order, so that a value in some thousands rounds
-# the other way; and the graph for TensorRT computes in half precision between.
+# Training and graph agree better with each other than with the float network, by at least this. They are not equal, because they sum in
+# different orders, so that one value in some thousands rounds the other way, and the TensorRT form computes in half precision.
 MARGIN_DB: dict[Form, float] = {"cpu": 15.0, "tensorrt": 3.0}
-# Log-mel error, of that before. A sixth of it is rounding's; the recording and the segments are the same in every run.
-STEPS, LEARNT = 30, 0.99
-# Between the error that training saw and that of the graphs: they sum in another order, and values round the other way.
+# Largest log-mel error after training, relative to the error before. Rounding causes a sixth of the error before. The recording and the
+# segments are the same in every run.
+STEPS, REDUCED = 30, 0.99
+# Relative difference between the error in training and that of the graphs, which sum in another order and round some values differently.
 SAME = 0.01
 SMALL = GeneratorConfig(in_channels=8, channels=32, upsample_scales=(4, 3), stacks=2)
 CONFIG = """
@@ -69,6 +70,7 @@ steps = {steps}
 
 
 def observed(bundle: Bundle, windows: list[np.ndarray]) -> Network:
+    """Return the bundle's network with the ranges of these windows, and with equalization."""
     graphs = {
         ("edge", form): onnx.load_from_string(bundle.read(bundle.find("onnx", graph="edge", precision=precision)[0]))
         for form, precision in FLOAT_PRECISIONS.items()
@@ -77,8 +79,8 @@ def observed(bundle: Bundle, windows: list[np.ndarray]) -> Network:
     return plain.equalized({t.consumers[0]: 1.0 for t in shared_tensors(dict.fromkeys(plain.names))})
 
 
-def following(network: Network) -> Int8Plan:
-    """The plan with the weight scales that training uses: of the largest weight."""
+def plan_with_largest_weight_scales(network: Network) -> Int8Plan:
+    """Return the network's plan with the weight scales that training uses, which follow the largest weight."""
 
     def scales(layer: LayerPlan) -> tuple[float, ...]:
         tensor = next(t for t in network.graphs["edge", "cpu"].graph.initializer if t.name == f"{layer.name}.weight")
@@ -91,12 +93,12 @@ def following(network: Network) -> Int8Plan:
 @pytest.mark.parametrize("form", MARGIN_DB)
 @pytest.mark.parametrize("causal", [False, True])
 def test_training_rounds_as_the_int8_graph_does(form: Form, causal: bool, make_voice, tmp_path: Path) -> None:
-    """Each layer alone: in a whole network one value that rounds the other way changes all that hears it."""
+    """Each layer is tested alone: in a whole network, one value that rounds the other way changes every layer after it."""
     config = replace(SMALL, causal=causal, final_tanh=False)
     path, checkpoint = make_voice(config, tmp_path, ("fp32", "fp16"))
     bundle = Bundle.open(path)
     network = observed(bundle, [probe_mel(bundle.manifest.spec, 64, seed) for seed in range(3)])
-    plan = following(network)
+    plan = plan_with_largest_weight_scales(network)
     assert Int8Plan.loads(plan.dumps()) == plan
     assert any(layer.output_factors for layer in plan.layers)
     mel = probe_mel(bundle.manifest.spec, 100, 9)[None]
@@ -115,7 +117,7 @@ def test_training_rounds_as_the_int8_graph_does(form: Form, causal: bool, make_v
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Networks this small are slower on two threads, where another process has one of the cores."""
+    """Use one thread: networks this small are slower on two threads if another process uses one of the cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -124,7 +126,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def calibrated(demo_bundle: Bundle, tmp_path: Path) -> Bundle:
-    """The demo voice with every layer before the last stage in its plan."""
+    """Return the demo voice with a plan that has every layer before the last stage."""
     bundle = Bundle.open(shutil.copytree(demo_bundle.path, tmp_path / "demo.melrt"))
     mel = mel_from_audio(read_audio(RECORDING, bundle.manifest.spec.sample_rate), bundle.manifest.spec)
     network = observed(bundle, [mel[:, at : at + 64] for at in range(0, 256, 64)])
@@ -141,26 +143,28 @@ def settings(folder: Path, start: Path | str, voice: Path, steps: int = 1) -> Tr
     return read_config(folder / "x.toml")
 
 
-def test_training_mends_what_rounding_breaks(calibrated: Bundle, tmp_path: Path) -> None:
-    """The real voice, on the recording that it is judged by: that it learns, not how well it does on others."""
-    outcome = Trainer(settings(tmp_path, DEMO_VOICE, calibrated.path, steps=STEPS)).run()
-    (_, before), *_, (_, after) = outcome.history.errors
-    assert after < LEARNT * before, outcome.history.errors
-    kept = load_checkpoint(outcome.best).weights["stages.0.blocks.0.dilated.weight"]
+def test_training_reduces_the_error_of_rounding(calibrated: Bundle, tmp_path: Path) -> None:
+    """The demo voice is trained and evaluated on the same recording, so this shows that it learns, not how well it generalizes."""
+    result = Trainer(settings(tmp_path, DEMO_VOICE, calibrated.path, steps=STEPS)).run()
+    (_, before), *_, (_, after) = result.history.errors
+    assert after < REDUCED * before, result.history.errors
+    kept = load_checkpoint(result.best).weights["stages.0.blocks.0.dilated.weight"]
     steps = np.abs(kept).max(axis=(1, 2), keepdims=True) / SIGNED_MAX
-    assert np.abs(kept / steps - np.rint(kept / steps)).max() > 0.4, "float weights, not bytes"
+    assert np.abs(kept / steps - np.rint(kept / steps)).max() > 0.4, "the checkpoint holds float weights, not rounded ones"
 
     planned = read_plan(calibrated).names
     floats = [calibrated.read(entry) for entry in calibrated.find("onnx", precision="fp32")]
-    learnt = requantize(calibrated, outcome.best, [tmp_path / "wavs"], CalibrationOptions(Budget(10, 100), Sampling(peak=0.95), force=True))
-    assert learnt.evaluated["int8"].log_mel_error == pytest.approx(after, rel=SAME), "what was trained is what speaks"
+    requantized = requantize(
+        calibrated, result.best, [tmp_path / "wavs"], CalibrationOptions(Budget(10, 100), Sampling(peak=0.95), force=True)
+    )
+    assert requantized.evaluated["int8"].log_mel_error == pytest.approx(after, rel=SAME), "the bundle synthesizes with the trained weights"
     bundle = Bundle.open(calibrated.path)
-    assert [bundle.read(entry) for entry in bundle.find("onnx", precision="fp32")] == floats, "in float the voice is as it was"
+    assert [bundle.read(entry) for entry in bundle.find("onnx", precision="fp32")] == floats, "the float graphs are unchanged"
     assert all(row.passed for row in verify(bundle))
     assert read_plan(bundle).names == planned
 
 
-def test_there_is_no_float_voice_to_export(calibrated: Bundle, tmp_path: Path, melrt) -> None:
+def test_int8_weights_are_not_exported_as_float(calibrated: Bundle, tmp_path: Path, melrt) -> None:
     settings(tmp_path, DEMO_VOICE, calibrated.path)
     code, _, err = melrt("train", tmp_path / "x.toml", "--export", tmp_path / "new.melrt")
     assert code == 2
@@ -168,7 +172,9 @@ def test_there_is_no_float_voice_to_export(calibrated: Bundle, tmp_path: Path, m
     assert not (tmp_path / "run").exists()
 
 
-def test_weights_of_another_voice(calibrated: Bundle, tiny_bundle: Bundle, tiny_checkpoint: Path, tmp_path: Path, melrt) -> None:
+def test_requantize_refuses_weights_of_another_voice(
+    calibrated: Bundle, tiny_bundle: Bundle, tiny_checkpoint: Path, tmp_path: Path, melrt
+) -> None:
     before = sorted(path.name for path in calibrated.path.iterdir())
     code, _, err = melrt("requantize", calibrated.path, tiny_checkpoint, RECORDING)
     assert code == 2
@@ -183,14 +189,14 @@ def test_weights_of_another_voice(calibrated: Bundle, tiny_bundle: Bundle, tiny_
     ("with_start", "voice", "message"),
     [(False, "tiny.melrt", "name its checkpoint as start_from"), (True, "tiny.melrt", "melrt calibrate .*tiny.melrt SPEECH makes one")],
 )
-def test_what_cannot_be_trained_in_int8(
+def test_int8_training_needs_a_checkpoint_and_a_plan(
     with_start: bool, voice: str, message: str, tiny_bundle: Bundle, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(MelrtError, match=message):
         Trainer(settings(tmp_path, tiny_checkpoint if with_start else "", tiny_bundle.path))
 
 
-def test_a_plan_of_another_network(make_voice, tmp_path: Path) -> None:
+def test_plan_of_another_network_is_reported(make_voice, tmp_path: Path) -> None:
     _, other = make_voice(SMALL, tmp_path)
     layer = LayerPlan("first", Range(-1.0, 1.0, "minmax"), Range(-1.0, 1.0, "minmax"), (0.1,) * 64)
     with pytest.raises(TrainingError, match="the INT8 plan has 64 weight_scales for first, which has 32 such channels"):

@@ -1,4 +1,4 @@
-"""Engines for the GPU at hand: built, audited, and speaking as the CPU does, from numpy and from arrays that are on the GPU."""
+"""Engines for the GPU at hand: built, audited, and synthesizing as the CPU does, from numpy and from arrays that are on the GPU."""
 
 from __future__ import annotations
 

@@ -438,6 +438,7 @@ class GpuArray:
         self.gpu, self.dtype, self.stream, self.device_index = gpu, values.dtype, stream, device_index
         self.shape, self.strides, self.base_size = values.shape, values.strides, values.base.nbytes if values.base is not None else 0
         whole = values if values.base is None else values.base
+        assert whole.flags.c_contiguous, "the copy below is in C order"
         self.size = whole.nbytes
         self.base_pointer = gpu.allocate(whole.nbytes)
         self.pointer = self.base_pointer + (values.ctypes.data - whole.ctypes.data)

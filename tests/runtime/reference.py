@@ -21,7 +21,7 @@ POLICIES = {
 def speech_mel(bundle: Bundle, frames: int, seed: int = 0) -> np.ndarray:
     """Return random frames of the bundle's probe mel, which have the levels of speech, shape (M, frames)."""
     probe = bundle.probe()[0][0]
-    return probe[:, np.random.default_rng(seed).integers(probe.shape[1], size=frames)]
+    return np.ascontiguousarray(probe[:, np.random.default_rng(seed).integers(probe.shape[1], size=frames)])
 
 
 def whole_audio(bundle: Bundle, mel: np.ndarray) -> np.ndarray:

@@ -147,7 +147,7 @@ class Report:
     """Limits of one thread, per second: `gflops` of a matrix product, `gbytes` of a copy within the cache."""
     skipped: tuple[Skipped, ...] = ()
     noise: str = ""
-    """Which figures a busy machine made unreliable; empty if the machine was quiet."""
+    """Figures that a busy machine made unreliable; empty if the machine was quiet."""
 
     def save(self, path: Path) -> None:
         """Write the JSON file atomically."""

@@ -109,7 +109,7 @@ class ParquetFolder:
 
 
 class _EmptyBlockError(Exception):
-    """Every utterance of a block failed, so there is no file to write."""
+    """Every utterance of a block failed, so there is not a file to write."""
 
 
 class _ParquetWriter:
