@@ -154,9 +154,8 @@ def test_training_reduces_the_error_of_rounding(calibrated: Bundle, tmp_path: Pa
 
     planned = read_plan(calibrated).names
     floats = [calibrated.read(entry) for entry in calibrated.find("onnx", precision="fp32")]
-    requantized = requantize(
-        calibrated, result.best, [tmp_path / "wavs"], CalibrationOptions(Budget(10, 100), Sampling(peak=0.95), force=True)
-    )
+    options = CalibrationOptions(Budget(10, 100), Sampling(peak=0.95), force=True)
+    requantized = requantize(calibrated, result.best, [tmp_path / "wavs"], options)
     assert requantized.evaluated["int8"].log_mel_error == pytest.approx(after, rel=SAME), "the bundle synthesizes with the trained weights"
     bundle = Bundle.open(calibrated.path)
     assert [bundle.read(entry) for entry in bundle.find("onnx", precision="fp32")] == floats, "the float graphs are unchanged"
@@ -186,11 +185,11 @@ def test_requantize_refuses_weights_of_another_voice(
 
 
 @pytest.mark.parametrize(
-    ("with_start", "voice", "message"),
-    [(False, "tiny.melrt", "name its checkpoint as start_from"), (True, "tiny.melrt", "melrt calibrate .*tiny.melrt SPEECH makes one")],
+    ("with_start", "message"),
+    [(False, "name its checkpoint as start_from"), (True, "has no INT8 plan. Make one with `melrt calibrate .*tiny.melrt SPEECH`")],
 )
 def test_int8_training_needs_a_checkpoint_and_a_plan(
-    with_start: bool, voice: str, message: str, tiny_bundle: Bundle, tiny_checkpoint: Path, tmp_path: Path
+    with_start: bool, message: str, tiny_bundle: Bundle, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(MelrtError, match=message):
         Trainer(settings(tmp_path, tiny_checkpoint if with_start else "", tiny_bundle.path))

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from tests.runtime.fake_engines import BATCH, TARGET, WINDOW, add_engines
-from tests.runtime.fake_gpu import Gpu, engine_bytes, install
+from tests.runtime.fake_gpu import Gpu
+from tests.runtime.fake_tensorrt import BATCH, TARGET, WINDOW, add_engines, engine_bytes, install
 
 from melrt import Vocoder
 from melrt.bundle import Artifact, Bundle

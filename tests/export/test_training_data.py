@@ -137,7 +137,7 @@ def test_file_deleted_during_training_is_reported(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('run = "r', "is not TOML"),
+        ('run = "r', "is not a TOML file"),
         ('run = "r"', "data is missing"),
         ('run = "r"\ncolor = 1\n[data]\ntrain = "x"', "color is not a setting here; the settings are run, data"),
         ('run = "r"\n[data]\ntrain = "x"\nsegmnt = 1', r"\[data\]: segmnt is not a setting here"),
@@ -149,9 +149,9 @@ def test_file_deleted_during_training_is_reported(folder: Path) -> None:
         ('run = "r"\n[data]\ntrain = "x"\ngain = [0, 2]', r"gain is \(0.0, 2.0\); .* each a finite number above 0 and at most 1"),
         ('run = "r"\n[data]\ntrain = "x"\ngain = [1, 0.5]', "the smaller factor must come first"),
         ('run = "r"\ndata = 3', "3; it must be a table"),
-        ('run = "r"\n[data]\ntrain = "x"\n[generator]\nchannels = 0', r"\[generator\]: channels is 0"),
+        ('run = "r"\n[data]\ntrain = "x"\n[generator]\nchannels = 0', r"\[generator\]: generator: channels is 0"),
         ('run = "r"\n[data]\ntrain = "x"\n[mel]\nhop = true', r"\[mel\]: mel convention: hop is True"),
-        ('run = "r"\nstart_from = "x"\n[data]\ntrain = "x"\n[mel]\nhop = 256', r"remove \[mel\]"),
+        ('run = "r"\nstart_from = "x"\n[data]\ntrain = "x"\n[mel]\nhop = 256', r"Remove \[mel\]"),
         ('run = "r"\n[data]\ntrain = "x"\n[losses]\nadversarial = 0\nfeature_matching = 0', "nothing can be trained"),
         ('run = "r"\n[data]\ntrain = "x"\n[losses]\nstft = nan', "stft is nan"),
         ('run = "r"\n[data]\ntrain = "x"\n[losses]\nstft = 1\ndiscriminator_from = 5', "before discriminator_from"),

@@ -8,8 +8,8 @@ import re
 import numpy as np
 import onnx
 import pytest
-from tests.runtime import fake_gpu
-from tests.runtime.fake_gpu import engine_bytes, install
+from tests.runtime import fake_tensorrt
+from tests.runtime.fake_tensorrt import engine_bytes, install
 from typer.testing import CliRunner
 
 from melrt import timing
@@ -41,7 +41,7 @@ def gpu_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fake GPU with a known time for each variant, and a builder that fails for some of them."""
     install(monkeypatch)
     clock = Clock()
-    for module in (variant_search, timing, fake_gpu):
+    for module in (variant_search, timing, fake_tensorrt):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(variant_search, "WARM_UP_SECONDS", 0)
     monkeypatch.setattr(variant_search, "ROUNDS", 3)

@@ -1,37 +1,22 @@
-"""A GPU for tests on machines without one: the parts of cuda-core and TensorRT that melrt uses, with their rules of order and lifetime.
+"""A GPU for tests on machines without one: the parts of cuda-core that melrt uses, with their rules of order and lifetime.
 
-Work that is queued on a stream happens when the stream is synchronized, and not before: who reads early reads what was there, who
-overwrites early spoils what is queued. Memory that was given back, a missing address, a shape outside the profile, scratch memory in use
-on two streams and a context that changed after its capture are errors.
+Work that is queued on a stream runs when the stream is synchronized, and not before. A read that comes too early finds the old content,
+and a write that comes too early spoils what is queued. Use of freed memory is an error.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 import types
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from melrt.backends.onnxruntime import OnnxModel
-
-VERSION = "1.7.1"
-MAGIC = b"ENGINE"
-
-
-def engine_bytes(model: bytes, smallest: tuple[int, ...], largest: tuple[int, ...], **facts: Any) -> bytes:
-    """A plan of the fake TensorRT: an ONNX model and a profile."""
-    header = json.dumps({"profile": [smallest, smallest, largest], "scratch": 4096} | facts).encode()
-    return MAGIC + len(header).to_bytes(4, "little") + header + model
-
 
 class Gpu:
-    """The whole fake: memory, streams, and what happened."""
+    """Memory, streams, and counters of what happened."""
 
     def __init__(self) -> None:
         self.memory: dict[int, np.ndarray] = {}
@@ -49,21 +34,21 @@ class Gpu:
         self.current_context = context
 
     def allocate(self, size: int) -> int:
-        block = np.full(size, 0xFF, np.uint8)  # bytes of a float that is not a number
+        block = np.full(size, 0xFF, np.uint8)  # NaN as float32
         self.memory[block.ctypes.data] = block
         return int(block.ctypes.data)
 
     def free(self, address: int) -> None:
         block = self.memory.pop(address)
         block[:] = 0xFF
-        self.freed.append(block)  # kept, so that a stale address reads rubbish instead of ending the test run
+        self.freed.append(block)  # kept, so that a stale address reads NaN instead of ending the test run
 
     def view(self, address: int, size: int) -> np.ndarray:
         address, size = int(address), int(size)
         for start, block in self.memory.items():
             if start <= address and address + size <= start + len(block):
                 return block[address - start : address - start + size]
-        raise AssertionError(f"{size} bytes at {address:#x} are not allocated, or were given back")
+        raise AssertionError(f"{size} bytes at {address:#x} are not allocated, or were freed")
 
     def floats(self, address: int, count: int) -> np.ndarray:
         return self.view(address, 4 * count).view(np.float32)
@@ -154,126 +139,8 @@ class Buffer:
             stream.add(lambda: self.gpu.free(self.handle))
 
 
-class Context:
-    def __init__(self, engine: EngineFake) -> None:
-        self.engine = engine
-        self.shape: tuple[int, ...] | None = None
-        self.addresses: dict[str, int] = {}
-        self.scratch: tuple[int, int] | None = None
-        self.changes = 0
-
-    def set_device_memory(self, memory: int, size: int) -> None:
-        assert size >= self.engine.header["scratch"]
-        self.scratch = (memory, size)
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        low, _, high = self.engine.header["profile"]
-        self.changes += 1
-        self.shape = tuple(shape)
-        return name == "mel" and all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
-
-    def infer_shapes(self) -> list[str]:
-        return [] if self.shape else ["mel"]
-
-    def set_tensor_address(self, name: str, address: int) -> bool:
-        self.changes += 1
-        self.addresses[name] = address
-        return name in ("mel", "audio")
-
-    def is_stream_capturable(self, handle: int) -> bool:
-        return True
-
-    def execute_async_v3(self, handle: int) -> bool:
-        assert self.shape
-        assert self.scratch
-        assert set(self.addresses) == {"mel", "audio"}
-        stream = self.engine.gpu.streams[handle]
-        shape, addresses, scratch, changes = self.shape, dict(self.addresses), self.scratch, self.changes
-        users = self.engine.gpu.__dict__.setdefault("scratch_users", {})
-        assert users.setdefault(scratch[0], handle) == handle, "scratch memory on two streams"
-
-        def run() -> None:
-            assert self.changes == changes, "the context changed after the run was queued or captured"
-            gpu = self.engine.gpu
-            gpu.view(*scratch)
-            time.sleep(self.engine.header.get("seconds", 0))
-            mel = gpu.floats(addresses["mel"], int(np.prod(shape))).reshape(shape)
-            audio = self.engine.model.run(mel.copy())
-            gpu.floats(addresses["audio"], audio.size)[:] = audio.reshape(-1)
-
-        stream.add(run)
-        return True
-
-
-class EngineFake:
-    num_io_tensors = 2
-
-    def __init__(self, gpu: Gpu, data: bytes) -> None:
-        self.gpu = gpu
-        size = int.from_bytes(data[len(MAGIC) : len(MAGIC) + 4], "little")
-        start = len(MAGIC) + 4
-        self.header = json.loads(data[start : start + size])
-        self.onnx = data[start + size :]
-        self.model = OnnxModel(self.onnx)
-        self.device_memory_size_v2 = self.header["scratch"]
-        self.contexts: weakref.WeakSet[Context] = weakref.WeakSet()
-
-    def serialize(self) -> bytes:
-        return engine_bytes(self.onnx, *self.header["profile"][::2])
-
-    def get_tensor_name(self, index: int) -> str:
-        return self.header.get("names", ["mel", "audio"])[index]
-
-    def get_tensor_dtype(self, name: str) -> str:
-        return "float"
-
-    def get_tensor_profile_shape(self, name: str, index: int) -> list[list[int]]:
-        return self.header["profile"]
-
-    def create_runtime_config(self) -> RuntimeConfig:
-        return RuntimeConfig(self.gpu)
-
-    def create_execution_context(self, config: RuntimeConfig) -> Context:
-        assert config.strategy == "USER_MANAGED"
-        context = Context(self)
-        self.contexts.add(context)
-        return context
-
-
-class RuntimeCache:
-    def __init__(self, gpu: Gpu) -> None:
-        self.gpu = gpu
-
-    def serialize(self) -> bytes:
-        return b"kernels"
-
-    def deserialize(self, blob: bytes) -> bool:
-        self.gpu.cache_blob = blob
-        return True
-
-
-class RuntimeConfig:
-    strategy = ""
-
-    def __init__(self, gpu: Gpu) -> None:
-        self.gpu = gpu
-
-    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
-        self.strategy = strategy
-
-    def create_runtime_cache(self) -> RuntimeCache:
-        return RuntimeCache(self.gpu)
-
-    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
-        self.cache = cache
-        return True
-
-    def get_runtime_cache(self) -> RuntimeCache:
-        return self.cache
-
-
 def _kernels(gpu: Gpu) -> dict[str, Callable[..., None]]:
-    """What the CUDA source does, in numpy."""
+    """The CUDA kernels in numpy."""
 
     def cut(mel, band_stride, frame_stride, bands, frames, start, window, value, slot) -> None:
         wanted = start + np.arange(window)
@@ -299,18 +166,7 @@ def _kernels(gpu: Gpu) -> dict[str, Callable[..., None]]:
     return {"cut": cut, "keep_float32": keep(4), "keep_int16": keep(2), "to_int16": to_int16}
 
 
-def install(monkeypatch: pytest.MonkeyPatch, devices: int = 1) -> Gpu:
-    """Put the fake in the place of cuda-core and TensorRT-RTX."""
-    gpu = Gpu()
-    modules = {
-        "cuda.core": _core(gpu, devices), "cuda.core.utils": _utils(gpu), "cuda.bindings": _bindings(gpu), "tensorrt_rtx": _tensorrt(gpu),
-    }  # fmt: skip
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)  # type: ignore[arg-type]
-    return gpu
-
-
-def _core(gpu: Gpu, devices: int) -> types.SimpleNamespace:
+def core_module(gpu: Gpu, devices: int) -> types.SimpleNamespace:
     class Device:
         name, arch = "Fake GPU", "90"
         compute_capability = types.SimpleNamespace(major=9, minor=0)
@@ -361,7 +217,7 @@ def _compiler(gpu: Gpu) -> dict[str, Any]:
     return {"Program": Program, "launch": launch, "ProgramOptions": types.SimpleNamespace, "LaunchConfig": types.SimpleNamespace}
 
 
-def _utils(gpu: Gpu) -> types.SimpleNamespace:
+def utils_module(gpu: Gpu) -> types.SimpleNamespace:
     def view(array: Any, stream_ptr: int) -> types.SimpleNamespace:
         facts = array.__cuda_array_interface__
         strides = facts.get("strides")
@@ -374,7 +230,7 @@ def _utils(gpu: Gpu) -> types.SimpleNamespace:
     return types.SimpleNamespace(StridedMemoryView=types.SimpleNamespace(from_any_interface=view))
 
 
-def _bindings(gpu: Gpu) -> types.SimpleNamespace:
+def bindings_module(gpu: Gpu) -> types.SimpleNamespace:
     driver = types.SimpleNamespace(
         CUpointer_attribute=types.SimpleNamespace(CU_POINTER_ATTRIBUTE_CONTEXT=2),
         CUresult=types.SimpleNamespace(CUDA_SUCCESS=0),
@@ -385,54 +241,8 @@ def _bindings(gpu: Gpu) -> types.SimpleNamespace:
     return types.SimpleNamespace(driver=driver)
 
 
-class OnnxParserRefitter:
-    """Takes whatever looks like a model."""
-
-    def __init__(self, engine: EngineFake, log: object) -> None:
-        self.engine = engine
-
-    def refit_from_bytes(self, onnx: bytes) -> bool:
-        if not onnx.startswith(b"\x08"):
-            return False
-        self.engine.onnx, self.engine.model = onnx, OnnxModel(onnx)
-        return True
-
-
-def _refitter(engine: EngineFake, log: object) -> EngineFake:
-    engine.refit_cuda_engine = lambda: True
-    return engine
-
-
-def _tensorrt(gpu: Gpu) -> types.SimpleNamespace:
-    class ILogger:
-        Severity = types.SimpleNamespace(INTERNAL_ERROR=0, ERROR=1, WARNING=2)
-
-        def __init__(self) -> None:
-            pass
-
-    class Runtime:
-        def __init__(self, log: ILogger) -> None:
-            self.log = log
-
-        def get_engine_validity(self, data: bytes) -> tuple[str, str]:
-            return gpu.validity, "the fake's diagnostics"
-
-        def deserialize_cuda_engine(self, data: bytes) -> EngineFake | None:
-            return EngineFake(gpu, data) if data.startswith(MAGIC) else None
-
-    return types.SimpleNamespace(
-        Refitter=_refitter, OnnxParserRefitter=OnnxParserRefitter,
-        __name__="tensorrt_rtx", __version__=VERSION, ILogger=ILogger, Runtime=Runtime, IRuntimeCache=RuntimeCache,
-        DataType=types.SimpleNamespace(FLOAT="float"),
-        EngineValidity=types.SimpleNamespace(INVALID="INVALID", VALID="VALID"),
-        ExecutionContextAllocationStrategy=types.SimpleNamespace(USER_MANAGED="USER_MANAGED"),
-        CudaGraphStrategy=types.SimpleNamespace(DISABLED="DISABLED"),
-        DynamicShapesKernelSpecializationStrategy=types.SimpleNamespace(LAZY="LAZY"),
-    )  # fmt: skip
-
-
 class GpuArray:
-    """An array of a library `cupy` that works on a stream of its own."""
+    """An array of the fake `cupy`, which works on its own stream."""
 
     def __init__(self, gpu: Gpu, values: np.ndarray, stream: Stream, device_index: int = 0) -> None:
         self.gpu, self.dtype, self.stream, self.device_index = gpu, values.dtype, stream, device_index
@@ -452,7 +262,7 @@ class GpuArray:
                 "stream": self.stream.handle, "version": 3}  # fmt: skip
 
     def get(self) -> np.ndarray:
-        """On the host, after the work on this array's own stream."""
+        """Copy to the host, after the work on this array's stream."""
         self.stream.sync()
         count = int(np.prod(self.shape)) * self.dtype.itemsize
         return np.frombuffer(bytes(self.gpu.view(self.pointer, count)), self.dtype).reshape(self.shape)
@@ -462,7 +272,7 @@ GpuArray.__module__ = "cupy"
 
 
 def install_cupy(monkeypatch: pytest.MonkeyPatch, gpu: Gpu) -> Callable[..., GpuArray]:
-    """A `cupy` whose current stream is one of its own; gives the function that makes its arrays."""
+    """Install a fake `cupy` with its own current stream, and return a function that makes its arrays."""
     stream = Stream(gpu)
     empty = lambda shape, dtype: GpuArray(gpu, np.empty(shape, dtype), stream)  # noqa: E731
     cupy = types.SimpleNamespace(

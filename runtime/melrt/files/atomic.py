@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Atomic writing of files and folders: they appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a path beside `path`, with its suffix, to write to; on success it is synced and renamed to `path`, on failure removed.
+    """Yield a temporary path in the same folder and with the same suffix as `path`, for the caller to write to.
 
-    A link stays a link: what it leads to is replaced. A device or a pipe stays one: the whole content is written into it.
+    On success the temporary file is synced and renamed to `path`; on failure it is removed. If `path` is a link, its target is replaced.
+    If it is a device or a pipe, the whole content is written into it.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         with tempfile.TemporaryDirectory() as folder:
@@ -40,9 +41,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give a new folder beside `path` to fill; on success it takes the place of `path`, on failure it is removed and `path` stays.
+    """Yield a new folder in the same folder as `path`, for the caller to fill.
 
-    A link stays a link: the folder that it leads to is replaced.
+    On success it replaces `path`; on failure it is removed and `path` stays unchanged. If `path` is a link, its target is replaced.
     """
     path = path.resolve() if path.is_symlink() else path
     made = _make_parents(path)
@@ -53,7 +54,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         for file in temporary.iterdir():
             _sync(file)
         _sync(temporary)
-        _take_place(temporary, path)
+        _replace_folder(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         _remove_empty(made)
@@ -62,13 +63,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def user_cache() -> Path:
-    """The folder for what can be made again: `$MELRT_CACHE`, or `melrt` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    own = os.environ.get("MELRT_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "melrt"
+    """Return the folder for files that can be made again: `$MELRT_CACHE`, or `melrt` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    chosen = os.environ.get("MELRT_CACHE")
+    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "melrt"
 
 
 def _make_parents(path: Path) -> list[Path]:
-    """Make the folders that a path needs; returns those that were not there, innermost first."""
+    """Make the folders that a path needs, and return the new ones, innermost first."""
     missing = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     return missing
@@ -76,15 +77,15 @@ def _make_parents(path: Path) -> list[Path]:
 
 def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
-        with contextlib.suppress(OSError):  # somebody else's file is in it by now
+        with contextlib.suppress(OSError):  # another process has put a file into it
             folder.rmdir()
 
 
-def _take_place(new: Path, path: Path) -> None:
+def _replace_folder(new: Path, path: Path) -> None:
     if not path.exists():
         new.rename(path)
         return
-    # A folder cannot be renamed over a full one: the old one steps aside, and back if the new one does not take its place.
+    # A folder cannot be renamed over one that has files: the old one is renamed first, and renamed back if the new one fails.
     aside = path.with_name(f".{path.name}-{secrets.token_hex(4)}-old")
     path.rename(aside)
     try:
@@ -96,7 +97,7 @@ def _take_place(new: Path, path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Make a file's contents, or a folder's entries, survive a power cut."""
+    """Write a file's contents, or a folder's entries, to the disk, so that they survive a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

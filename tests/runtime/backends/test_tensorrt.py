@@ -1,4 +1,4 @@
-"""Engines at run time, against a GPU that is a fake with the rules of a real one: what it refuses here, a real one would not forgive."""
+"""Engines at run time, on a fake GPU that enforces the rules of a real one."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.runtime.fake_engines import BATCH, WINDOW, add_engines
-from tests.runtime.fake_gpu import VERSION, Gpu, install, install_cupy
+from tests.runtime.fake_gpu import Gpu, install_cupy
+from tests.runtime.fake_tensorrt import BATCH, VERSION, WINDOW, add_engines, install
 from tests.runtime.reference import FP32_MAX_ABS, speech_mel
 
 from melrt import Vocoder
@@ -34,7 +34,7 @@ def load(voice: Bundle, **options: object) -> Vocoder:
     return Vocoder.load(voice, backend="tensorrt", precision="fp32", options=Options(**options))
 
 
-def test_every_length_and_batch_is_the_cpus(gpu: Gpu, voice: Bundle) -> None:
+def test_engines_give_the_audio_of_the_cpu(gpu: Gpu, voice: Bundle) -> None:
     mels = [speech_mel(voice, frames, frames) for frames in (4, 30, 47, 48, 100, 211, 100, 211)]
     with Vocoder.load(voice, device="cpu") as cpu:
         expected = [cpu(mel) for mel in mels]
@@ -45,28 +45,28 @@ def test_every_length_and_batch_is_the_cpus(gpu: Gpu, voice: Bundle) -> None:
             assert np.abs(audio - reference).max() < FP32_MAX_ABS
         assert np.abs(vocoder(np.stack(mels[4:8:2])) - np.stack(expected[4:8:2])).max() < FP32_MAX_ABS
         assert np.abs(np.concatenate(list(vocoder.stream([mels[5][:, :70], mels[5][:, 70:]]))) - expected[5]).max() < FP32_MAX_ABS
-    assert not gpu.memory, "everything was given back"
+    assert not gpu.memory, "all memory was freed"
 
 
-def test_windows_run_as_cuda_graphs_from_the_start_and_other_shapes_once_they_recur(gpu: Gpu, voice: Bundle) -> None:
+def test_windows_and_recurring_shapes_run_as_cuda_graphs(gpu: Gpu, voice: Bundle) -> None:
     with load(voice) as vocoder:
-        lanes, warm = vocoder.backend.policy.workers, gpu.captures
-        assert warm == 3 * lanes, "batches of 1, 2 and 4 in each lane"
+        slots, warm = vocoder.backend.policy.workers, gpu.captures
+        assert warm == 3 * slots, "batches of 1, 2 and 4 in each slot"
         mel = speech_mel(vocoder.bundle, WINDOW + 40)
         vocoder(mel)
         launches = gpu.graph_launches
         allocated = dict(gpu.memory)
         for _ in range(30):
             vocoder(mel)
-        assert gpu.captures <= warm + 3 * lanes, "the two ends, once for each lane and batch"
-        assert gpu.graph_launches >= launches + 60 - 2 * lanes, "two runs a call; the first two of a shape in a lane are none"
+        assert gpu.captures <= warm + 3 * slots, "the two ends, once for each slot and batch"
+        assert gpu.graph_launches >= launches + 60 - 2 * slots, "two runs a call, except the first two of a shape in a slot"
         assert gpu.memory.keys() == allocated.keys(), "nothing is allocated in the steady state"
         before = gpu.syncs
         vocoder.backend.run("interior", np.zeros((3, 80, WINDOW), np.float32))
         assert gpu.syncs == before + 1
 
 
-def test_int16_is_made_on_the_device(gpu: Gpu, voice: Bundle) -> None:
+def test_int16_is_computed_on_the_device(gpu: Gpu, voice: Bundle) -> None:
     mel = speech_mel(voice, 150)
     with load(voice, sample_format="int16") as vocoder, load(voice) as floating:
         assert vocoder.backend.run("interior", mel[None, :, :WINDOW]).dtype == np.int16
@@ -77,7 +77,7 @@ def test_int16_is_made_on_the_device(gpu: Gpu, voice: Bundle) -> None:
         assert np.abs(cpu(mel).astype(int) - audio).max() <= 1
 
 
-def test_what_is_no_number_is_an_error_in_16_bits_too(gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_is_an_error_in_int16_too(gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     with load(voice, sample_format="int16") as vocoder:
         engine = vocoder.backend.engines["edge"]._engine
         monkeypatch.setattr(engine.model, "run", lambda mel: np.full((len(mel), mel.shape[2] * 256), np.nan, np.float32))
@@ -87,7 +87,7 @@ def test_what_is_no_number_is_an_error_in_16_bits_too(gpu: Gpu, voice: Bundle, m
 
 @pytest.mark.parametrize("edges", [Edges(), Edges(2, 2), Edges(0, 10, -5.0)])
 @pytest.mark.parametrize("sample_format", ["float32", "int16"])
-def test_arrays_on_the_gpu_stay_there(gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch, edges: Edges, sample_format: str) -> None:
+def test_gpu_arrays_give_gpu_audio(gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch, edges: Edges, sample_format: str) -> None:
     on_gpu = install_cupy(monkeypatch, gpu)
     options = Options(edges=edges, sample_format=sample_format)
     with (
@@ -100,22 +100,22 @@ def test_arrays_on_the_gpu_stay_there(gpu: Gpu, voice: Bundle, monkeypatch: pyte
                 array = on_gpu(given)
                 before = gpu.syncs
                 audio = vocoder(array)
-                assert gpu.syncs == before, "the caller does not wait"
+                assert gpu.syncs == before, "the caller does not wait for the GPU"
                 assert type(audio) is type(array)
                 assert audio.shape == expected.shape
                 assert np.abs(audio.get().astype(float) - expected).max() <= (1 if sample_format == "int16" else FP32_MAX_ABS)
 
 
-def test_arrays_on_the_gpu_that_cannot_be_taken(gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_gpu_arrays_are_refused(gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     on_gpu = install_cupy(monkeypatch, gpu)
     mel = speech_mel(voice, 60)
     with load(voice) as vocoder:
-        elsewhere = on_gpu(mel)
-        gpu.foreign_contexts.add(elsewhere.pointer)
+        foreign = on_gpu(mel)
+        gpu.foreign_contexts.add(foreign.pointer)
         for array, message in (
             (on_gpu(mel[:40]), "40 bands"), (on_gpu(mel[:, :3].copy()), "3 frames; this network needs at least 4"),
             (on_gpu(mel.astype(np.float16)), "dtype float16; in GPU memory it must be float32"), (on_gpu(mel[0].copy()), "expected"),
-            (on_gpu(mel, device_index=1), "mel is on cuda:1, this voice on cuda:0"), (elsewhere, "autoprimaryctx"),
+            (on_gpu(mel, device_index=1), "mel is on cuda:1, this voice on cuda:0"), (foreign, "autoprimaryctx"),
         ):  # fmt: skip
             with pytest.raises(MelError, match=message):
                 vocoder(array)
@@ -123,8 +123,8 @@ def test_arrays_on_the_gpu_that_cannot_be_taken(gpu: Gpu, voice: Bundle, monkeyp
             with pytest.raises(MelError, match="on a GPU"):
                 call(on_gpu(mel))
         array = on_gpu(mel)
-        monkeypatch.setattr(type(array), "__module__", "unheard.of")
-        with pytest.raises(MelError, match=r"cannot make GPU arrays of unheard"):
+        monkeypatch.setattr(type(array), "__module__", "unknown.library")
+        with pytest.raises(MelError, match="cannot make GPU arrays of unknown"):
             vocoder(array)
     with Vocoder.load(voice, device="cpu") as cpu, pytest.raises(MelError, match="this call reads arrays in host memory"):
         cpu(on_gpu(mel))
@@ -139,7 +139,9 @@ def test_arrays_on_the_gpu_that_cannot_be_taken(gpu: Gpu, voice: Bundle, monkeyp
         ({"names": ["mel", "sound"]}, r"has tensors \['mel', 'sound'\]"),
     ],
 )
-def test_engines_that_do_not_fit(gpu: Gpu, tiny_bundle: Bundle, facts: dict, message: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_engines_of_another_system_are_refused(
+    gpu: Gpu, tiny_bundle: Bundle, facts: dict, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
     voice = add_engines(tiny_bundle, **facts)
     with pytest.raises(BackendError, match=message):
         load(voice)
@@ -147,7 +149,7 @@ def test_engines_that_do_not_fit(gpu: Gpu, tiny_bundle: Bundle, facts: dict, mes
         assert vocoder.backend.name == "onnxruntime"
 
 
-def test_a_runtime_that_refuses(gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_that_cannot_be_opened_is_refused(gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu.validity = "INVALID"
     with pytest.raises(BackendError, match="does not fit this runtime or GPU .the fake's diagnostics.*melrt build"):
         load(voice)
@@ -168,12 +170,12 @@ def test_a_runtime_that_refuses(gpu: Gpu, voice: Bundle, monkeypatch: pytest.Mon
         load(voice)
 
 
-def test_a_bundle_without_engines_says_how_to_make_them(gpu: Gpu, tiny_bundle: Bundle) -> None:
+def test_bundle_without_engines_names_the_build_command(gpu: Gpu, tiny_bundle: Bundle) -> None:
     with pytest.raises(BackendError, match="no fp32 engines of both graphs.*melrt build"):
         load(tiny_bundle)
 
 
-def test_compiled_kernels_are_kept_between_processes(gpu: Gpu, voice: Bundle, cache: Path) -> None:
+def test_compiled_kernels_are_cached_on_disk(gpu: Gpu, voice: Bundle, cache: Path) -> None:
     load(voice).close()
     files = sorted(cache.iterdir())
     assert [file.read_bytes() for file in files] == [b"kernels", b"kernels"]
@@ -182,7 +184,7 @@ def test_compiled_kernels_are_kept_between_processes(gpu: Gpu, voice: Bundle, ca
     assert gpu.cache_blob == b"kernels"
 
 
-def test_a_failed_run_touches_no_other(gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_run_does_not_affect_the_next(gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     with load(voice) as vocoder:
         mel = speech_mel(vocoder.bundle, 30)
         good = vocoder(mel)
