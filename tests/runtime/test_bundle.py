@@ -1,4 +1,4 @@
-"""Bundles appear whole or not at all, and nothing in them is used unverified."""
+"""Bundles: written whole or not at all, and verified before use."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def bundle(tmp_path: Path) -> Bundle:
     return Bundle.create(tmp_path / "x.melrt", manifest(), [(Artifact.of("a.onnx", b"abc", "onnx", precision="fp32"), b"abc")])
 
 
-def test_round_trip(bundle: Bundle) -> None:
+def test_written_bundle_reads_back(bundle: Bundle) -> None:
     again = Bundle.open(bundle.path)
     assert again == bundle
     assert again.read(again.manifest.artifacts[0]) == b"abc"
@@ -42,7 +42,7 @@ def test_round_trip(bundle: Bundle) -> None:
         (lambda file: file.write_bytes(b"abd"), "was altered"),
     ],
 )
-def test_damaged_files_are_named(bundle: Bundle, damage, message: str) -> None:
+def test_damaged_file_is_named(bundle: Bundle, damage, message: str) -> None:
     damage(bundle.path / "a.onnx")
     with pytest.raises(BundleError, match=f"a.onnx {message}"):
         bundle.read(bundle.manifest.artifacts[0])
@@ -85,26 +85,26 @@ def edit(bundle: Bundle, change) -> Path:
         (lambda m: m["edges"].update(value="-5"), "value is '-5'"),
     ],
 )
-def test_impossible_manifests(bundle: Bundle, change, message: str) -> None:
+def test_wrong_manifest_values_are_refused(bundle: Bundle, change, message: str) -> None:
     with pytest.raises(BundleError, match=message):
         Bundle.open(edit(bundle, change))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, "x" * (2 << 20)])
-def test_manifests_that_are_none(bundle: Bundle, text: str) -> None:
+def test_file_that_is_not_a_manifest_is_refused(bundle: Bundle, text: str) -> None:
     (bundle.path / MANIFEST).write_text(text)
     with pytest.raises(BundleError, match=str(bundle.path)):
         Bundle.open(bundle.path)
 
 
-def test_places_without_a_bundle(tmp_path: Path) -> None:
+def test_folder_without_a_bundle_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="does not exist.*melrt export"):
         Bundle.open(tmp_path / "nowhere.melrt")
     with pytest.raises(BundleError, match=r"has no manifest.json"):
         Bundle.open(tmp_path)
 
 
-def test_nothing_is_overwritten_unasked(bundle: Bundle, tmp_path: Path) -> None:
+def test_existing_folder_is_not_overwritten(bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="--force"):
         Bundle.create(bundle.path, manifest(), [])
     (tmp_path / "home").mkdir()
@@ -112,13 +112,13 @@ def test_nothing_is_overwritten_unasked(bundle: Bundle, tmp_path: Path) -> None:
         Bundle.create(tmp_path / "home", manifest(), [], overwrite=True)
 
 
-def test_a_replaced_bundle_leaves_no_trace_of_the_old(bundle: Bundle) -> None:
+def test_replaced_bundle_leaves_no_old_files(bundle: Bundle) -> None:
     Bundle.create(bundle.path, manifest(), [(Artifact.of("b.onnx", b"b", "onnx"), b"b")], overwrite=True)
     assert sorted(file.name for file in bundle.path.iterdir()) == ["b.onnx", MANIFEST]
     assert [path.name for path in bundle.path.parent.iterdir()] == ["x.melrt"]
 
 
-def test_a_failed_addition_leaves_the_bundle(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_addition_leaves_the_bundle_unchanged(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -131,8 +131,8 @@ def test_a_failed_addition_leaves_the_bundle(bundle: Bundle, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 3, 4])
-def test_a_failed_replacement_leaves_the_old_file(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, fails_at: int) -> None:
-    """Of the four syncs (the file, its folder, the manifest, its folder) any may fail: the bundle is the old one or the new one."""
+def test_failed_replacement_leaves_the_old_file(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, fails_at: int) -> None:
+    """Any of the four syncs (file, its folder, manifest, its folder) may fail. The bundle is then the old one or the new one."""
     sync, calls = os.fsync, []
 
     def fail(handle: int) -> None:
@@ -151,7 +151,7 @@ def test_a_failed_replacement_leaves_the_old_file(bundle: Bundle, monkeypatch: p
         assert sorted(file.name for file in bundle.path.iterdir()) == ["a.onnx", MANIFEST]
 
 
-def test_a_file_is_replaced_as_often_as_one_likes(bundle: Bundle) -> None:
+def test_file_can_be_replaced_repeatedly(bundle: Bundle) -> None:
     for content in (b"new", b"newer", b"newer", b"newest"):
         entry = bundle.add(Artifact.of("a.onnx", content, "onnx"), content)
         found = Bundle.open(bundle.path)
@@ -161,7 +161,7 @@ def test_a_file_is_replaced_as_often_as_one_likes(bundle: Bundle) -> None:
         assert entry.name == "a.onnx"
 
 
-def test_an_engine_does_not_join_a_bundle_it_was_not_made_from(bundle: Bundle) -> None:
+def test_engine_of_another_bundle_is_not_added(bundle: Bundle) -> None:
     (source,) = bundle.manifest.artifacts
     Bundle.create(bundle.path, manifest(), [(Artifact.of("a.onnx", b"other", "onnx"), b"other")], overwrite=True)
     with pytest.raises(BundleError, match="exported again while b.engine was made"):
@@ -173,7 +173,7 @@ def _add(path: str, name: str) -> None:
     Bundle.open(path).add(Artifact.of(name, name.encode(), "engine"), name.encode())
 
 
-def test_processes_that_add_at_once_lose_nothing(bundle: Bundle) -> None:
+def test_concurrent_additions_lose_no_file(bundle: Bundle) -> None:
     names = [f"{i}.engine" for i in range(8)]
     context = multiprocessing.get_context("spawn")
     workers = [context.Process(target=_add, args=(str(bundle.path), name)) for name in names]
