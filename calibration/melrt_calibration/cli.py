@@ -33,7 +33,8 @@ SilenceBudget = Annotated[float, typer.Option(help="Largest increase of the leve
 Peak = Annotated[float | None, typer.Option(help="Scale each recording to this peak, as the voice's training did. 1 is full scale.")]
 Force = Annotated[bool, typer.Option("--force", help="Write INT8 even if it does not pay.")]
 EvaluationSpeech = Annotated[
-    list[Path] | None, typer.Option("--judge", help="Other speech for the final evaluation. The default is the held-out fifth of SPEECH.")
+    list[Path] | None,
+    typer.Option("--evaluate", help="Other speech for the final evaluation. The default is the held-out fifth of SPEECH."),
 ]
 Windows = Annotated[int, typer.Option(help="Number of observed windows of 64 frames, from 8 to 10000.")]
 Seed = Annotated[int, typer.Option(help="Seed of the choice of held-out speech and of windows.")]

@@ -92,7 +92,7 @@ def load_data(paths: Sequence[Path], manifest: Manifest, sampling: Sampling) -> 
         sampling: Settings of the windows.
 
     Raises:
-        CalibrationError: There is not a file or too little speech, all of it is silent, or it has another convention or too low a rate.
+        CalibrationError: The paths hold no file or too little speech, all of it is silent, or it has another convention or too low a rate.
         MelError: The voice cannot take a mel.
         AudioError: A file cannot be read as audio.
     """

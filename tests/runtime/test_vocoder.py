@@ -186,7 +186,10 @@ for name in ("torch", "onnx", "librosa", "safetensors", "melrt_export"):
     sys.modules[name] = None
 import melrt, numpy
 for module in pkgutil.walk_packages(melrt.__path__, "melrt."):
-    importlib.import_module(module.name)
+    try:
+        importlib.import_module(module.name)
+    except ModuleNotFoundError as error:
+        assert error.name == "tritonclient", error  # of the extra `triton`
 audio = melrt.Vocoder.load({str(tiny_bundle_path)!r})(numpy.zeros((80, 9), numpy.float32))
 assert audio.shape == (9 * 256,) and abs(audio).max() > 0.01
 """

@@ -143,14 +143,15 @@ class TrainingProgress:
         self.bar.update(self.task, completed=step)
 
     def on_losses(self, step: int, values: Mapping[str, float]) -> None:
-        shown = ", ".join(f"{name} {value:.3g}" for name, value in values.items() if name != "learning_rate")
+        losses = {name: value for name, value in values.items() if name not in ("learning_rate", "steps_per_second")}
+        shown = ", ".join(f"{name} {value:.3g}" for name, value in losses.items())
         self.bar.update(self.task, description=shown)
         now = time.monotonic()
         if not self.console.is_terminal and now >= self._next_line:
             self._next_line = now + PLAIN_INTERVAL
             left = (now - self._start[1]) / (step - self._start[0]) * (self.steps - step)
-            line = f"step {step} of {self.steps}: {shown}; {datetime.timedelta(seconds=round(left))} left"
-            self.console.print(line, markup=False)
+            speed = f"{values['steps_per_second']:.3g} steps per second, {datetime.timedelta(seconds=round(left))} left"
+            self.console.print(f"step {step} of {self.steps}: {shown}; {speed}", markup=False)
 
     def on_validation(self, validation: Validation, best: bool) -> None:
         mark = ", the best so far" if best else ""

@@ -50,7 +50,7 @@ COMMANDS = {
 # Words of a command that were renamed: (command or "", old word) to the new one.
 RENAMED = {
     ("", "requantise"): "requantize", ("build", "--flavour"): "--flavor", ("build", "--tune"): "--try-variants",
-    ("build", "--anew"): "--rebuild",
+    ("build", "--anew"): "--rebuild", ("calibrate", "--judge"): "--evaluate",
 }  # fmt: skip
 
 
