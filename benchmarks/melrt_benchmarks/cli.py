@@ -14,9 +14,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from melrt.cli.progress import Steps
 from melrt.errors import MelrtError
 from melrt.files.atomic import atomic_write
-from melrt_benchmarks.measure.progress import show_steps
 
 if TYPE_CHECKING:
     from melrt_benchmarks.inference.bench import BenchPlan
@@ -76,7 +76,7 @@ def bench(
 def _measure(plan: BenchPlan, *, streams: bool, memory: bool) -> Report:
     from melrt_benchmarks.inference.bench import run_bench
 
-    with show_steps(plan.steps + streams + memory) as steps:
+    with Steps(plan.steps + streams + memory) as steps:
         report = run_bench(plan, steps)
         if streams:
             steps("counting real-time streams")

@@ -12,7 +12,7 @@ from melrt.errors import (
     MissingExtraError,
     OverdueError,
     QueueFullError,
-)
+)  # fmt: skip
 from melrt.files.audio import read_audio, write_wav
 from melrt.mel import MelSpec, Normalization
 from melrt.mel.convert import convert_mel
@@ -25,30 +25,8 @@ from melrt.scheduling.stream import Stream, StreamPace
 from melrt.vocoder import Options, Vocoder
 
 __all__ = [
-    "AudioError",
-    "BackendError",
-    "Bundle",
-    "BundleError",
-    "ClosedError",
-    "ConfigError",
-    "Edges",
-    "Limits",
-    "MelError",
-    "MelSpec",
-    "MelrtError",
-    "MissingExtraError",
-    "Normalization",
-    "Options",
-    "OverdueError",
-    "Policy",
-    "QueueFullError",
-    "Stats",
-    "Stream",
-    "StreamPace",
-    "Vocoder",
-    "convert_mel",
-    "mel_from_audio",
-    "read_audio",
-    "write_wav",
-]
+    "AudioError", "BackendError", "Bundle", "BundleError", "ClosedError", "ConfigError", "Edges", "Limits", "MelError", "MelSpec",
+    "MelrtError", "MissingExtraError", "Normalization", "Options", "OverdueError", "Policy", "QueueFullError", "Stats", "Stream",
+    "StreamPace", "Vocoder", "convert_mel", "mel_from_audio", "read_audio", "write_wav",
+]  # fmt: skip
 __version__ = "0.1.0"

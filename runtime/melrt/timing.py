@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,8 @@ MAX_WARM_UP_RUNS = 12
 # Largest spread on a quiet machine, and the largest at which the ratios of two contenders can still be trusted.
 QUIET_SPREAD = 0.1
 RELIABLE_SPREAD = 1.0
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +61,26 @@ def median_interval(values: NDArray[np.float64]) -> tuple[float, float, float]:
     return float(np.median(ordered)), float(ordered[max(low, 0)]), float(ordered[min(high, n - 1)])
 
 
-def interleave(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+def interleave(
+    contenders: Mapping[Key, Callable[[], object]], rounds: int, on_timed: Callable[[], None] = lambda: None
+) -> dict[Key, Timing]:
     """Warm up each contender, then time each one once per round, in a shuffled order (with a fixed seed) and after a short pause.
 
     Args:
         contenders: The functions to time, by name.
         rounds: Number of counted rounds.
+        on_timed: Called after each counted run, `rounds * len(contenders)` times.
     """
     for run in contenders.values():
         warm_up(run)
     names = list(contenders)
     shuffle = np.random.default_rng(0)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[Key, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in (names[i] for i in shuffle.permutation(len(names))):
             time.sleep(SETTLE)
             seconds[name].append(timed(contenders[name]))
+            on_timed()
     return {name: Timing(np.array(values)) for name, values in seconds.items()}
 
 

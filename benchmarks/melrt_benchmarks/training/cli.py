@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from melrt.cli.progress import Steps
 from melrt.errors import MelrtError
 from melrt.files.atomic import atomic_write
-from melrt_benchmarks.measure.progress import show_steps
 
 console = Console(highlight=False)
 
@@ -34,7 +34,7 @@ def bench_training(
     if rounds < 3 or batch < 1:
         raise MelrtError(f"--rounds is {rounds} and --batch is {batch}; they must be at least 3 and 1.")
     options = TrainingBench(channels, batch, rounds=rounds, threads=threads or len(os.sched_getaffinity(0)))
-    with show_steps(2) as step:
+    with Steps(2) as step:
         report = run_training_bench(options, step)
     if json_file:
         with atomic_write(json_file) as temporary:

@@ -248,9 +248,9 @@ def tune(
     with Steps(2) as steps:
         steps("loading the voice")
         engine = open_backend(bundle, BackendChoice(device, precision, backend, threads))
-        steps(f"measuring {len(engine.candidates)} candidates {rounds + 1} times each, about a minute")
+        steps(f"measuring {len(engine.candidates)} candidates {rounds} times each, about a minute")
         measured = itertools.count(1)
-        total = len(engine.candidates) * (rounds + 1)
+        total = len(engine.candidates) * rounds
         timings = measure(bundle, engine, rounds, lambda: steps.on_phase("measuring", next(measured), total))
     entry = record(bundle, engine, timings)
     table = Table("window, frames", "batch", "workers", "µs per frame", "times real time", "")

@@ -30,6 +30,10 @@ class Steps:
     def __call__(self, text: str) -> None:
         """Begin the next step."""
         self._number += 1
+        self.detail(text)
+
+    def detail(self, text: str) -> None:
+        """Change the text of the current step."""
         self._title = f"step {self._number} of {self._total}: {text}"
         self._bar.update(self._task, description=self._title)
         if not self._console.is_terminal:

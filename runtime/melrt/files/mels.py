@@ -19,6 +19,8 @@ from melrt.mel.spec import MelSpec
 
 # A day of speech at 86 frames per second and 80 bands takes 2.4 GB.
 MAX_MEL_BYTES = 4 << 30
+# Named, not imported: the runtime does not depend on the package that exports.
+_TORCH_READER = "melrt_export.torch_mels"
 
 
 def read_mel(path: Path, spec: MelSpec) -> NDArray[Any]:
@@ -94,8 +96,7 @@ def _read_npz(path: Path) -> NDArray[Any]:
 
 def _read_torch(path: Path) -> NDArray[Any]:
     try:
-        # Named as text: the runtime does not depend on the package that exports.
-        return np.asarray(importlib.import_module("melrt_export.torch_mels").read_torch_mel(path))
+        return np.asarray(importlib.import_module(_TORCH_READER).read_torch_mel(path))
     except ModuleNotFoundError as error:
         raise MissingExtraError(f"reading {path.suffix} files", error.name or "torch", "export") from error
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from melrt.backends.base import Backend
 from melrt.bundle import Artifact, Bundle
 from melrt.errors import BackendError, BundleError
 from melrt.planning.windows import Policy, ReceptiveField
+from melrt.timing import interleave
 
 # Frames that each worker computes per measurement: some hundred milliseconds on a CPU, so that starting threads costs nothing.
 MEASURED_FRAMES = 1024
@@ -43,8 +43,8 @@ def tune(bundle: Bundle, backend: Backend, rounds: int = 7, on_measured: Callabl
     Args:
         bundle: The voice.
         backend: The backend with its models loaded; nothing else should use it meanwhile.
-        rounds: Counted rounds over all candidates, after one round that warms up.
-        on_measured: Called after each single measurement, `(rounds + 1) * len(backend.candidates)` times.
+        rounds: Counted rounds over all candidates, after each candidate has warmed up.
+        on_measured: Called after each counted measurement, `rounds * len(backend.candidates)` times at most.
 
     Returns:
         The chosen policy first, then the others by length.
@@ -56,15 +56,9 @@ def tune(bundle: Bundle, backend: Backend, rounds: int = 7, on_measured: Callabl
     candidates = [policy for policy in backend.candidates if policy.frames > max(field.context, field.edge)]
     if not candidates:
         raise BackendError(f"{backend.name} has no window longer than this voice's context of {field.left} + {field.right} frames.")
-    seconds: dict[Policy, list[float]] = {policy: [] for policy in candidates}
-    shuffle = np.random.default_rng(0)
-    for turn in range(rounds + 1):
-        for index in shuffle.permutation(len(candidates)):
-            cost = _seconds_per_frame(backend, candidates[index], field, bundle.manifest.spec.n_mels)
-            if turn:
-                seconds[candidates[index]].append(cost)
-            on_measured()
-    return _ranked([PolicyTiming(policy, 1e6 * float(np.median(costs))) for policy, costs in seconds.items()])
+    spec = bundle.manifest.spec
+    timings = interleave({policy: _measurement(backend, policy, spec.n_mels) for policy in candidates}, rounds, on_measured)
+    return _ranked([PolicyTiming(policy, 1e6 * timing.median / _frames(policy, field)) for policy, timing in timings.items()])
 
 
 def record(bundle: Bundle, backend: Backend, timings: Sequence[PolicyTiming]) -> Artifact:
@@ -95,20 +89,28 @@ def recorded_policy(bundle: Bundle, backend: Backend) -> Policy | None:
     return policy if policy in backend.candidates else None
 
 
-def _seconds_per_frame(backend: Backend, policy: Policy, field: ReceptiveField, bands: int) -> float:
-    """Time one measurement: every worker runs its share of windows at the same time."""
-    kept = (policy.frames - field.context) * policy.batch
-    runs = -(-MEASURED_FRAMES // kept)
+def _measurement(backend: Backend, policy: Policy, bands: int) -> Callable[[], object]:
+    """Make the function that one measurement times: every worker runs its share of windows at the same time."""
     mel = np.random.default_rng(0).uniform(-4, 0, (policy.batch, bands, policy.frames)).astype(np.float32)
 
     def work(_: int) -> None:
-        for _ in range(runs):
+        for _ in range(_runs(policy)):
             backend.run("interior", mel)
 
-    with ThreadPoolExecutor(policy.workers) as pool:
-        start = time.perf_counter()
-        list(pool.map(work, range(policy.workers)))
-        return (time.perf_counter() - start) / (runs * kept * policy.workers)
+    def measure() -> None:
+        with ThreadPoolExecutor(policy.workers) as pool:
+            list(pool.map(work, range(policy.workers)))
+
+    return measure
+
+
+def _runs(policy: Policy) -> int:
+    return -(-MEASURED_FRAMES // (policy.frames * policy.batch))
+
+
+def _frames(policy: Policy, field: ReceptiveField) -> int:
+    """Return the frames that one measurement keeps, over all workers."""
+    return _runs(policy) * (policy.frames - field.context) * policy.batch * policy.workers
 
 
 def _ranked(timings: list[PolicyTiming]) -> tuple[PolicyTiming, ...]:

@@ -41,7 +41,7 @@ def test_cheapest_window_is_recorded_and_used(tiny_bundle: Bundle) -> None:
     timings = tune(tiny_bundle, backend, rounds=2, on_measured=lambda: steps.append(1))
     assert [timing.policy.frames for timing in timings] == [512, 48, 64], "12 frames are not longer than the context"
     assert timings[2].microseconds > 3 * timings[1].microseconds > 9 * timings[0].microseconds
-    assert len(steps) == 9
+    assert len(steps) == 6, "once for each counted run"
     for _ in range(2):
         entry = record(tiny_bundle, backend, timings)
     bundle = Bundle.open(tiny_bundle.path)
