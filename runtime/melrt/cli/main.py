@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import re
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any, NamedTuple, NoReturn
 
 from melrt.errors import MelrtError, MissingExtraError, ParityError
@@ -148,12 +150,25 @@ def _explain(name: str, error: BaseException, *, debug: bool) -> NoReturn:
     if isinstance(error, MelrtError):
         _fail(str(error), WRONG_INPUT)
     if isinstance(error, ModuleNotFoundError):
-        _fail(str(MissingExtraError(f"melrt {name}", error.name or "a package", COMMANDS[name].extra)), WRONG_INPUT)
+        package = error.name or "a package"
+        _fail(str(MissingExtraError(f"melrt {name}", package, _extra_with(package, COMMANDS[name].extra))), WRONG_INPUT)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}", WRONG_INPUT)
     remedy = "please report it." if debug else f"please report it with the traceback that `melrt --debug {name} ...` shows."
     _fail(f"internal error in melrt {name} ({type(error).__name__}: {error}); {remedy}", INTERNAL_ERROR)
+
+
+def _extra_with(module: str, own: str) -> str:
+    """Return the command's own extra if it brings this module, or else the smallest extra that does."""
+    top = module.partition(".")[0]
+    package = {"yaml": "pyyaml", "cuda": "cuda-core"}.get(top, top.replace("_", "-")).lower()
+    extras: dict[str, set[str]] = {}
+    for requirement in metadata.requires("melrt") or []:
+        if found := re.match(r"([\w.-]+).*extra == ['\"]([\w-]+)", requirement):
+            extras.setdefault(found[2], set()).add(found[1].lower())
+    having = sorted((len(packages), extra) for extra, packages in extras.items() if package in packages)
+    return own if package in extras.get(own, ()) or not having else having[0][1]
 
 
 def _fail(message: str, code: int) -> NoReturn:
