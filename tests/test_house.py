@@ -87,6 +87,13 @@ def test_files_and_functions_stay_readable() -> None:
                 assert node.end_lineno - node.lineno < 50, f"{path}: {node.name}"
 
 
+def test_prose_wraps_at_120() -> None:
+    """A table's row cannot wrap, and a link cannot be broken."""
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        long = [line for line in page.read_text().splitlines() if len(line) > 120 and not line.startswith("|") and "](" not in line]
+        assert not long, f"{page.name}: {long[0]}"
+
+
 def test_only_the_command_line_prints() -> None:
     for path in sources():
         if path.name not in ("cli.py", "main.py"):

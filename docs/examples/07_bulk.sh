@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Synthesize a folder of mels. Run it again after an interruption: finished utterances are kept, none is lost or repeated.
+# Synthesize a folder of mels. After an interruption run it again: no utterance is lost or repeated.
 set -euo pipefail
 mkdir -p mels
 for name in one two three; do cp demo/mel.npy "mels/$name.npy"; done
