@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from melrt.errors import CalibrationError
+from melrt_export.graph.deploy import initializer
 from melrt_export.int8_plan import Int8Plan, LayerPlan
 
 Form = Literal["cpu", "tensorrt"]
@@ -121,7 +122,7 @@ class _GraphWriter:
         return helper.make_node("DequantizeLinear", inputs, [f"{name}.values"], name=f"{name}.dequantize", axis=axis)
 
     def _constant(self, name: str, value: NDArray[np.generic]) -> str:
-        self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+        self.constants[name] = initializer(name, value)
         return name
 
     def finish(self) -> onnx.ModelProto:

@@ -78,6 +78,11 @@ def deploy_graph(
     return _model(builder, config, metadata or {})
 
 
+def initializer(name: str, value: np.ndarray) -> onnx.TensorProto:
+    """Make a constant of a graph. A scalar stays a scalar: TensorRT takes a scale of shape (1,) for one per channel, not per tensor."""
+    return numpy_helper.from_array(np.asarray(value, order="C"), name)  # np.ascontiguousarray would give a scalar the shape (1,)
+
+
 def _fold_branch_means(config: GeneratorConfig, weights: Weights) -> Weights:
     """Return the weights with those of the convolutions after an MRF stage divided by the number of branches."""
     if not config.mrf:
@@ -106,7 +111,7 @@ class _GraphBuilder:
 
     def constant(self, name: str, value: np.ndarray) -> str:
         if name not in self.initializers:
-            self.initializers[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+            self.initializers[name] = initializer(name, value)
         return name
 
     def integers(self, name: str, values: Sequence[int]) -> str:

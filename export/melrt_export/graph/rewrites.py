@@ -16,6 +16,7 @@ from onnx import helper, numpy_helper
 from melrt.checks import check_fields, one_of
 from melrt.errors import EngineBuildError
 from melrt_export.generator.config import GeneratorConfig
+from melrt_export.graph.deploy import initializer
 
 Upsampling = Literal["polyphase", "cropped", "transposed"]
 Shortcut = Literal["separate", "merged"]
@@ -185,9 +186,7 @@ class _Rewriter:
         used = {name for node in self.nodes.values() for name in node.input}
         del graph.node[:], graph.initializer[:]
         graph.node.extend(self.nodes.values())
-        graph.initializer.extend(
-            numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in self.values.items() if name in used
-        )
+        graph.initializer.extend(initializer(name, value) for name, value in self.values.items() if name in used)
         onnx.checker.check_model(self.model, full_check=True)
         return self.model
 
