@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from melrt.cli.progress import Steps
-from melrt.errors import MelrtError
+from melrt.errors import ConfigError
 from melrt.files.atomic import atomic_write
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def bench(
     if compare is not None:
         raise typer.Exit(_compare(*compare))
     if voice is None:
-        raise MelrtError("give a VOICE.melrt to measure, or --compare OLD.json NEW.json.")
+        raise ConfigError("give a VOICE.melrt to measure, or --compare OLD.json NEW.json.")
     from melrt_benchmarks.inference.bench import BenchPlan
 
     plan = BenchPlan(
@@ -206,4 +206,4 @@ def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, .
     try:
         return tuple(kind(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise MelrtError(f"--{option} is {text!r}; it must be numbers separated by commas, such as 1,4,10.") from None
+        raise ConfigError(f"--{option} is {text!r}; it must be numbers separated by commas, such as 1,4,10.") from None

@@ -13,7 +13,7 @@ from melrt_calibration.bundle_graphs import FloatGraphs, write_int8
 from melrt_calibration.data import CalibrationData, Sampling, load_data, read_pieces
 from melrt_calibration.evaluation import Budget, Evaluator, Quality, decide
 from melrt_calibration.network import Network
-from melrt_calibration.progress import OnProgress, Steps
+from melrt_calibration.progress import OnProgress, ProgressReporter
 from melrt_calibration.repairs import Repair, choose_equalization, repair
 from melrt_calibration.search import LayerSet, search
 from melrt_calibration.sensitivity import Sensitivity, measure_sensitivities
@@ -94,7 +94,7 @@ def calibrate(
         CalibrationError: No INT8 can be made from this speech, or the bundle has no FP32 graphs.
         BundleError: The bundle is damaged.
     """
-    steps = Steps(STEPS, on_progress)
+    steps = ProgressReporter(STEPS, on_progress)
     steps.begin("reading the speech")
     graphs = FloatGraphs.read(bundle)
     data = load_data(speech, bundle.manifest, options.sampling)

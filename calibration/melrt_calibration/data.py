@@ -78,9 +78,9 @@ class Sampling:
     """Peak to which each recording is scaled, as in the voice's training; 1 is full scale, None leaves recordings unchanged."""
 
     def __post_init__(self) -> None:
-        check_fields(self, {"windows": whole(8, 10_000), "seed": whole(0, 2**63 - 1)}, "calibration data", CalibrationError)
+        check_fields(self, {"windows": whole(8, 10_000), "seed": whole(0, 2**63 - 1)}, "calibration data")
         rule = optional(number(0, 1, above=True))
-        check_fields(self, {"peak": rule}, "calibration data, where a peak of 1 is full scale", CalibrationError)
+        check_fields(self, {"peak": rule}, "calibration data, where a peak of 1 is full scale")
 
 
 def load_data(paths: Sequence[Path], manifest: Manifest, sampling: Sampling) -> CalibrationData:

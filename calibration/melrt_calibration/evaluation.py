@@ -13,7 +13,6 @@ import onnx
 
 from melrt.backends.onnxruntime import OnnxModel
 from melrt.checks import check_fields, number
-from melrt.errors import CalibrationError
 from melrt.mel.spec import MelSpec
 from melrt.types import FloatAudio
 from melrt_calibration.data import Piece
@@ -53,7 +52,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         rules = {"log_mel": number(0, 10), "silence_db": number(0, 100)}
-        check_fields(self, rules, "INT8 budget, where a log_mel of 0.02 is 2 % of FP32's error", CalibrationError)
+        check_fields(self, rules, "INT8 budget, where a log_mel of 0.02 is 2 % of FP32's error")
 
     def allows(self, quality: Quality, reference: Quality, share: float = 1.0) -> bool:
         """Return whether the quality is within the given share of the budget."""

@@ -25,7 +25,7 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
-class Steps:
+class ProgressReporter:
     """Numbers the steps of a run and reports each of them."""
 
     def __init__(self, count: int, on_progress: OnProgress) -> None:

@@ -8,7 +8,7 @@ from melrt_calibration.bias_correction import correct_biases
 from melrt_calibration.equalization import POWERS, shared_tensors
 from melrt_calibration.evaluation import Evaluator, Quality
 from melrt_calibration.network import Network
-from melrt_calibration.progress import Steps
+from melrt_calibration.progress import ProgressReporter
 from melrt_calibration.search import LayerSet
 
 
@@ -23,7 +23,7 @@ class Repair:
     """Quality with all layers in INT8."""
 
 
-def choose_equalization(plain: Network, evaluator: Evaluator, steps: Steps) -> dict[str, float]:
+def choose_equalization(plain: Network, evaluator: Evaluator, steps: ProgressReporter) -> dict[str, float]:
     """Choose the power of each stage with which its layers, alone in INT8, have the smallest error.
 
     Returns:
@@ -49,7 +49,7 @@ def choose_equalization(plain: Network, evaluator: Evaluator, steps: Steps) -> d
 
 
 def repair(
-    plain: Network, network: Network, chosen: LayerSet, evaluator: Evaluator, steps: Steps
+    plain: Network, network: Network, chosen: LayerSet, evaluator: Evaluator, steps: ProgressReporter
 ) -> tuple[Network, LayerSet, list[Repair]]:
     """Correct the biases, keep the correction if it measures better, and compare the repairs.
 

@@ -17,7 +17,7 @@ from melrt_calibration.calibrate import CalibrationOptions
 from melrt_calibration.data import read_pieces
 from melrt_calibration.evaluation import Evaluator, Quality, decide
 from melrt_calibration.network import Network
-from melrt_calibration.progress import OnProgress, Steps
+from melrt_calibration.progress import OnProgress, ProgressReporter
 from melrt_export.checkpoints import Checkpoint, load_checkpoint
 from melrt_export.graph.deploy import deploy_graph
 from melrt_export.int8_plan import read_plan
@@ -57,7 +57,7 @@ def requantize(
         CalibrationError: The bundle has no plan or no FP32 graphs, or the checkpoint has another architecture or mel convention.
         CheckpointError: The checkpoint cannot be read.
     """
-    steps = Steps(STEPS, on_progress)
+    steps = ProgressReporter(STEPS, on_progress)
     steps.begin("reading the checkpoint and the speech")
     plan, graphs = read_plan(bundle), FloatGraphs.read(bundle)
     checkpoint = _load_matching(weights, bundle)

@@ -11,7 +11,7 @@ from melrt.types import Mel
 from melrt_calibration import timing
 from melrt_calibration.evaluation import Budget, Evaluator, Quality
 from melrt_calibration.network import Network
-from melrt_calibration.progress import Steps
+from melrt_calibration.progress import ProgressReporter
 from melrt_calibration.sensitivity import Sensitivity
 
 # Share of the budget that a set may use on held-out speech. That speech is a sample: other speech can need more.
@@ -31,7 +31,7 @@ class LayerSet:
 
 
 def search(
-    network: Network, evaluator: Evaluator, budget: Budget, rows: Sequence[Sensitivity], window: Mel, steps: Steps
+    network: Network, evaluator: Evaluator, budget: Budget, rows: Sequence[Sensitivity], window: Mel, steps: ProgressReporter
 ) -> tuple[list[LayerSet], LayerSet | None]:
     """Find the fastest set within the budget.
 

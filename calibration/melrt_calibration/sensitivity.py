@@ -10,7 +10,7 @@ from melrt.types import Mel
 from melrt_calibration import timing
 from melrt_calibration.evaluation import Evaluator, Quality
 from melrt_calibration.network import Network
-from melrt_calibration.progress import Steps
+from melrt_calibration.progress import ProgressReporter
 from melrt_calibration.ranges import METHODS
 from melrt_export.int8_plan import Int8Plan, LayerPlan
 
@@ -37,7 +37,9 @@ class Sensitivity:
     """Log-mel error of each method whose ranges differ."""
 
 
-def measure_sensitivities(network: Network, evaluator: Evaluator, window: Mel, steps: Steps) -> tuple[Network, list[Sensitivity], Quality]:
+def measure_sensitivities(
+    network: Network, evaluator: Evaluator, window: Mel, steps: ProgressReporter
+) -> tuple[Network, list[Sensitivity], Quality]:
     """Measure every layer alone in INT8, with each method of choosing its ranges, and alone in float.
 
     Returns:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from melrt.bundle import Artifact, Bundle
 from melrt.cli.progress import Steps
-from melrt.errors import EngineBuildError
+from melrt.errors import ConfigError
 
 if TYPE_CHECKING:
     from melrt_export.parity import VerifiedArtifact
@@ -91,7 +91,7 @@ def verify(
 
 def _verify_line(row: VerifiedArtifact) -> str:
     if row.difference is None:
-        return f"intact  {escape(row.file)}: it runs on a GPU only, so that its output was not compared."
+        return f"intact  {escape(row.file)}: it runs on a GPU only, so its output was not compared."
     result = "[green]pass[/]" if row.passed else "[bold red]FAIL[/]"
     difference = f"largest difference {row.difference.max_abs:.1e} of full scale, SNR {row.difference.snr_db:.1f} dB"
     return f"{result}    {escape(row.file)}: {difference}; limit: {row.limit}"
@@ -177,9 +177,11 @@ def _engine_lines(voice: Path, built: BuiltEngine) -> Iterator[str]:
     else:
         yield f"Built {voice / entry.file} ({size})."
     if entry.target["audited"] == "engine":
-        yield f"  The engine inspector confirmed that its layers compute in {entry.precision.upper()}."
+        yield f"  The engine inspector confirmed that its convolutions compute in {entry.precision.upper()}."
+    elif entry.target["audited"] == "plan":
+        yield f"  The text of the engine confirms that its convolutions compute in {entry.precision.upper()}."
     else:
-        yield f"  Its network computes in {entry.precision.upper()}. The layers of a portable engine can be inspected on a GPU only."
+        yield f"  Its network computes in {entry.precision.upper()}. The engine itself states no types, and can be inspected on a GPU only."
     if "snr_db" in entry.quality:
         yield f"  On recorded speech, its signal-to-noise ratio against FP32 on the CPU is {entry.quality['snr_db']:.1f} dB."
 
@@ -233,7 +235,7 @@ def _sizes(name: str, text: str) -> tuple[int, int, int]:
     try:
         low, best, high = (int(part) for part in text.split(","))
     except ValueError:
-        raise EngineBuildError(f"--{name} is {text!r}; it must be three whole numbers smallest,best,largest, such as 1,4,16.") from None
+        raise ConfigError(f"--{name} is {text!r}; it must be three whole numbers smallest,best,largest, such as 1,4,16.") from None
     return low, best, high
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from melrt import __version__
 from melrt.backends.onnxruntime import OnnxModel
 from melrt.bundle import Artifact, Bundle, Manifest
-from melrt.errors import CheckpointError, ParityError
+from melrt.errors import CheckpointError, ConfigError, ParityError
 from melrt.mel.level_check import Levels
 from melrt.planning.windows import GraphKind
 from melrt_export.checkpoints import Checkpoint, load_checkpoint
@@ -42,9 +42,9 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         if unknown := [p for p in self.precisions if p not in PRECISIONS]:
-            raise CheckpointError(f"precision {', '.join(unknown)} cannot be exported; choose from {', '.join(PRECISIONS)}.")
+            raise ConfigError(f"precision {', '.join(unknown)} cannot be exported; choose from {', '.join(PRECISIONS)}.")
         if not self.precisions:
-            raise CheckpointError(f"no precision to export; choose from {', '.join(PRECISIONS)}.")
+            raise ConfigError(f"no precision to export; choose from {', '.join(PRECISIONS)}.")
 
     @property
     def steps(self) -> int:

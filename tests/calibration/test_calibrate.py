@@ -13,8 +13,8 @@ import pytest
 import soundfile
 
 from melrt import Vocoder
-from melrt.bundle import Bundle
-from melrt.errors import CalibrationError, MelrtError
+from melrt.bundle import Artifact, Bundle
+from melrt.errors import CalibrationError, EngineBuildError, MelrtError
 from melrt.files.audio import read_audio
 from melrt.mel.features import mel_from_audio
 from melrt.timing import Timing
@@ -29,6 +29,7 @@ from melrt_export.generator.config import GeneratorConfig
 from melrt_export.int8_plan import Int8Plan
 from melrt_export.parity import Difference, probe_mel, verify
 from melrt_export.tensorrt.build import EngineOptions, build_engine
+from melrt_export.tensorrt.plan_text import PlanText
 
 # The quality of random weights is arbitrary: any result is within this budget.
 ANY = CalibrationOptions(Budget(10.0, 100.0), Sampling(windows=16))
@@ -123,8 +124,30 @@ def test_the_tensorrt_form_builds_an_engine(bundle: Bundle, speech: Path) -> Non
     assert zeros
     assert not any(onnx.numpy_helper.to_array(t).any() for t in zeros), "TensorRT accepts only zero points of 0"
     assert not any(t.data_type == onnx.TensorProto.INT32 for t in model.graph.initializer), "biases stay floating point"
+    plan = Int8Plan.loads(bundle.read(bundle.find("plan")[0]))
     for graph in ("edge", "interior"):
-        assert build_engine(bundle, EngineOptions(precision="int8", graph=graph)).size > 10_000
+        entry = build_engine(bundle, EngineOptions(precision="int8", graph=graph))
+        assert entry.target["audited"] == "plan"
+        text = PlanText.read(Bundle.open(bundle.path).read(entry))
+        assert {name for name, kind in text.weight_types.items() if kind == "int8"} == set(plan.names)
+        assert not text.weight_dequantizations
+
+
+@pytest.mark.usefixtures("int8_pays")
+def test_scales_of_shape_1_give_no_int8_and_are_refused(bundle: Bundle, speech: Path) -> None:
+    """TensorRT takes such a scale for one per channel. The engine then computes in FP16 and dequantizes its weights in every run."""
+    pytest.importorskip("tensorrt_rtx")
+    calibrate(bundle, [speech], ANY)
+    bundle = Bundle.open(bundle.path)
+    (entry,) = bundle.find("onnx", graph="interior", precision="int8-fp16")
+    model = onnx.load_from_string(bundle.read(entry))
+    for tensor in model.graph.initializer:
+        if not tensor.dims:
+            tensor.dims.append(1)
+    data = model.SerializeToString()
+    bundle.add(Artifact.of(entry.name, data, "onnx", graph="interior", precision="int8-fp16"), data)
+    with pytest.raises(EngineBuildError, match=r"computes half instead of int8.*melrt calibrate"):
+        build_engine(Bundle.open(bundle.path), EngineOptions(precision="int8", graph="interior"))
 
 
 def test_int8_that_is_not_faster_is_not_written(bundle: Bundle, speech: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,7 +130,7 @@ def test_files_that_are_not_checkpoints(folder: Path, tmp_path: Path) -> None:
         "cut-tail.pt": (good[:-40], "truncated"),
         "text.pt": (b"hello, I am a checkpoint\n" * 40, "truncated or not a checkpoint"),
         "model.safetensors": (b"\xff" * 64, "config.json"),
-        "weights.onnx": (b"", "no checkpoint of a project that melrt supports"),
+        "weights.onnx": (b"", "not contain a checkpoint of a project that melrt supports"),
     }
     for name, (data, message) in cases.items():
         (tmp_path / name).write_bytes(data)

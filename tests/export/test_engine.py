@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import onnx
 import pytest
 
 from melrt.bundle import Bundle
-from melrt.errors import BundleError, EngineBuildError, MissingExtraError
+from melrt.errors import BundleError, ConfigError, EngineBuildError, MissingExtraError
 from melrt.system import find_gpu
 from melrt_export.generator.config import GeneratorConfig
-from melrt_export.tensorrt.audit import audit_layers
+from melrt_export.tensorrt.audit import audit_layers, audit_plan
 from melrt_export.tensorrt.build import build_engine, build_unsaved_engine
 from melrt_export.tensorrt.options import SOURCES, EngineOptions
+from melrt_export.tensorrt.plan_text import PlanText
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed here")
 
@@ -84,7 +86,7 @@ def test_ctrl_c_stops_the_build_and_keeps_the_bundle(tiny_bundle: Bundle) -> Non
     ],
 )
 def test_options_that_cannot_be_built(tiny_bundle: Bundle, wrong: dict, message: str) -> None:
-    with pytest.raises(EngineBuildError, match=message):
+    with pytest.raises(ConfigError, match=message):
         build_engine(tiny_bundle, EngineOptions(**wrong))
 
 
@@ -136,17 +138,40 @@ def test_missing_flavor_names_its_extra(tiny_bundle: Bundle, monkeypatch: pytest
         build_engine(tiny_bundle, EngineOptions(flavor="tensorrt"))
 
 
-def inspected(datatype: str) -> str:
+def inspected(datatype: str, **layer: object) -> str:
     """Return the inspector's JSON for one convolution (TensorRT 10 developer guide, engine inspector)."""
-    layer = {"Name": "first", "LayerType": "CaskConvolution", "Outputs": [{"Name": "y", "Format/Datatype": datatype}]}
-    return json.dumps(
-        {"Layers": [layer, {"Name": "pad", "LayerType": "Reformat", "Outputs": [{"Format/Datatype": "Row major linear FP32"}]}]}
-    )
+    convolution = {
+        "Name": "first", "LayerType": "CaskConvolution", "Inputs": [{"Name": "x", "Format/Datatype": datatype}],
+        "Outputs": [{"Name": "y", "Format/Datatype": "Row major linear FP32"}], **layer,
+    }  # fmt: skip
+    return json.dumps({"Layers": [convolution, {"Name": "pad", "LayerType": "Reformat", "Inputs": [{"Format/Datatype": "FP32"}]}]})
 
 
 def test_audit_finds_a_convolution_in_another_precision() -> None:
     assert audit_layers(inspected("Channel major FP16 format where channel % 8 == 0"), "fp16") == "engine"
-    assert audit_layers(inspected("Half"), "fp16") == "engine"
-    with pytest.raises(EngineBuildError, match="first outputs Row major linear FP32, not fp16"):
+    assert audit_layers(inspected("Row major linear FP32", Weights={"Type": "Half", "Count": 4}), "fp16") == "engine"
+    assert audit_layers(inspected("Row major Int8 format", Weights={"Type": "Int8", "Count": 4}), "int8") == "engine"
+    with pytest.raises(EngineBuildError, match="first computes Row major linear FP32, not fp16"):
         audit_layers(inspected("Row major linear FP32"), "fp16")
+    with pytest.raises(EngineBuildError, match="first computes Float, not int8"):
+        audit_layers(inspected("Row major Int8 format", Weights={"Type": "Float", "Count": 4}), "int8")
     assert audit_layers('{"Layers": ["first"]}', "fp16") == "network", "an inspector that states no types"
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("fp32", "float"), ("fp16", "half")])
+def test_plan_states_the_type_of_every_convolution(tiny_bundle: Bundle, precision: str, kind: str) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    entry = build_engine(tiny_bundle, EngineOptions(precision=precision, flavor="tensorrt_rtx", graph="interior"))
+    assert entry.target["audited"] == "plan"
+    bundle = Bundle.open(tiny_bundle.path)
+    model = bundle.read(bundle.find("onnx", graph="interior", precision=precision)[0])
+    plan = bundle.read(entry)
+    names = {node.name for node in onnx.load_from_string(model).graph.node if node.op_type == "Conv"}
+    types = PlanText.read(plan).weight_types
+    assert set(types.values()) == {kind}
+    assert set(types) <= names
+    assert len(types) > 0.9 * len(names), "the builder may replace a convolution over one channel by another kernel"
+    other = {"fp32": "fp16", "fp16": "fp32"}[precision]
+    with pytest.raises(EngineBuildError, match=f"computes {kind} instead of"):
+        audit_plan(plan, model, other)
+    assert audit_plan(b"a plan without text", model, precision) == "network"

@@ -193,7 +193,7 @@ def test_files_of_two_projects_or_of_none(tmp_path: Path, tiny_checkpoint: Path)
     with pytest.raises(CheckpointError, match=r"more than one.*melgan-neurips.*ParallelWaveGAN.*Give the path"):
         load_checkpoint(folder)
     torch.save({"model": {"resnet.1.weight": torch.zeros(1)}}, tmp_path / "other.pt")
-    with pytest.raises(CheckpointError, match=r"no checkpoint of a project that melrt supports.*seungwonpark.*Coqui TTS.*TensorFlowTTS"):
+    with pytest.raises(CheckpointError, match=r"a checkpoint of a project that melrt supports.*seungwonpark.*Coqui TTS.*TensorFlowTTS"):
         load_checkpoint(tmp_path / "other.pt")
     (tmp_path / "hifi").mkdir()
     torch.save({"model": {"model_g.conv_pre.weight": torch.zeros(1)}}, tmp_path / "hifi" / "best_model.pth")

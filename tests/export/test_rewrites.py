@@ -11,7 +11,7 @@ import pytest
 
 from melrt.backends.onnxruntime import OnnxModel
 from melrt.bundle import Bundle
-from melrt.errors import EngineBuildError
+from melrt.errors import ConfigError
 from melrt_export.generator.config import GeneratorConfig
 from melrt_export.generator.mrf import MrfConfig
 from melrt_export.graph.rewrites import CHOICES, Variant, rewrite_graph
@@ -75,5 +75,5 @@ def test_tensorrt_builds_the_variants(tiny_bundle: Bundle, variant: Variant, gra
 
 @pytest.mark.parametrize("wrong", [{"shortcut": "none"}, {"layout": "NHWC"}, "cropped"])
 def test_unknown_variant_raises_an_error(wrong: object) -> None:
-    with pytest.raises(EngineBuildError, match="graph"):
+    with pytest.raises(ConfigError, match="graph"):
         Variant.from_dict(wrong)

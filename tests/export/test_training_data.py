@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import torch
 
-from melrt.errors import TrainingError
+from melrt.errors import ConfigError, TrainingError
 from melrt_export.training.config import DataConfig, read_config
 from melrt_export.training.recordings import Corpus, find_corpus
 from melrt_export.training.segments import BatchSampler, SegmentDataset, load_batches
@@ -160,11 +160,12 @@ def test_file_deleted_during_training_is_reported(folder: Path) -> None:
         ('run = "r"\n[data]\ntrain = "x"\n[optimizer]\nbetas = [0.5, 1]', "each a finite number at least 0 and below 1"),
         ('run = "r"\n[data]\ntrain = "x"\n[discriminator]\nchannels = 6', "multiple of 4"),
         ('run = "r"\n[data]\ntrain = "x"\n[schedule]\nlog_every = 0', "log_every is 0"),
+        ('run = "r"\n[data]\ntrain = "x"\n[quantisation]\nvoice = "v"', "is now quantization"),
     ],
 )
 def test_wrong_config_is_reported(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "x.toml").write_text(text)
-    with pytest.raises(TrainingError, match=message) as caught:
+    with pytest.raises(ConfigError, match=message) as caught:
         read_config(tmp_path / "x.toml")
     assert str(caught.value).startswith(str(tmp_path / "x.toml"))
 
@@ -174,5 +175,5 @@ def test_paths_in_a_config_are_relative_to_it(tmp_path: Path) -> None:
     config = read_config(tmp_path / "x.toml")
     assert (config.run, config.data.train, config.start_from) == (str(tmp_path / "runs/x"), str(tmp_path / "wavs"), "")
     assert config.generator.upsample_scales == (8, 8, 4)
-    with pytest.raises(TrainingError, match=r"nowhere\.toml cannot be read"):
+    with pytest.raises(ConfigError, match=r"nowhere\.toml cannot be read"):
         read_config(tmp_path / "nowhere.toml")

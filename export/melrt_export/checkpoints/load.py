@@ -62,7 +62,7 @@ def _load(path: Path, shown: Path) -> Checkpoint:
     matches = [(reader, file) for file in files for reader in _READERS if reader.recognizes(file)]
     if not matches:
         accepted = "; ".join(f"{reader.NAME}: {reader.FILES}" for reader in _READERS)
-        raise CheckpointError(f"{shown} holds no checkpoint of a project that melrt supports. Supported are {accepted}.")
+        raise CheckpointError(f"{shown} does not contain a checkpoint of a project that melrt supports. Supported are {accepted}.")
     if len(matches) > 1:
         several = " and ".join(f"{file.path.name} ({reader.NAME})" for reader, file in matches[:6])
         raise CheckpointError(f"{shown} holds more than one checkpoint: {several}. Give the path of the file to export.")

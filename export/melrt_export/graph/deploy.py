@@ -5,8 +5,8 @@ a half-precision graph has half precision in every layer. It differs from the tr
 
 - A transposed convolution becomes a 2-tap convolution to scale·C channels, a reshape and a crop (polyphase form).
 - Tensors are 2-D with height 1, (B, C, 1, T), which is the layout of the engines' blocked kernels.
-- The `interior` graph for windows (`melrt.planning.windows`) has no padding nodes, and crops once, at its end. The samples that
-  it keeps until then reach no farther into a window than the receptive field.
+- The `interior` graph for windows (`melrt.planning.windows`) has no padding nodes, and crops once, at its end. The samples that it
+  keeps until then change only output within the receptive field of the window's ends, which is discarded.
 - The mean at the end of a HiFi-GAN stage becomes a sum. Its factor is folded into the next convolution, because LeakyReLU commutes with a
   positive factor.
 - Normalization of the mel was folded into the first convolution when the checkpoint was read (`melrt_export.checkpoints`).

@@ -14,7 +14,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from melrt.checks import check_fields, one_of
-from melrt.errors import EngineBuildError
+from melrt.errors import ConfigError
 from melrt_export.generator.config import GeneratorConfig
 from melrt_export.graph.deploy import initializer
 
@@ -37,7 +37,7 @@ class Variant:
     """Axis of time. `width`: tensors are (B, C, 1, T); `height`: (B, C, T, 1)."""
 
     def __post_init__(self) -> None:
-        check_fields(self, {name: one_of(*values) for name, values in CHOICES.items()}, "graph variant", EngineBuildError)
+        check_fields(self, {name: one_of(*values) for name, values in CHOICES.items()}, "graph variant")
 
     def to_dict(self) -> dict[str, str]:
         """Return JSON values."""
@@ -48,10 +48,10 @@ class Variant:
         """Create a variant from the values that `to_dict` returns.
 
         Raises:
-            EngineBuildError: A field or a value is unknown.
+            ConfigError: A field or a value is unknown.
         """
         if not isinstance(values, dict) or set(values) - set(CHOICES):
-            raise EngineBuildError(f"graph variant is {values!r:.80}; it must be an object with the fields {', '.join(CHOICES)}.")
+            raise ConfigError(f"graph variant is {values!r:.80}; it must be an object with the fields {', '.join(CHOICES)}.")
         return cls(**values)
 
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 
 from melrt.bundle import Artifact, Bundle
-from melrt.errors import BundleError, EngineBuildError, MissingExtraError
+from melrt.errors import BundleError, ConfigError, EngineBuildError, MissingExtraError
 from melrt.system import driver_version, find_gpu
 from melrt_export.generator.config import GeneratorConfig
 from melrt_export.graph.rewrites import rewrite_graph
 from melrt_export.tensorrt.accuracy_check import check_accuracy
-from melrt_export.tensorrt.audit import audit_engine
+from melrt_export.tensorrt.audit import audit_engine, audit_plan
 from melrt_export.tensorrt.cache import CachedEngine
 from melrt_export.tensorrt.options import FLAVORS, SOURCES, EngineOptions, Flavor, default_frames
 from melrt_export.tensorrt.polygraphy import Progress, build_plan, polygraphy_for
@@ -99,8 +99,9 @@ def build_unsaved_engine(bundle: Bundle, options: EngineOptions, on_progress: Pr
     cached = plan is not None
     if plan is None:
         plan = _build(target.trt, onnx, profile, options, on_progress)
-    # Opening a plan needs a GPU, which a portable build may not have. The types in its network were audited before the build.
-    audited = "network" if target.portable else audit_engine(target.trt, plan, options.precision)
+    audited = audit_plan(plan, onnx, options.precision)
+    if audited == "network" and not target.portable:  # opening a plan needs a GPU, which a portable build may not have
+        audited = audit_engine(target.trt, plan, options.precision)
     if not cached:
         cache.save(plan)
     facts = {
@@ -136,7 +137,7 @@ def _profile(bundle: Bundle, options: EngineOptions) -> list[list[int]]:
     smallest = bundle.manifest.receptive_field.smallest_input
     frames = options.frames or default_frames(options.graph, smallest)
     if frames[0] < smallest:
-        raise EngineBuildError(f"frames is {frames}, which starts at {frames[0]}; this network takes at least {smallest}.")
+        raise ConfigError(f"frames is {frames}, which starts at {frames[0]}; this network takes at least {smallest}.")
     return [[b, bundle.manifest.spec.n_mels, t] for b, t in zip(options.batch, frames, strict=True)]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from melrt.checks import Rule, check_fields, flag, one_of, optional, whole
-from melrt.errors import EngineBuildError
+from melrt.errors import ConfigError
 from melrt.planning.windows import GraphKind
 from melrt_export.graph.rewrites import Variant
 
@@ -81,22 +81,22 @@ class EngineOptions:
     and driver."""
 
     def __post_init__(self) -> None:
-        check_fields(self, _RULES, error=EngineBuildError)
+        check_fields(self, _RULES)
 
     def check_flavor(self, flavor: Flavor) -> None:
-        """Raise EngineBuildError if this flavor does not support the options."""
+        """Raise ConfigError if this flavor does not support the options."""
         if flavor != "tensorrt_rtx":
             return
         if self.compatible == "hardware":
-            raise EngineBuildError(
+            raise ConfigError(
                 "tensorrt_rtx does not build hardware-compatible engines. A portable engine runs on every GPU that it supports."
             )
         if self.compatible == "version":
-            raise EngineBuildError(
+            raise ConfigError(
                 "tensorrt_rtx does not build version-compatible engines: its wheels lack the library. Build one engine per version."
             )
         if self.refittable and self.portable:
-            raise EngineBuildError(
+            raise ConfigError(
                 "tensorrt_rtx builds refittable engines only for the GPU of the build machine. Add --this-gpu, and build on that GPU."
             )
 

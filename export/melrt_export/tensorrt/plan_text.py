@@ -1,6 +1,6 @@
 """Types of the convolutions in a TensorRT-RTX plan, read from the plan's own text; no GPU is needed.
 
-A plan holds its program as text: `tensor={ ... name="x" ... type=int8 }` for every tensor, `corrltn={ name="first" ... input={"x" "w"} ... }`
+A plan holds its program as text: `tensor={ ... name="x" ... type=int8 }` for every tensor, `corrltn={ name="first" input={"x" "w"} ... }`
 for every convolution, and `function={ ... layers="[ONNX Layer: ...]" }` for every other kernel.
 """
 

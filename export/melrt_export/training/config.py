@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from melrt.checks import Rule, check_fields, flag, list_of, number, one_of, text, whole
-from melrt.errors import MelrtError, TrainingError
+from melrt.errors import ConfigError, MelrtError
 from melrt.mel.spec import MelSpec
 from melrt_export.generator.config import GeneratorConfig
 
@@ -18,6 +18,11 @@ MAX_CONFIG_BYTES = 1 << 20
 MAX_STEPS = 1 << 40
 
 Int8Form = Literal["cpu", "tensorrt"]
+# Settings that were renamed.
+RENAMED = {
+    "quantisation": "quantization",
+    "normalisation": "normalization",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +41,7 @@ class DiscriminatorConfig:
     def __post_init__(self) -> None:
         _check(self, scales=whole(1, 8), channels=whole(4, 256), layers=whole(1, 8), downsampling=whole(2, 16))
         if self.channels % 4:
-            raise TrainingError(f"channels is {self.channels}; it must be a multiple of 4, because convolutions have groups of 4 channels.")
+            raise ConfigError(f"channels is {self.channels}; it must be a multiple of 4, because convolutions have groups of 4 channels.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +79,7 @@ class DataConfig:
             peak=number(1e-3, 1), gain=list_of(number(0, 1, above=True), 2, 2),
         )  # fmt: skip
         if self.gain[0] > self.gain[1]:
-            raise TrainingError(f"gain is {list(self.gain)}; the smaller factor must come first.")
+            raise ConfigError(f"gain is {list(self.gain)}; the smaller factor must come first.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +106,14 @@ class LossConfig:
         weights = dict.fromkeys(("adversarial", "feature_matching", "stft", "mel"), number(0, 1e6))
         _check(self, **weights, **steps)
         if self.uses_discriminator and self.adversarial_from < self.discriminator_from:
-            raise TrainingError(
+            raise ConfigError(
                 f"adversarial_from is {self.adversarial_from}, before discriminator_from {self.discriminator_from}: "
                 "the generator would follow discriminators that are not trained yet. Set it to the same step or a later one."
             )
         if not (self.uses_discriminator or self.stft or self.mel):
-            raise TrainingError("all loss weights are 0, so nothing can be trained; set adversarial, feature_matching, stft or mel.")
+            raise ConfigError("all loss weights are 0, so nothing can be trained; set adversarial, feature_matching, stft or mel.")
         if self.adversarial_from and not (self.stft or self.mel):
-            raise TrainingError(
+            raise ConfigError(
                 f"adversarial_from is {self.adversarial_from}, but stft and mel are 0, so earlier steps have no loss; set stft or mel."
             )
 
@@ -215,7 +220,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         _check(self, seed=whole(0, 1 << 62))
         if self.quantization.voice and not self.start_from:
-            raise TrainingError("[quantization] fine-tunes a trained voice in INT8; name its checkpoint as start_from.")
+            raise ConfigError("[quantization] fine-tunes a trained voice in INT8; name its checkpoint as start_from.")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as plain JSON values."""
@@ -226,19 +231,19 @@ def read_config(path: Path) -> TrainingConfig:
     """Read the TOML file of a training. Paths in it are relative to its folder.
 
     Raises:
-        TrainingError: The file is not TOML, has an unknown key, or has a value outside its limits.
+        ConfigError: The file is not TOML, has an unknown key, or has a value outside its limits.
     """
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise TrainingError(f"{path} has {path.stat().st_size} bytes; a config may have at most {MAX_CONFIG_BYTES}.")
+            raise ConfigError(f"{path} has {path.stat().st_size} bytes; a config may have at most {MAX_CONFIG_BYTES}.")
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise TrainingError(f"{path} is not a TOML file: {error}") from error
+        raise ConfigError(f"{path} is not a TOML file: {error}") from error
     except OSError as error:
-        raise TrainingError(f"{path} cannot be read: {error.strerror or error}. Give the TOML file of a training.") from error
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}. Give the TOML file of a training.") from error
     if "start_from" in values and (both := {"generator", "mel"} & set(values)):
         section = sorted(both)[0]
-        raise TrainingError(
+        raise ConfigError(
             f"{path} has both start_from and [{section}]; shape and mel convention come from the checkpoint. Remove [{section}]."
         )
     config: TrainingConfig = _read(TrainingConfig, values, str(path))
@@ -254,21 +259,23 @@ def read_config(path: Path) -> TrainingConfig:
 def _read(kind: type[Any], values: Any, where: str) -> Any:
     """Build a dataclass from a TOML table; `where` begins every error message."""
     if not isinstance(values, Mapping):
-        raise TrainingError(f"{where} is {values!r:.80}; it must be a table of settings.")
+        raise ConfigError(f"{where} is {values!r:.80}; it must be a table of settings.")
     hints = typing.get_type_hints(kind)
+    if old := sorted(set(values) & set(RENAMED)):
+        raise ConfigError(f"{where}: {old[0]} is now {RENAMED[old[0]]}.")
     if unknown := sorted(set(values) - set(hints)):
-        raise TrainingError(f"{where}: {', '.join(unknown)} is not a setting here; the settings are {', '.join(hints)}.")
+        raise ConfigError(f"{where}: {', '.join(unknown)} is not a setting here; the settings are {', '.join(hints)}.")
     try:
         if kind is MelSpec:
             return MelSpec.from_dict(MelSpec().to_dict() | dict(values))
         if kind is GeneratorConfig:
             return GeneratorConfig.from_dict(values)
         if missing := [each.name for each in fields(kind) if each.name not in values and _is_required(each)]:
-            raise TrainingError(f"{', '.join(missing)} is missing.")
+            raise ConfigError(f"{', '.join(missing)} is missing.")
         return kind(**{name: _convert(hints[name], value, f"{where}: [{name}]") for name, value in values.items()})
     except MelrtError as error:
         message = str(error)
-        raise TrainingError(message if message.startswith(where) else f"{where}: {message}") from error
+        raise ConfigError(message if message.startswith(where) else f"{where}: {message}") from error
 
 
 def _is_required(each: Field[Any]) -> bool:
@@ -293,4 +300,4 @@ def _check(config: object, **rules: Rule) -> None:
             rules[name] = one_of(*get_args(kind))
         elif kind in by_type:
             rules[name] = by_type[kind]
-    check_fields(config, rules, error=TrainingError)
+    check_fields(config, rules)
