@@ -10,7 +10,7 @@ import soundfile
 import torch
 
 from melrt.errors import ConfigError, TrainingError
-from melrt_export.training.config import DataConfig, read_config
+from melrt_export.training.config import RENAMED, DataConfig, read_config
 from melrt_export.training.recordings import Corpus, find_corpus
 from melrt_export.training.segments import BatchSampler, SegmentDataset, load_batches
 
@@ -160,7 +160,7 @@ def test_file_deleted_during_training_is_reported(folder: Path) -> None:
         ('run = "r"\n[data]\ntrain = "x"\n[optimizer]\nbetas = [0.5, 1]', "each a finite number at least 0 and below 1"),
         ('run = "r"\n[data]\ntrain = "x"\n[discriminator]\nchannels = 6', "multiple of 4"),
         ('run = "r"\n[data]\ntrain = "x"\n[schedule]\nlog_every = 0', "log_every is 0"),
-        ('run = "r"\n[data]\ntrain = "x"\n[quantisation]\nvoice = "v"', "is now quantization"),
+        (f'run = "r"\n[data]\ntrain = "x"\n[{next(iter(RENAMED))}]\nvoice = "v"', "is now quantization"),
     ],
 )
 def test_wrong_config_is_reported(tmp_path: Path, text: str, message: str) -> None:

@@ -20,7 +20,13 @@ logger = logging.getLogger(__name__)
 
 MAX_THREADS = 1024
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,2})?")
-_DEVICE_RULE = Rule(lambda value: isinstance(value, str) and bool(_DEVICE.fullmatch(value)), "one of auto, cpu, cuda, cuda:0, cuda:1, ...")
+_DEVICE_RULE = Rule(
+    lambda value: isinstance(value, str) and bool(_DEVICE.fullmatch(value)),
+    "auto, cpu, cuda, or cuda:N for GPU number N. `melrt doctor` shows the devices",
+)
+_THREADS_RULE = optional(whole(1, MAX_THREADS))._replace(
+    allowed=f"a whole number from 1 to {MAX_THREADS}; the default is one for each usable core"
+)
 # A CPU has no half-precision convolutions: there the half graph is the float32 graph with casts around it, and slower.
 _AUTO_PRECISIONS = {"cuda": ("fp16", "tf32", "fp32"), "cpu": ("fp32",)}
 
@@ -43,7 +49,7 @@ class BackendChoice:
     def __post_init__(self) -> None:
         rules = {
             "device": _DEVICE_RULE, "precision": one_of("auto", *PRECISIONS), "backend": one_of("auto", *BACKENDS),
-            "threads": optional(whole(1, MAX_THREADS)), "sample_format": one_of(*SAMPLE_FORMATS),
+            "threads": _THREADS_RULE, "sample_format": one_of(*SAMPLE_FORMATS),
         }  # fmt: skip
         check_fields(self, rules)
 
@@ -72,18 +78,29 @@ def open_backend(bundle: Bundle, choice: BackendChoice) -> Backend:
     Raises:
         BackendError: None of them runs here; the text gives the reason for each one tried.
     """
-    reasons = []
+    skipped: dict[str, list[str]] = {}
+    errors = []
     for candidate in (*_engines(bundle, choice), *_models(bundle, choice)):
         try:
-            return candidate.open()
+            backend = candidate.open()
         except (BackendError, MissingExtraError) as error:
-            reasons.append((candidate.description, error))
-            logger.warning("%s does not run here, trying the next: %s", candidate.description, error)
-    if len(reasons) == 1:
-        raise reasons[0][1]
-    if reasons:
-        raise BackendError(f"nothing in {bundle.path} runs here. " + " · ".join(f"{what}: {error}" for what, error in reasons))
+            errors.append(error)
+            skipped.setdefault(str(error), []).append(candidate.description)
+            continue
+        if skipped:
+            logger.warning("%s is used. Skipped: %s.", candidate.description, "; ".join(line.rstrip(".") for line in _reasons(skipped)))
+        return backend
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise BackendError("\n".join([f"nothing in {bundle.path} runs here:", *_reasons(skipped)]))
     raise BackendError(_nothing_fits(bundle, choice))
+
+
+def _reasons(skipped: dict[str, list[str]]) -> Iterator[str]:
+    """Yield one line for each reason, with the candidates that it applies to."""
+    for reason, descriptions in skipped.items():
+        yield f"{', '.join(descriptions)}: {reason}"
 
 
 def _engines(bundle: Bundle, choice: BackendChoice) -> Iterator[_Candidate]:

@@ -18,8 +18,8 @@ from rich.table import Column, Table
 from melrt.backends.select import BackendChoice, open_backend
 from melrt.bundle import Bundle, Manifest
 from melrt.cli.progress import Steps
-from melrt.errors import AudioError, BundleError, ConfigError, MelError
-from melrt.files.atomic import atomic_write
+from melrt.errors import BundleError, ConfigError, MelError
+from melrt.files.atomic import atomic_write, check_writable
 from melrt.files.audio import read_audio, write_wav
 from melrt.files.mels import mel_pieces
 from melrt.mel.convert import convert_mel
@@ -115,6 +115,9 @@ def mel(
 
     `melrt mel voice.melrt recording.wav -o mel.npy`
     """
+    _check_outputs([audio], [out])
+    if out.suffix.lower() != ".npy":
+        raise ConfigError(f"--out is {out}, but a mel is a .npy file. Give a name with that ending, such as {out.with_suffix('.npy')}.")
     spec = Bundle.open(voice).manifest.spec
     frames = mel_from_audio(read_audio(audio, spec.sample_rate), spec)
     with atomic_write(out) as temporary, temporary.open("xb") as stream:
@@ -185,19 +188,27 @@ def _targets(inputs: list[Path], out: Path) -> list[Path]:
     if out.is_dir() or not out.suffix:
         targets = [out / f"{source.stem}.wav" for source in inputs]
     elif out.suffix.lower() != ".wav":
-        raise AudioError(
+        raise ConfigError(
             f"--out is {out}, but melrt writes .wav files only. Give a name that ends in .wav for one input, or a folder. A folder with a "
             "dot in its name must exist already."
         )
     elif len(inputs) > 1:
-        raise MelError(f"{len(inputs)} inputs cannot go to one file {out}; give a folder.")
+        raise ConfigError(f"{len(inputs)} inputs cannot go to one file {out}; give a folder.")
     else:
         targets = [out]
-    if overwritten := {t.resolve() for t in targets} & {s.resolve() for s in inputs}:
-        raise MelError(f"{', '.join(map(str, overwritten))} would be overwritten by its own synthesis; give another folder.")
     if len(set(targets)) < len(targets):
-        raise MelError("two inputs have the same name and would overwrite each other; synthesize them into different folders.")
+        raise ConfigError("two inputs have the same name and would overwrite each other; synthesize them into different folders.")
+    _check_outputs(inputs, targets)
     return targets
+
+
+def _check_outputs(inputs: list[Path], targets: list[Path]) -> None:
+    """Raise ConfigError if an output would replace an input, or cannot be written; all outputs are in one folder."""
+    sources = {source.resolve() for source in inputs}
+    if overwritten := [str(target) for target in targets if target.resolve() in sources]:
+        raise ConfigError(f"{', '.join(overwritten)} would be overwritten by the output; give another name or folder.")
+    for target in targets[:1] + [target for target in targets[1:] if target.is_dir()]:
+        check_writable(target)
 
 
 class _Clock:

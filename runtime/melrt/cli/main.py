@@ -6,11 +6,14 @@ import functools
 import importlib
 import logging
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from melrt import __version__
 from melrt.errors import MelrtError, MissingExtraError, ParityError
 
 OUT_OF_TOLERANCE = 1
@@ -70,10 +73,14 @@ def main() -> None:
         sys.exit(WRONG_INPUT)
     _log_warnings()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    if arguments == ["--version"]:
+        print(f"melrt {__version__}")
+        sys.exit()
     _refuse_renamed(arguments)
     app = typer.Typer(
         help="Export MelGAN checkpoints, build engines and synthesize speech. `melrt COMMAND --help` explains a command; "
-        "`melrt --debug COMMAND` shows the traceback of an error.",
+        "`melrt --debug COMMAND` shows the traceback of an error; `melrt --version` prints the version.",
+        context_settings={"help_option_names": ["-h", "--help"]},
         no_args_is_help=True, add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False,
     )  # fmt: skip
     groups = {"": app}
@@ -97,10 +104,16 @@ def _called(arguments: list[str]) -> list[str]:
 
 def _refuse_renamed(arguments: list[str]) -> None:
     command = next((argument for argument in arguments if not argument.startswith("-")), "")
+    changes: dict[str, str] = {}
+    typed = []
     for word in arguments:
-        new = RENAMED.get((command, word.partition("=")[0])) or (RENAMED.get(("", word)) if word == command else None)
-        if new:
-            _fail(f"{word.partition('=')[0]} is now {new}.", WRONG_INPUT)
+        old, equals, value = word.partition("=")
+        new = RENAMED.get((command, old)) or (RENAMED.get(("", word)) if word == command else None)
+        changes |= {old: new} if new else {}
+        typed.append(f"{new}{equals}{value}" if new else word)
+    if changes:
+        told = ", ".join(f"{old} is now {new}" for old, new in changes.items())
+        _fail(f"{told}. Type `{shlex.join(['melrt', *typed])}` instead.", WRONG_INPUT)
 
 
 def _guarded(name: str, *, called: bool, debug: bool) -> Callable[..., Any]:
@@ -153,10 +166,21 @@ def _explain(name: str, error: BaseException, *, debug: bool) -> NoReturn:
         package = error.name or "a package"
         _fail(str(MissingExtraError(f"melrt {name}", package, _extra_with(package, COMMANDS[name].extra))), WRONG_INPUT)
     if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{_as_typed(str(error.filename))}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}", WRONG_INPUT)
     remedy = "please report it." if debug else f"please report it with the traceback that `melrt --debug {name} ...` shows."
     _fail(f"internal error in melrt {name} ({type(error).__name__}: {error}); {remedy}", INTERNAL_ERROR)
+
+
+def _as_typed(filename: str) -> str:
+    """Return a path beginning as the user typed it: the arguments are searched for the path itself or the nearest folder above it."""
+    absolute = Path(filename).resolve()
+    values = [argument.partition("=")[2] if argument.startswith("--") else argument for argument in sys.argv[1:]]
+    typed = {Path(value).resolve(): Path(value) for value in values if value}
+    for folder in (absolute, *absolute.parents):
+        if folder in typed:
+            return str(typed[folder] / absolute.relative_to(folder))
+    return filename
 
 
 def _extra_with(module: str, own: str) -> str:

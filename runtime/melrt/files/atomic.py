@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from melrt.errors import ConfigError
 
 
 @contextlib.contextmanager
@@ -17,6 +20,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     On success the temporary file is synced and renamed to `path`; on failure it is removed. If `path` is a link, its target is replaced.
     If it is a device or a pipe, the whole content is written into it.
+
+    Raises:
+        OSError: The file cannot be written; the error names `path`, not the temporary path.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         with tempfile.TemporaryDirectory() as folder:
@@ -25,18 +31,21 @@ def atomic_write(path: Path) -> Iterator[Path]:
             with temporary.open("rb") as content, path.open("wb") as target:
                 shutil.copyfileobj(content, target)
         return
-    path = path.resolve() if path.is_symlink() else path
-    made = _make_parents(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    given, path = path, path.resolve() if path.is_symlink() else path
     temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
-    try:
-        yield temporary
-        _sync(temporary)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        _remove_empty(made)
-        raise
-    _sync(path.parent)
+    with _errors_name(given, temporary):
+        made = _make_parents(path)
+        try:
+            yield temporary
+            _sync(temporary)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            _remove_empty(made)
+            raise
+        _sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -44,28 +53,68 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a new folder in the same folder as `path`, for the caller to fill.
 
     On success it replaces `path`; on failure it is removed and `path` stays unchanged. If `path` is a link, its target is replaced.
+
+    Raises:
+        OSError: The folder cannot be written; the error names `path`, not the temporary path.
     """
-    path = path.resolve() if path.is_symlink() else path
-    made = _make_parents(path)
+    given, path = path, path.resolve() if path.is_symlink() else path
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    with _errors_name(given, temporary):
+        made = _make_parents(path)
+        try:
+            temporary.mkdir()
+            yield temporary
+            for file in temporary.iterdir():
+                _sync(file)
+            _sync(temporary)
+            _replace_folder(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            _remove_empty(made)
+            raise
+        _sync(path.parent)
+
+
+def check_writable(path: Path, *, folder: bool = False) -> None:
+    """Check before any work that a file can be written. The check makes one temporary file in the folder, and removes it.
+
+    Args:
+        path: The file; its folders need not exist.
+        folder: Whether `path` is a folder of files to write.
+
+    Raises:
+        ConfigError: `path` is a folder, or files cannot be made in its folder; the text names `path`.
+    """
+    if not folder and path.is_dir():
+        raise ConfigError(f"{path} is a folder. Give the name of a file, for example one in that folder.")
+    if not folder and path.exists() and not path.is_file():
+        return  # a device or a pipe
+    real = path.resolve() if path.is_symlink() else path
+    place = next(parent for parent in ((real, *real.parents) if folder else real.parents) if parent.exists())
     try:
-        temporary.mkdir()
-        yield temporary
-        for file in temporary.iterdir():
-            _sync(file)
-        _sync(temporary)
-        _replace_folder(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        _remove_empty(made)
-        raise
-    _sync(path.parent)
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        reason = f"new files in {place} are not possible ({error.strerror})" if place.is_dir() else f"{place} is not a folder"
+        raise ConfigError(f"{path} cannot be written: {reason}. Choose a folder in which you may write.") from error
 
 
 def user_cache() -> Path:
     """Return the folder for files that can be made again: `$MELRT_CACHE`, or `melrt` in `$XDG_CACHE_HOME` or `~/.cache`."""
     chosen = os.environ.get("MELRT_CACHE")
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "melrt"
+
+
+@contextlib.contextmanager
+def _errors_name(path: Path, temporary: Path) -> Iterator[None]:
+    """Raise errors of the temporary path, and write errors without a path such as a full disk, as errors of `path`."""
+    try:
+        yield
+    except OSError as error:
+        named = str(error.filename or "")
+        if named.startswith(str(temporary)) or named in map(str, temporary.parents) or (not named and type(error) is OSError):
+            raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+        raise
 
 
 def _make_parents(path: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from melrt.errors import AudioError, MissingExtraError
+from melrt.errors import AudioError, ConfigError, MissingExtraError
 from melrt.files.atomic import atomic_write
 from melrt.types import FloatAudio
 
@@ -24,6 +24,9 @@ SAMPLE_FORMATS: tuple[SampleFormat, ...] = ("int16", "float32")
 # A GPU kernel that converts to int16 writes this for a sample that is NaN. Full scale is 32767, so no finite sample becomes this.
 INT16_NAN = -32768
 _SUBTYPES = {"int16": "PCM_16", "float32": "FLOAT"}
+_READABLE = "WAV, FLAC, OGG, MP3 and the other formats of libsndfile"
+# A disk with less room than this, in MiB, is named as the likely reason why a file could not be written.
+_LITTLE_ROOM = 100
 
 
 def read_audio(path: Path, sample_rate: int) -> FloatAudio:
@@ -39,7 +42,7 @@ def read_audio(path: Path, sample_rate: int) -> FloatAudio:
         Samples, shape (N,).
 
     Raises:
-        AudioError: Not an audio file, or one without samples.
+        AudioError: The file does not exist, is a folder, is not audio, or has no samples.
         MissingExtraError: soundfile or soxr is not installed.
     """
     try:
@@ -48,17 +51,26 @@ def read_audio(path: Path, sample_rate: int) -> FloatAudio:
         raise MissingExtraError("reading audio", "soundfile", "cli") from error
     try:
         audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, TypeError) as error:
-        reason = getattr(error, "error_string", str(error))
-        raise AudioError(f"{path} cannot be read as audio: {reason}") from error
+    except (soundfile.LibsndfileError, TypeError) as error:  # libsndfile reports "System error." for most reasons
+        raise AudioError(f"{path} {_why_unreadable(Path(path))}") from error
     if not len(audio):
-        raise AudioError(f"{path} has no samples.")
+        raise AudioError(f"{path} has no samples. Give another recording.")
     if audio.shape[1] > 1:
         logger.warning("%s has %d channels; using their mean", path, audio.shape[1])
     mono = audio.mean(axis=1)
     if rate != sample_rate:
         logger.warning("%s has %d Hz; resampling to %d Hz", path, rate, sample_rate)
     return np.asarray(resample(mono, rate, sample_rate), np.float32)
+
+
+def _why_unreadable(path: Path) -> str:
+    if path.is_dir():
+        return f"is a folder. Give one recording in it; {_READABLE} are read."
+    if not path.exists():
+        return f"does not exist. Give the path of a recording; {_READABLE} are read."
+    if not os.access(path, os.R_OK):
+        return "cannot be opened: permission denied. Change its permissions, or give another recording."
+    return f"cannot be read as audio. {_READABLE} are read; convert the file to one of them."
 
 
 def resample(audio: FloatAudio, rate: int, new_rate: int) -> FloatAudio:
@@ -103,7 +115,8 @@ def write_wav(
         sample_format: `int16` (clipped to full scale) or `float32` (unchanged).
 
     Raises:
-        AudioError: Not one channel of samples, an unknown format, or a file that libsndfile could not write.
+        AudioError: Not one channel of samples, or a file that libsndfile could not write.
+        ConfigError: `sample_format` is neither of the two.
         MissingExtraError: soundfile is not installed.
         OSError: The file cannot be written.
     """
@@ -112,15 +125,23 @@ def write_wav(
     except ImportError as error:
         raise MissingExtraError("writing audio", "soundfile", "cli") from error
     if sample_format not in _SUBTYPES:
-        raise AudioError(f"sample format is {sample_format!r}; it must be one of {', '.join(_SUBTYPES)}.")
+        raise ConfigError(f"sample format is {sample_format!r}; it must be one of {', '.join(_SUBTYPES)}.")
     path = Path(path)
     with atomic_write(path) as temporary:
+        temporary.touch(exist_ok=False)  # a folder that cannot be written to fails here, with the reason that libsndfile does not give
         try:
-            with soundfile.SoundFile(temporary, "x", sample_rate, 1, _SUBTYPES[sample_format], format="WAV") as file:
+            with soundfile.SoundFile(temporary, "w", sample_rate, 1, _SUBTYPES[sample_format], format="WAV") as file:
                 for piece in [audio] if isinstance(audio, np.ndarray) else audio:
                     if piece.ndim != 1:
                         raise AudioError(f"audio has shape {piece.shape}; a file takes one utterance, shape (samples,).")
                     file.write(to_int16(piece) if sample_format == "int16" else piece)
-        except soundfile.LibsndfileError as error:  # a full or locked disk is reported as "System error." only
-            free = shutil.disk_usage(path.parent).free >> 20
-            raise AudioError(f"{path} could not be written ({error}). The disk has {free} MiB free.") from error
+        except soundfile.LibsndfileError as error:  # a full disk is reported as "System error." only
+            raise AudioError(f"{path} could not be written ({error.error_string}){_disk_note(path.parent)}") from error
+
+
+def _disk_note(folder: Path) -> str:
+    """Return the end of a sentence: the disk's free space and what to do, where the space explains a failed write."""
+    usage = shutil.disk_usage(folder)
+    if usage.total and usage.free >> 20 < _LITTLE_ROOM:  # /proc and the like have a size of 0
+        return f": the disk has {usage.free >> 20} MiB free. Make room, or choose another disk."
+    return ". Choose another place for it."

@@ -35,15 +35,18 @@ def read_mel(path: Path, spec: MelSpec) -> NDArray[Any]:
         MelError: The file is none of these, or holds more than one utterance.
         MissingExtraError: A package that this kind of file needs is not installed.
     """
+    if path.is_dir():
+        raise MelError(f"{path} is a folder. Give its mels as {path / '*.npy'}, or synthesize the whole folder with `melrt bulk`.")
     if not path.is_file():
-        raise MelError(f"{path} does not exist or is not a file.")
+        what = "is not a file" if path.exists() else "does not exist"
+        raise MelError(f"{path} {what}. Give the path of a mel ({', '.join(_READERS)}) or of a recording.")
     suffix = path.suffix.lower()
     if suffix in _READERS:
         return one_utterance(_READERS[suffix](path), str(path))
     try:
         return mel_from_audio(read_audio(path, spec.sample_rate), spec)
     except AudioError as error:
-        raise MelError(f"{error} Mels are read from {', '.join(_READERS)} files, or computed from audio.") from error
+        raise MelError(f"{error} Mels are read from {', '.join(_READERS)} files.") from error
 
 
 def one_utterance(mel: NDArray[Any], name: str) -> NDArray[Any]:
@@ -55,9 +58,10 @@ def one_utterance(mel: NDArray[Any], name: str) -> NDArray[Any]:
     if mel.ndim == 3 and len(mel) == 1:
         mel = mel[0]
     if mel.ndim != 2:
-        raise MelError(f"{name} has shape {mel.shape}; expected one utterance, (bands, frames).")
+        remedy = "Save each utterance in a file or row of its own."
+        raise MelError(f"{name} has shape {mel.shape}; expected one utterance, (bands, frames). {remedy}")
     if 0 in mel.shape:
-        raise MelError(f"{name}: mel is empty, shape {mel.shape}.")
+        raise MelError(f"{name}: mel is empty, shape {mel.shape}. Compute it again with `melrt mel`, or leave it out.")
     return np.asanyarray(mel)
 
 
@@ -77,7 +81,7 @@ def _read_npy(path: Path) -> NDArray[Any]:
     with _numpy_errors(path):
         mel = np.load(path, mmap_mode="r", allow_pickle=False)
     if mel.nbytes > MAX_MEL_BYTES:
-        raise MelError(f"{path} holds {mel.nbytes} bytes; a mel must have at most {MAX_MEL_BYTES}.")
+        raise MelError(f"{path} holds {mel.nbytes} bytes; a mel must have at most {MAX_MEL_BYTES}. Cut it into several files.")
     return np.asanyarray(mel)
 
 
@@ -86,11 +90,11 @@ def _read_npz(path: Path) -> NDArray[Any]:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
         if unpacked > MAX_MEL_BYTES:
-            raise MelError(f"{path} unpacks to {unpacked} bytes; a mel must have at most {MAX_MEL_BYTES}.")
+            raise MelError(f"{path} unpacks to {unpacked} bytes; a mel must have at most {MAX_MEL_BYTES}. Cut it into several files.")
         with np.load(path, allow_pickle=False) as arrays:
             name = "mel" if "mel" in arrays.files else arrays.files[0] if len(arrays.files) == 1 else None
             if name is None:
-                raise MelError(f"{path} holds arrays {arrays.files[:8]}; expected one array, or one named 'mel'.")
+                raise MelError(f"{path} holds arrays {arrays.files[:8]}; expected one array, or one named 'mel'. Save it with `np.save`.")
             return np.asarray(arrays[name])
 
 
@@ -111,7 +115,8 @@ def _numpy_errors(path: Path) -> Iterator[None]:
     except Exception as error:
         # numpy suggests to unpickle such a file, which could run code.
         reason = "it is another kind of file, or holds Python objects" if "pickle" in str(error) else str(error)
-        raise MelError(f"{path} cannot be read as a numpy file of numbers: {reason}.") from error
+        remedy = "Save the array (bands, frames) with `np.save`."
+        raise MelError(f"{path} cannot be read as a numpy file of numbers: {reason}. {remedy}") from error
 
 
 _READERS = {".npy": _read_npy, ".npz": _read_npz, ".pt": _read_torch, ".pth": _read_torch}

@@ -17,6 +17,7 @@ from melrt.types import Mel
 
 Log = Literal["log10", "ln", "log2", "dB", "linear"]
 Framing = Literal["same", "center"]
+_REMEDY = "Compute it with `melrt mel VOICE.melrt in.wav -o mel.npy`, or check the acoustic model's settings."
 # Value of each logarithm for a magnitude of e.
 _UNITS = {"ln": 1.0, "log10": 1 / np.log(10), "log2": 1 / np.log(2), "dB": 20 / np.log(10)}
 _SIZE = whole(1, 10_000_000)
@@ -109,9 +110,12 @@ class MelSpec:
 
     def describe(self) -> str:
         """Return one line for reports and error messages."""
+        return f"{self.n_mels} bands, {self._describe_bands()}"
+
+    def _describe_bands(self) -> str:
         gain = "" if self.gain == 1 else f"{self.gain:g} x "
         normalized = ", normalized" if self.normalization else ""
-        return f"{self.n_mels} bands, {self.f_min:g}-{self.f_max:g} Hz, {gain}{self.log}, {self.sample_rate} Hz, hop {self.hop}{normalized}"
+        return f"{self.f_min:g}-{self.f_max:g} Hz, {gain}{self.log}, {self.sample_rate} Hz, hop {self.hop}{normalized}"
 
     def check(self, mel: ArrayLike, smallest: int = 1) -> Mel:
         """Check one or more utterances, and convert them to float32.
@@ -141,8 +145,8 @@ class MelSpec:
 
     def wrong_bands(self, shape: tuple[int, ...]) -> MelError:
         """Return the error for a wrong number of bands."""
-        transposed = " It looks transposed: pass mel.T." if shape[-1] == self.n_mels else ""
-        return MelError(f"mel has {shape[-2]} bands; this voice takes {self.n_mels} ({self.describe()}).{transposed}")
+        remedy = "It looks transposed: pass mel.T." if shape[-1] == self.n_mels else _REMEDY
+        return MelError(f"mel has {shape[-2]} bands; this voice takes {self.n_mels} ({self._describe_bands()}). {remedy}")
 
     def too_short(self, frames: int, smallest: int) -> MelError:
         """Return the error for too few frames."""
@@ -153,7 +157,8 @@ class MelSpec:
     def wrong_axes(self, shape: tuple[int, ...], axes: tuple[int, ...] = (2,)) -> MelError:
         """Return the error for a wrong number of axes."""
         forms = {2: "(bands, frames)", 3: "(batch, bands, frames)"}
-        return MelError(f"mel has shape {shape}; expected {' or '.join(forms[n] for n in axes)}.")
+        remedy = "Pass the utterances of a batch one at a time." if len(shape) == 3 else _REMEDY
+        return MelError(f"mel has shape {shape}; expected {' or '.join(forms[n] for n in axes)}. {remedy}")
 
     def check_frames(self, mel: ArrayLike, axes: tuple[int, ...] = (2,)) -> Mel:
         """Check a piece of an utterance like `check`, but allow any number of frames, including none."""

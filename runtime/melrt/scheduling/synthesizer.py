@@ -1,4 +1,4 @@
-"""One voice's way from mel frames to requests: check, extend, plan."""
+"""Make the requests of one voice from mel frames: check the frames, extend their ends and plan their windows."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def test_wrong_input_is_refused_and_leaves_no_file(melrt, tiny_bundle: Bundle, t
         (("synth", voice, mel, mel, "-o", out), "same name"),
         (("synth", voice, mel, RECORDING, "-o", tmp_path / "x.wav"), "cannot go to one file"),
         (("synth", voice, mel, "-o", tmp_path / "mel.npy" / "x.wav"), "mel.npy"),
-        (("mel", voice, mel, "-o", out), "cannot be read as audio"),
+        (("mel", voice, mel, "-o", tmp_path / "new.npy"), "cannot be read as audio"),
         (("sing",), "No such command"),
     ]
     for arguments, message in cases:
@@ -94,10 +94,47 @@ def test_synth_names_a_folder_it_cannot_write(melrt, tiny_bundle_path: Path, tmp
     np.save(tmp_path / "mel.npy", speech_mel(Bundle.open(tiny_bundle_path), 9))
     if os.access(locked, os.W_OK):
         locked = Path("/proc/self")  # root may write to every other folder
-    code, _, err = melrt("synth", tiny_bundle_path, tmp_path / "mel.npy", "-o", locked / "x.wav")
-    assert code == 2
-    assert "error:" in err
-    assert str(locked) in err
+    commands = (
+        (("synth", tiny_bundle_path, tmp_path / "mel.npy", "-o", locked / "x.wav"), locked / "x.wav"),
+        (("mel", tiny_bundle_path, RECORDING, "-o", locked / "x.npy"), locked / "x.npy"),
+        (("bulk", tiny_bundle_path, "--input", tmp_path, "-o", locked / "speech"), locked / "speech"),
+    )
+    for arguments, path in commands:
+        code, _, err = melrt(*arguments)
+        assert code == 2
+        assert err.startswith(f"error: {path} cannot be written: new files in {locked} are not possible"), "found before step 1"
+        assert "Choose a folder" in err
+
+
+def test_mel_never_replaces_the_recording(melrt, tiny_bundle_path: Path, tmp_path: Path) -> None:
+    recording = tmp_path / "rec.wav"
+    recording.write_bytes(RECORDING.read_bytes())
+    cases = {
+        recording: "would be overwritten",
+        tmp_path: "is a folder",
+        tmp_path / "mel.wav": "such as",
+        tmp_path / "mel": ".npy",
+    }
+    for out, message in cases.items():
+        code, _, err = melrt("mel", tiny_bundle_path, recording, "-o", out)
+        assert code == 2
+        assert f"{out}" in err
+        assert message in err
+    assert [path.name for path in tmp_path.iterdir()] == ["rec.wav"]
+    assert recording.read_bytes() == RECORDING.read_bytes()
+
+
+def test_wrong_settings_name_a_remedy(melrt, tiny_bundle_path: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "mel.npy", np.zeros((40, 9), np.float32))
+    synth = ("synth", tiny_bundle_path, tmp_path / "mel.npy", "-o", tmp_path / "x.wav")
+    for options, end in (
+        (("--threads", "0"), "threads is 0; it must be a whole number from 1 to 1024; the default is one for each usable core."),
+        (("--device", "tpu"), "it must be auto, cpu, cuda, or cuda:N for GPU number N. `melrt doctor` shows the devices."),
+        ((), "or check the acoustic model's settings."),
+    ):
+        code, _, err = melrt(*synth, *options)
+        assert code == 2
+        assert err.endswith(f"{end}\n")
 
 
 def test_newer_schema_and_altered_file_are_refused(melrt, tiny_bundle: Bundle) -> None:

@@ -13,6 +13,7 @@ import soundfile
 
 from melrt import Bundle, convert_mel, mel_from_audio, read_audio
 from melrt.cli import commands
+from melrt.errors import ConfigError
 from melrt_export.assets import RECORDING
 
 
@@ -62,6 +63,18 @@ def test_synth_and_mel_read_the_same_audio(melrt, tiny_bundle_path: Path, tmp_pa
     assert melrt("mel", tiny_bundle_path, tmp_path / "x.mp3", "-o", tmp_path / "mel.npy")[0] == 0
     assert melrt("synth", tiny_bundle_path, tmp_path / "x.mp3", tmp_path / "mel.npy", "-o", tmp_path / "out")[0] == 0
     assert np.array_equal(samples(tmp_path / "out" / "x.wav"), samples(tmp_path / "out" / "mel.wav"))
+
+
+def test_wrong_output_paths_are_config_errors(tmp_path: Path) -> None:
+    (tmp_path / "out" / "a.wav").mkdir(parents=True)
+    one, other = tmp_path / "a.wav", tmp_path / "b" / "a.wav"
+    for inputs, out, message in (
+        ([one], one, "a.wav would be overwritten"), ([one], tmp_path / "x.mp3", "writes .wav files only"),
+        ([one, other], tmp_path / "x.wav", "cannot go to one file"), ([one, other], tmp_path / "x", "same name"),
+        ([one], tmp_path / "out", "a.wav is a folder"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            commands._targets(inputs, out)
 
 
 def test_output_of_another_format_is_refused(melrt, tiny_bundle_path: Path, mel: Path, tmp_path: Path) -> None:

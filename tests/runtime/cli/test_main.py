@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
+from melrt import __version__
 from melrt.cli.main import COMMANDS, RENAMED, Command
 from melrt.errors import MelError, ParityError
 
@@ -31,6 +33,7 @@ def fake(monkeypatch: pytest.MonkeyPatch):
         (MelError("mel has 40 bands"), 2, "mel has 40 bands"),
         (ParityError("too far"), 1, "too far"),
         (FileNotFoundError(2, "No such file", "x.npy"), 2, "x.npy: No such file"),
+        (OSError("5 requested and 0 written"), 2, "error: 5 requested and 0 written"),
         (ModuleNotFoundError("no", name="rich"), 2, 'needs rich, which is not installed: pip install "melrt[cli]"'),
         (ModuleNotFoundError("no", name="pyarrow.parquet"), 2, 'pip install "melrt[parquet]"'),
         (ModuleNotFoundError("no", name="onnx"), 2, 'pip install "melrt[export]"'),
@@ -84,10 +87,43 @@ def test_calling_one_command_imports_no_other(melrt, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(("command", "word"), RENAMED)
 def test_renamed_words_name_the_new_one(melrt, command: str, word: str) -> None:
-    arguments = (command, word) if command else (word, "x")
+    new = RENAMED[command, word]
+    arguments, meant = ((command, "a b", word), f"{command} 'a b' {new}") if command else ((word, "x"), f"{new} x")
     code, _, err = melrt(*arguments)
     assert code == 2
-    assert err.strip() == f"error: {word} is now {RENAMED[command, word]}."
+    assert err.strip() == f"error: {word} is now {new}. Type `melrt {meant}` instead."
+
+
+def test_renamed_option_keeps_its_value(melrt) -> None:
+    _, _, err = melrt("build", "voice", "--flavour=fast", "--tune")
+    assert err.strip() == (
+        "error: --flavour is now --flavor, --tune is now --try-variants. Type `melrt build voice --flavor=fast --try-variants` instead."
+    )
+
+
+def test_version_is_printed(melrt) -> None:
+    assert melrt("--version") == (0, f"melrt {__version__}\n", "")
+
+
+def test_short_help_is_the_long_one(melrt) -> None:
+    for command in ((), ("mel",), ("serve",), ("bulk",)):
+        short, long = melrt(*command, "-h"), melrt(*command, "--help")
+        assert short == long
+        assert short[0] == 0
+        assert "-h" in short[1]
+
+
+def test_errors_of_files_name_what_was_typed(melrt, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A command may resolve a path. The message shows it relative to the argument that the user typed."""
+    monkeypatch.chdir(tmp_path)
+
+    def locked(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(tmp_path / "speech" / "a.wav"))
+
+    monkeypatch.setattr("melrt.cli.commands.Bundle.open", locked)
+    for option in (("-o", "speech"), ("--out=speech",)):
+        code, _, err = melrt("synth", "voice.melrt", "x.wav", *option)
+        assert (code, err) == (2, "error: speech/a.wav: Permission denied\n")
 
 
 def test_unknown_command_is_a_usage_error(melrt) -> None:

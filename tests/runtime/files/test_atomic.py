@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from pathlib import Path
 
 import pytest
 
-from melrt.files.atomic import atomic_write
+from melrt.errors import ConfigError
+from melrt.files.atomic import atomic_folder, atomic_write, check_writable
 
 
 def write(path: Path, content: str) -> None:
@@ -46,3 +48,42 @@ def test_a_pipe_stays_a_pipe(tmp_path: Path) -> None:
     reader.join(10)
     assert received == ["whole"]
     assert pipe.is_fifo()
+
+
+def test_errors_name_the_path_of_the_caller(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.json").symlink_to("/proc/x.json")
+    for path in (tmp_path / "folder", tmp_path / "file" / "x.json", Path("/proc/deep/x.json"), tmp_path / "link.json"):
+        with pytest.raises(OSError, match=r"\[Errno") as failed:
+            write(path, "x")
+        assert failed.value.filename == str(path)
+    with pytest.raises(OSError, match=r"\[Errno") as failed, atomic_folder(Path("/proc/x.melrt")):
+        pass
+    assert failed.value.filename == "/proc/x.melrt"
+    for full in (OSError(errno.ENOSPC, "No space left on device"), OSError("720 requested and 0 written")):  # by Python, and by numpy
+        with pytest.raises(OSError, match=r"x\.npy") as failed, atomic_write(tmp_path / "x.npy"):
+            raise full
+        assert failed.value.strerror in str(full)
+    with pytest.raises(FileNotFoundError, match=r"other\.wav"), atomic_write(tmp_path / "x.npy"):
+        (tmp_path / "other.wav").read_bytes()
+
+
+def test_unwritable_places_are_found_early(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("new", "file", "pipe", "deep/new/x.npy"):
+        check_writable(tmp_path / path)
+    for path in ("folder", "deep/new"):
+        check_writable(tmp_path / path, folder=True)
+    cases = {
+        tmp_path / "folder": "is a folder. Give the name of a file", tmp_path / "file" / "x.npy": "file is not a folder",
+        Path("/proc/x.npy"): "new files in /proc are not possible",
+    }  # fmt: skip
+    for path, message in cases.items():
+        with pytest.raises(ConfigError, match=f"^{path} .*{message}"):
+            check_writable(path)
+    with pytest.raises(ConfigError, match="file is not a folder"):
+        check_writable(tmp_path / "file", folder=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "pipe"]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 
-from melrt.errors import AudioError, MissingExtraError
-from melrt.files.audio import read_audio, resample
+from melrt.errors import AudioError, ConfigError, MissingExtraError
+from melrt.files import audio as audio_files
+from melrt.files.audio import read_audio, resample, write_wav
 from melrt_export.assets import RECORDING
 
 
@@ -49,11 +51,42 @@ def test_every_format_of_libsndfile_is_read(tmp_path: Path) -> None:
 
 def test_files_that_are_not_audio_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.wav").write_bytes(b"RIFF no sound")
-    with pytest.raises(AudioError, match="x.wav cannot be read as audio"):
-        read_audio(tmp_path / "x.wav", 22050)
+    (tmp_path / "x.raw").write_bytes(b"no header")
+    cases = {
+        "x.wav": "x.wav cannot be read as audio. WAV, FLAC, OGG, MP3 .*convert", "x.raw": "cannot be read as audio",
+        "gone.wav": "gone.wav does not exist. Give the path", ".": "is a folder. Give one recording in it",
+    }  # fmt: skip
+    for name, message in cases.items():
+        with pytest.raises(AudioError, match=message) as refused:
+            read_audio(tmp_path / name, 22050)
+        assert "System error" not in str(refused.value)
     soundfile.write(tmp_path / "empty.wav", np.zeros(0, np.float32), 22050)
     with pytest.raises(AudioError, match="no samples"):
         read_audio(tmp_path / "empty.wav", 22050)
+
+
+def test_wav_errors_name_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    silence = np.zeros(9, np.float32)
+    with pytest.raises(ConfigError, match="sample format is 'int24'"):
+        write_wav(tmp_path / "x.wav", silence, 22050, "int24")  # type: ignore[arg-type]
+    with pytest.raises(OSError, match=r"\[Errno") as refused:
+        write_wav("/proc/x.wav", silence, 22050)
+    assert refused.value.filename == "/proc/x.wav"
+
+    def fails(*_: object) -> None:
+        raise soundfile.LibsndfileError(2)
+
+    monkeypatch.setattr(soundfile.SoundFile, "write", fails)
+    for total, free, end in (
+        (1 << 40, 99 << 20, "the disk has 99 MiB free. Make room"),
+        (1 << 40, 100 << 20, "another place"),
+        (0, 0, "another place"),
+    ):
+        monkeypatch.setattr(audio_files.shutil, "disk_usage", lambda _, total=total, free=free: SimpleNamespace(total=total, free=free))
+        with pytest.raises(AudioError, match=rf"x\.wav could not be written \(System error\.\).*{end}") as failed:
+            write_wav(tmp_path / "x.wav", silence, 22050)
+        assert ("MiB" in str(failed.value)) == ("MiB" in end)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("package", ["soundfile", "soxr"])

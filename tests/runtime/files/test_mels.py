@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -43,10 +44,12 @@ def test_files_without_a_mel_are_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04")
     (tmp_path / "text.npy").write_text("1 2 3")
     (tmp_path / "mel.txt").write_text("1 2 3")
+    os.mkfifo(tmp_path / "pipe")
     cases = {
         "code.npy": "cannot be read as a numpy file.*Python objects", "two.npz": "expected one array, or one named 'mel'",
-        "batch.npy": "one utterance", "broken.npz": "cannot be read", "text.npy": "another kind of file",
-        "mel.txt": r"cannot be read as audio.*read from \.npy, \.npz, \.pt, \.pth files", "nowhere.npy": "does not exist",
+        "batch.npy": "one utterance.*Save each utterance in a file", "broken.npz": "cannot be read", "text.npy": "another kind of file",
+        "mel.txt": r"cannot be read as audio.*read from \.npy, \.npz, \.pt, \.pth files", "nowhere.npy": "does not exist. Give",
+        ".": r"is a folder. Give its mels as .*\*\.npy, or .*`melrt bulk`", "pipe": "is not a file",
     }  # fmt: skip
     for name, message in cases.items():
         with pytest.raises(MelError, match=message) as refused:

@@ -17,7 +17,9 @@ import pytest
 import soundfile
 
 from melrt import Bundle, Vocoder
+from melrt.errors import ConfigError
 from melrt.files.audio import to_int16
+from melrt.serving.bulk.inputs import find_blocks
 from melrt_export.parity import probe_mel
 
 BAD = {"bands": "40 bands", "nan": "finite", "empty": "empty", "text": "cannot be read"}
@@ -80,6 +82,16 @@ def test_folder_run_names_failures_and_keeps_finished_files(melrt, demo_bundle: 
     code, _, err = melrt("bulk", demo_bundle.path, "--input", mels, "--output", output, "--format", "float32")
     assert code == 2
     assert "was begun with format 'int16', now 'float32'" in err
+
+
+def test_wrong_input_is_a_config_error(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((80, 30), np.float32))
+    write_rows(tmp_path / "b.parquet", ["a"], [np.zeros((80, 30), np.float32)])
+    (tmp_path / "empty").mkdir()
+    write_rows(tmp_path / "empty" / "b.parquet", [], [])
+    for source, message in (("no", "does not exist"), ("a.npy", "holds no mel"), ("", "both mels and parquet"), ("empty", "has no row")):
+        with pytest.raises(ConfigError, match=message):
+            find_blocks(tmp_path / source, None)
 
 
 def test_wrong_input_folders_are_refused(melrt, demo_bundle: Bundle, tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_documented_client_gets_audio(server: Server, vocoder: Vocoder, speech: 
     names: dict[str, np.ndarray] = {}
     exec(code.replace("localhost:8000", server.http), names)
     assert np.abs(names["audio"] - vocoder(speech[:, :40])).max() < ROUNDING
-    assert soundfile.info("triton.wav").frames == 40 * 256
+    assert soundfile.info("demo/triton.wav").frames == 40 * 256
 
 
 def test_stream_pieces_join_to_the_same_audio(server: Server, vocoder: Vocoder, speech: np.ndarray) -> None:

@@ -15,6 +15,7 @@ from melrt.backends.select import BackendChoice, open_backend
 from melrt.bundle import Bundle
 from melrt.cli.commands import BackendName, Device, Precision, Threads, Voice
 from melrt.errors import MelError
+from melrt.files.atomic import check_writable
 from melrt.files.audio import SampleFormat
 from melrt.serving.bulk.inputs import Block, find_blocks
 from melrt.serving.bulk.outputs import Kind
@@ -30,7 +31,9 @@ PROGRESS_LINES = 10
 
 
 Mels = Annotated[Path, typer.Option("--input", help="Folder of mels (.npy, .npz) or of parquet files, at any depth; or one parquet file.")]
-Output = Annotated[Path, typer.Option(help="Folder for the audio. Utterances that are already there are not synthesized again.")]
+Output = Annotated[
+    Path, typer.Option("-o", "--output", help="Folder for the audio. Utterances that are already there are not synthesized again.")
+]
 To = Annotated[str, typer.Option("--to", help="wav: one file for each utterance; parquet: one file for each block.")]
 Format = Annotated[str, typer.Option("--format", help="Format of the samples: int16 or float32.")]
 RayAddress = Annotated[
@@ -62,6 +65,7 @@ def bulk(
     settings = OutputSettings(output.resolve(), cast(Kind, kind), cast(SampleFormat, sample_format))
     if ray is not None:
         import_ray()  # a missing package is reported before the output folder is made
+    check_writable(output, folder=True)
     bundle = Bundle.open(voice)
     blocks = find_blocks(mels, None if ray is None and kind == "wav" else FILES_IN_BLOCK[kind])
     with settings.lock(bundle, precision):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from melrt.errors import MelError, MissingExtraError
+from melrt.errors import ConfigError, MelError, MissingExtraError
 from melrt.files.mels import one_utterance, read_mel
 from melrt.mel.spec import MelSpec
 
@@ -104,18 +104,19 @@ def find_blocks(source: Path, block_size: int | None) -> list[Block]:
         The blocks, sorted by path; rows keep their order.
 
     Raises:
-        MelError: The folder does not exist, is empty or holds both kinds; two utterances have the same name, or a name is too long.
+        ConfigError: The source does not exist, has nothing to synthesize, or holds both kinds.
+        MelError: Two utterances have the same name, a name is too long, or a parquet file has other columns or cannot be read.
         MissingExtraError: There is a parquet file, and pyarrow is not installed.
     """
     if not source.exists():
-        raise MelError(f"{source} does not exist; --input must be a folder of mels ({', '.join(MEL_SUFFIXES)}), or parquet.")
+        raise ConfigError(f"{source} does not exist; --input must be a folder of mels ({', '.join(MEL_SUFFIXES)}), or parquet.")
     files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file() and not path.name.startswith("."))
     tables = [path for path in files if path.suffix.lower() == PARQUET_SUFFIX]
     mels = [path for path in files if path.suffix.lower() in MEL_SUFFIXES and source.is_dir()]
     if tables and mels:
-        raise MelError(f"{source} holds both mels and parquet files; move one kind to another folder.")
+        raise ConfigError(f"{source} holds both mels and parquet files; move one kind to another folder.")
     if not tables and not mels:
-        raise MelError(f"{source} holds no mel ({', '.join(MEL_SUFFIXES)}) and no parquet file; give a folder of mels, or parquet.")
+        raise ConfigError(f"{source} holds no mel ({', '.join(MEL_SUFFIXES)}) and no parquet file; give a folder of mels, or parquet.")
     root = source if source.is_dir() else source.parent
     blocks = [block for path in tables for block in _row_groups(path, root)] if tables else _file_blocks(mels, root, block_size)
     _check_names(source, [name for block in blocks for name in block.names])
@@ -124,7 +125,7 @@ def find_blocks(source: Path, block_size: int | None) -> list[Block]:
 
 def _check_names(source: Path, names: list[str]) -> None:
     if not names:
-        raise MelError(f"{source} has no row, so there is nothing to synthesize.")
+        raise ConfigError(f"{source} has no row, so there is nothing to synthesize. Give a parquet file with rows.")
     longest = max((part for name in names for part in name.split("/")), key=_byte_length)
     if (length := _byte_length(longest)) > MAX_NAME_BYTES:
         raise MelError(f"{source} has the name {longest!r} of {length} bytes; at most {MAX_NAME_BYTES} are allowed. Rename it.")
