@@ -1,5 +1,5 @@
 # make demo    export and verify the demo voice, synthesize a WAV
-# make test    run all tests          make check   style, types, import directions          make release   build and check the wheel
+# make test    run all tests          make check   style, types, imports, words          make release   build and check the wheel
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,6 +18,7 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q -m "not slow" tests/test_words.py tests/test_house.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

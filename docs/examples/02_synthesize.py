@@ -10,7 +10,7 @@ with Vocoder.load("demo/lj.melrt") as vocoder:
     print(vocoder)
     mel = np.load("demo/mel.npy")
     audio = vocoder(mel)  # (80, T) -> (T * 256,), float32 in [-1, 1]
-    write_wav("speech.wav", audio, vocoder.sample_rate)
+    write_wav("demo/speech.wav", audio, vocoder.sample_rate)
 
     # An acoustic model that was trained with natural logarithms needs one conversion, which is exact.
     natural = replace(vocoder.spec, log="ln")

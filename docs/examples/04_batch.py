@@ -10,7 +10,8 @@ utterances = [mel[:, :40], mel, mel[:, 100:300]]
 with Vocoder.load("demo/lj.melrt", options=Options(limits=Limits(max_frames=10_000))) as vocoder:
     for index, audio in enumerate(vocoder.batch(utterances)):
         print(f"utterance {index}: {len(audio) / vocoder.sample_rate:.2f} s")
-    future = vocoder.submit(mel)  # a concurrent.futures.Future: wait for it, await it or cancel it
+    # A concurrent.futures.Future: wait for it, `await asyncio.wrap_future(future)`, or cancel it. In asyncio see also call_async.
+    future = vocoder.submit(mel)
     print(f"submitted: {len(future.result())} samples")
     try:
         vocoder(mel[:40])

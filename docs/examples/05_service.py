@@ -1,4 +1,4 @@
-"""Synthesize mels over HTTP: `VOICE=demo/lj.melrt python docs/examples/05_service.py`.
+"""Synthesize mels over HTTP. `VOICE` is the bundle, `PORT` the port; `pip install ".[service]"` installs what it needs.
 
 POST /speech returns a WAV file, POST /stream raw 16-bit samples as soon as they are ready.
 The body is a mel (M, T) as raw float32 frames: `mel.T.astype("<f4").tobytes()`.
@@ -80,7 +80,7 @@ async def lifespan(_: FastAPI):
     """Load the voice before the first request, and close it after the last."""
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, service.drain)
     limits = Limits(max_frames=MAX_FRAMES, timeout=20.0)
-    with Vocoder.load(os.environ["VOICE"], options=Options(limits=limits, sample_format="int16")) as service.vocoder:
+    with Vocoder.load(os.environ.get("VOICE", "demo/lj.melrt"), options=Options(limits=limits, sample_format="int16")) as service.vocoder:
         yield  # the port opens
 
 
