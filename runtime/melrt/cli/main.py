@@ -62,8 +62,8 @@ RENAMED = {
 def main() -> None:
     """Run the command line.
 
-    Exit codes: 0 done, 1 out of tolerance or INT8 that does not pay, 2 wrong input, 3 internal error, 130 interrupted. With `--debug` an error also shows
-    its traceback.
+    Exit codes: 0 done, 1 out of tolerance or INT8 that does not pay, 2 wrong input, 3 internal error, 130 interrupted.
+    With `--debug` an error also shows its traceback.
     """
     try:
         import rich  # noqa: F401
