@@ -160,7 +160,8 @@ class Vocoder:
             BackendError: The backend failed.
         """
         requests, device_audio = self._synthesizer.utterances(mel)
-        pieces = list(self._in_order(self.queue.submit(request) for request in requests))
+        alone = np.ndim(mel) == 2 if device_audio is None else len(device_audio.shape) == 1
+        pieces = list(self._in_order(self.queue.submit(request, run_here=alone) for request in requests))
         if device_audio is not None:
             return device_audio  # type: ignore[no-any-return]  # an array of the caller's library
         return pieces[0] if np.ndim(mel) == 2 else np.stack(pieces)

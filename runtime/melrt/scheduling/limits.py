@@ -12,7 +12,7 @@ _MOST = 1 << 40
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Limits on the amount of work that a vocoder accepts and on the time that work may wait."""
+    """Limits on the amount of work that a vocoder accepts and on the time that it may take."""
 
     max_windows: int = 4096
     """Largest number of windows waiting, over all requests; at this number further requests wait or are refused."""
@@ -20,8 +20,6 @@ class Limits:
     """True: a caller waits for room in the queue. False: it gets QueueFullError at once."""
     wait_timeout: float | None = None
     """Longest wait for room in seconds, then QueueFullError; None waits without limit."""
-    max_batch_delay: float = 0.002
-    """Longest delay of a run to fill its batch, in seconds."""
     default_deadline: float = 1.0
     """Seconds after arrival at which a request without a deadline is due; the earliest deadline runs first."""
     max_frames: int | None = None
@@ -34,8 +32,7 @@ class Limits:
     def __post_init__(self) -> None:
         counts = {"max_windows": whole(1, _MOST), **dict.fromkeys(("max_frames", "max_streams"), optional(whole(1, _MOST)))}
         times = {"timeout": optional(number(0, above=True)), "wait_timeout": optional(number(0))}
-        delays = dict.fromkeys(("max_batch_delay", "default_deadline"), number(0))
-        check_fields(self, {"wait": flag(), **counts, **times, **delays}, "limits")
+        check_fields(self, {"wait": flag(), "default_deadline": number(0), **counts, **times}, "limits")
 
     def check_frames(self, frames: int) -> None:
         """Raise MelError for an utterance of more than `max_frames` frames."""

@@ -2,6 +2,9 @@
 
 A request is a plan of windows over frames. A worker takes the next window of the most urgent request, adds windows of the same
 shape from other requests up to the batch limit, and runs them together. A failed request does not affect the others.
+
+A request never waits while a lane is free: batches form from what arrives while all lanes are busy. A blocking call that finds the
+queue empty runs in the caller's own thread, which saves two changes of thread.
 """
 
 from __future__ import annotations
@@ -38,13 +41,20 @@ class RequestQueue:
         self._pid = os.getpid()
         self._requests: list[Request] = []  # those with windows waiting
         self._waiting_windows = 0
+        self._runners: list[int] = []  # identifiers of the threads that use a lane; there are `policy.workers` lanes
         self._closing = False
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)  # for workers, and for `close`
+        self._room = threading.Condition(lock)  # for callers
         self._threads: list[threading.Thread] = []
         _at_exit.add(self)
 
-    def submit(self, request: Request) -> Future[Any]:
+    def submit(self, request: Request, *, run_here: bool = False) -> Future[Any]:
         """Queue a request, waiting for room as the limits say. Its future ends with the result or an error, and can be cancelled.
+
+        Args:
+            request: The request.
+            run_here: Run its windows in this thread if nothing else waits and a lane is free; for a caller that waits for it anyway.
 
         Raises:
             QueueFullError: There is no room, and the limits say not to wait (longer).
@@ -53,12 +63,16 @@ class RequestQueue:
         """
         self._check_process()
         self._watch_cancellation(request)
+        inside = threading.get_ident() in self._runners or threading.current_thread() in self._threads
         # a worker that waited for room, in the callback of a future, would wait for itself
-        until = time.monotonic() if threading.current_thread() in self._threads else self._room_deadline()
+        until = time.monotonic() if inside else self._room_deadline()
         with self._changed:
-            while not self._try_enqueue(request):
+            run_here = run_here and not inside and not self._requests
+            while not self._try_enqueue(request, notify=not run_here):
                 self._check_room_deadline(until)
-                self._changed.wait(None if until is None else until - time.monotonic())
+                self._room.wait(None if until is None else until - time.monotonic())
+        if run_here:
+            self._run_here(request)
         return request.future
 
     async def submit_async(self, request: Request) -> Future[Any]:
@@ -90,6 +104,9 @@ class RequestQueue:
         for thread in self.stop(drain=drain):
             if thread is not threading.current_thread():
                 thread.join()
+        with self._changed:  # callers that run their own windows
+            while self._pid == os.getpid() and any(runner != threading.get_ident() for runner in self._runners):
+                self._changed.wait()
 
     def stop(self, *, drain: bool) -> list[threading.Thread]:
         """Begin to close, and return the workers without waiting for them."""
@@ -99,6 +116,7 @@ class RequestQueue:
             self._closing = True
             dropped = [] if drain else list(self._requests)
             self._changed.notify_all()
+            self._room.notify_all()
         for request in dropped:
             self._fail(request, ClosedError("the vocoder was closed before this was computed."))
         return self._threads
@@ -121,8 +139,8 @@ class RequestQueue:
                 "try again later, or raise Limits.max_windows."
             )
 
-    def _try_enqueue(self, request: Request) -> bool:
-        """Queue a request if there is room. The caller holds the lock."""
+    def _try_enqueue(self, request: Request, *, notify: bool = True) -> bool:
+        """Queue a request if there is room, and wake the workers if `notify`. The caller holds the lock."""
         if self._closing:
             raise ClosedError("the vocoder is closed; load it again.")
         if request.waiting:
@@ -131,7 +149,8 @@ class RequestQueue:
             self._start_threads()  # first, so that nothing is queued if a thread cannot start
             self._requests.append(request)
             self._waiting_windows += len(request.waiting)
-            self._changed.notify_all()
+            if notify:
+                self._changed.notify_all()
         else:
             request.ended = True
             request.future.set_result(request.result)
@@ -153,15 +172,45 @@ class RequestQueue:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not self._requests:
-                    if self._closing:
+                while not self._requests or len(self._runners) >= self.policy.workers:
+                    if self._closing and not self._requests:
                         return
                     self._changed.wait()
                 overdue = self._overdue()
-                jobs = [] if overdue else self._take()
+                jobs = [] if overdue else self._take(self._requests)
+                self._runners.append(threading.get_ident())
             for request in overdue:
                 self._fail(request, OverdueError(f"the audio was not done within {self.limits.timeout} s; the service is overloaded."))
             self._run(jobs)
+            self._leave_lane()
+
+    def _run_here(self, request: Request) -> None:
+        """Run windows of a request in this thread while a lane is free; the workers take what is left."""
+        try:
+            while jobs := self._take_own(request):
+                self._run(jobs)
+                self._leave_lane()
+        except BaseException as error:  # an interrupt: the windows that this thread took would never be done
+            self._leave_lane()
+            self._fail(request, error)
+            raise
+
+    def _take_own(self, request: Request) -> list[Job]:
+        with self._changed:
+            free = request.waiting and len(self._runners) < self.policy.workers
+            jobs = self._take([request]) if free and not self._overdue() else []
+            if jobs:
+                self._runners.append(threading.get_ident())
+            if request.waiting:
+                self._changed.notify_all()
+            return jobs
+
+    def _leave_lane(self) -> None:
+        with self._changed:
+            if threading.get_ident() in self._runners:
+                self._runners.remove(threading.get_ident())
+                if self._requests or self._closing:
+                    self._changed.notify_all()
 
     def _overdue(self) -> list[Request]:
         """Return the requests that have waited longer than `Limits.timeout`. The caller holds the lock."""
@@ -170,14 +219,12 @@ class RequestQueue:
         since = time.monotonic() - self.limits.timeout
         return [request for request in self._requests if request.arrival < since]
 
-    def _take(self) -> list[Job]:
-        """Take the windows of one run: the most urgent one, and others of its shape from any request. The caller holds the lock."""
-        first = min(self._requests, key=lambda request: request.urgency)
+    def _take(self, requests: list[Request]) -> list[Job]:
+        """Take the windows of one run: the most urgent one of these requests, and others of its shape. The caller holds the lock."""
+        first = min(requests, key=lambda request: request.urgency)
         job = first, first.waiting[0]
-        if self.policy.batch > 1:
-            self._await_batch(job)
         jobs: list[Job] = []
-        for request in sorted(self._requests, key=lambda request: request.urgency):
+        for request in sorted(requests, key=lambda request: request.urgency):
             matching = (window for window in request.waiting if _same_shape((request, window), job))
             for window in list(islice(matching, self.policy.batch - len(jobs))):
                 request.waiting.remove(window)
@@ -187,17 +234,8 @@ class RequestQueue:
             if len(jobs) == self.policy.batch:
                 break
         self._waiting_windows -= len(jobs)
-        self._changed.notify_all()
+        self._room.notify_all()
         return jobs
-
-    def _await_batch(self, job: Job) -> None:
-        """Wait up to `Limits.max_batch_delay` for more windows of this shape. The caller holds the lock; waiting releases it."""
-        until = time.monotonic() + self.limits.max_batch_delay
-        while not self._closing and (left := until - time.monotonic()) > 0:
-            matching = sum(_same_shape((request, window), job) for request in self._requests for window in request.waiting)
-            if matching >= self.policy.batch or not matching:
-                return
-            self._changed.wait(left)
 
     def _run(self, jobs: list[Job]) -> None:
         """Run a batch and deliver. If it fails, each window runs alone, so that only the request at fault fails."""
@@ -229,7 +267,7 @@ class RequestQueue:
         self._notify(request, completed=True)
         request.future.set_result(request.result)
 
-    def _fail(self, request: Request, error: Exception) -> None:
+    def _fail(self, request: Request, error: BaseException) -> None:
         self._remove(request)
         with self._changed:
             if not self._end(request):
@@ -265,6 +303,7 @@ class RequestQueue:
                 self._requests.remove(request)
                 self._waiting_windows -= len(request.waiting)
                 request.waiting.clear()
+                self._room.notify_all()
                 self._changed.notify_all()
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import CancelledError, wait
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,6 @@ from melrt import Vocoder
 from melrt.bundle import Bundle
 from melrt.errors import BackendError, ClosedError
 from melrt.planning.windows import Policy
-from melrt.scheduling.limits import Limits
 
 
 def test_windows_of_streams_go_first(tiny_bundle_path: Path) -> None:
@@ -38,7 +37,7 @@ def test_windows_of_streams_go_first(tiny_bundle_path: Path) -> None:
 
 
 def test_windows_of_one_shape_share_a_run(tiny_bundle_path: Path) -> None:
-    vocoder, echo = load_echo(tiny_bundle_path, BATCHED, max_batch_delay=0)
+    vocoder, echo = load_echo(tiny_bundle_path, BATCHED)
     echo.go.clear()
     first = vocoder.submit(constant(0))
     assert echo.started.acquire(timeout=5)
@@ -53,21 +52,78 @@ def test_windows_of_one_shape_share_a_run(tiny_bundle_path: Path) -> None:
     vocoder.close()
 
 
-def test_run_waits_for_a_full_batch_or_the_delay(tiny_bundle_path: Path) -> None:
-    vocoder, echo = load_echo(tiny_bundle_path, BATCHED, max_batch_delay=60)
-    futures = [vocoder.submit(constant(value)) for value in range(4)]
-    for future in futures:
-        future.result(10)  # a full batch does not wait
-    assert echo.runs == [(4, 20)]
-    vocoder.queue.limits = Limits(max_batch_delay=0.01)
-    vocoder.submit(constant(5)).result(10)
-    assert echo.runs[-1] == (1, 20)
+def test_lone_request_runs_at_once_in_the_callers_thread(tiny_bundle_path: Path) -> None:
+    vocoder, echo = load_echo(tiny_bundle_path, BATCHED)
+    threads: list[threading.Thread] = []
+    original = echo.run
+
+    def run(graph: str, mel: np.ndarray) -> np.ndarray:
+        threads.append(threading.current_thread())
+        return original(graph, mel)
+
+    echo.run = run  # type: ignore[method-assign]
+    assert (vocoder(constant(1)) == 1).all()
+    assert threads == [threading.current_thread()]
+    assert vocoder.stats().batch_fill == 1 / 4
+    assert (vocoder(np.stack([constant(1), constant(2)])) == np.array([[1], [2]])).all()
+    assert threading.current_thread() not in threads[1:], "several utterances share the workers' runs"
     vocoder.close()
 
 
+def test_batches_form_while_the_lanes_are_busy(tiny_bundle_path: Path) -> None:
+    vocoder, echo = load_echo(tiny_bundle_path, BATCHED)
+    echo.go.clear()
+    with ThreadPoolExecutor(5) as callers:
+        first = callers.submit(vocoder, constant(9))
+        assert echo.started.acquire(timeout=5)
+        others = [callers.submit(vocoder, constant(value)) for value in range(4)]
+        while vocoder.stats().queue_requests < 4:
+            time.sleep(0.001)
+        echo.go.set()
+        assert (first.result(5) == 9).all()
+        assert all((other.result(5) == value).all() for value, other in enumerate(others))
+    assert echo.runs == [(1, 20), (4, 20)]
+    vocoder.close()
+
+
+def test_interrupted_caller_frees_its_lane(tiny_bundle_path: Path) -> None:
+    vocoder, echo = load_echo(tiny_bundle_path, ONE)
+    original = echo.run
+
+    def interrupted(graph: str, mel: np.ndarray) -> np.ndarray:
+        raise KeyboardInterrupt
+
+    echo.run = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        vocoder(constant(1, 200))
+    echo.run = original  # type: ignore[method-assign]
+    assert (vocoder(constant(2)) == 2).all()
+    assert vocoder.stats().queue_windows == 0
+    vocoder.close()
+
+
+def test_close_waits_for_callers_that_run_their_own_windows(tiny_bundle_path: Path) -> None:
+    vocoder, echo = load_echo(tiny_bundle_path, ONE)
+    echo.go.clear()
+    with ThreadPoolExecutor(2) as threads:
+        audio = threads.submit(vocoder, constant(1))
+        assert echo.started.acquire(timeout=5)
+        closed = threads.submit(vocoder.close)
+        time.sleep(0.05)
+        assert not closed.done()
+        echo.go.set()
+        closed.result(5)
+        assert (audio.result(5) == 1).all()
+
+
 def test_failed_request_does_not_fail_its_batch(tiny_bundle_path: Path) -> None:
-    vocoder, _ = load_echo(tiny_bundle_path, BATCHED, max_batch_delay=0.2)
+    vocoder, echo = load_echo(tiny_bundle_path, BATCHED)
+    echo.go.clear()
+    blocker = vocoder.submit(constant(0))
+    assert echo.started.acquire(timeout=5)
     futures = [vocoder.submit(constant(value)) for value in (1, 99, 2)]
+    echo.go.set()
+    blocker.result(5)
     with pytest.raises(RuntimeError, match="planted"):
         futures[1].result(5)
     assert (futures[0].result(5) == 1).all()
