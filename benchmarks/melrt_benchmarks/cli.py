@@ -1,4 +1,4 @@
-"""The `melrt bench` command."""
+"""The commands `melrt bench` and `melrt bench-host`."""
 
 from __future__ import annotations
 
@@ -71,6 +71,26 @@ def bench(
     _write(report, json_file, html_file, pictures)
     if not all(row.correct for row in report.latencies):
         raise typer.Exit(1)
+
+
+def bench_host(voice: Annotated[Path, typer.Argument(metavar="VOICE.melrt", help="The bundle; its network is not run.")]) -> None:
+    """Measure the host cost of a call, a pushed chunk, bulk synthesis and scheduling, with a backend that computes nothing.
+
+    `melrt bench-host demo/lj.melrt` takes about ten seconds. These costs are what remains of the latency when the GPU is fast.
+    """
+    from melrt.bundle import Bundle
+    from melrt_benchmarks.inference.host import WAITING, measure_host_cost
+
+    table = Table(
+        "policy", "call, 1 s (p50 / p90)", "push (mean / p90)", "bulk", *(f"choose among {n:,}" for n in WAITING), box=SIMPLE_HEAD
+    )
+    with Steps(2) as steps:
+        costs = measure_host_cost(Bundle.open(voice), steps)
+    for cost in costs:
+        times = f"{cost.call_ms[0]:.3f} / {cost.call_ms[1]:.3f} ms", f"{cost.push_us[0]:.0f} / {cost.push_us[1]:.0f} µs"
+        choose = (f"{cost.choose_us[n]:.1f} µs" for n in WAITING)
+        table.add_row(cost.policy, *times, f"{cost.bulk_times_real_time:,.0f} x real time", *choose)
+    console.print(table)
 
 
 def _measure(plan: BenchPlan, *, streams: bool, memory: bool) -> Report:

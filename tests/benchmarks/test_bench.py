@@ -262,3 +262,11 @@ def test_memory_in_windows_does_not_grow_with_length(tiny_bundle_path: Path) -> 
     windowed = [peak_memory(tiny_bundle_path, seconds, whole=False) for seconds in (10, 120)]
     assert windowed[1] < 1.2 * windowed[0]
     assert peak_memory(tiny_bundle_path, 120, whole=True) > 1.3 * windowed[1]
+
+
+def test_host_cost_is_measured_without_the_network(melrt, tiny_bundle_path: Path) -> None:
+    code, out, _ = melrt("bench-host", tiny_bundle_path)
+    assert code == 0
+    rows = [line for line in out.splitlines() if "x real time" in line]
+    assert [row.split()[0] for row in rows] == ["cpu", "engine"]
+    assert all(float(cell) > 0 for row in rows for cell in re.findall(r"([\d.]+) / ", row))

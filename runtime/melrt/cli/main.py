@@ -48,6 +48,7 @@ COMMANDS = {
     "serve triton": Command("melrt.serving.triton.cli:triton", "triton"),
     "serve version": Command("melrt.serving.triton.cli:version", "triton"),
     "bench": Command("melrt_benchmarks.cli:bench", "benchmarks"),
+    "bench-host": Command("melrt_benchmarks.cli:bench_host", "benchmarks"),
     "bench-serving": Command("melrt_benchmarks.serving.cli:bench_serving", "benchmarks"),
     "bench-training": Command("melrt_benchmarks.training.cli:bench_training", "benchmarks"),
     "doctor": Command("melrt.cli.commands:doctor", "cli"),

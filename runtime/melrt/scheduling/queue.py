@@ -16,7 +16,6 @@ import threading
 import time
 import weakref
 from concurrent.futures import Future
-from itertools import islice
 from typing import Any
 
 from melrt.backends.base import Backend
@@ -25,6 +24,7 @@ from melrt.planning.windows import Policy
 from melrt.scheduling.limits import Limits
 from melrt.scheduling.request import Job, Request
 from melrt.scheduling.stats import Counters, Stats
+from melrt.scheduling.waiting import WaitingWindows
 
 # Interval in seconds at which a task looks for room in a full queue; a window takes several times as long on a CPU.
 ROOM_POLL = 0.002
@@ -39,8 +39,7 @@ class RequestQueue:
         self.limits = limits
         self._counters = Counters()
         self._pid = os.getpid()
-        self._requests: list[Request] = []  # those with windows waiting
-        self._waiting_windows = 0
+        self._waiting = WaitingWindows()
         self._runners: list[int] = []  # identifiers of the threads that use a lane; there are `policy.workers` lanes
         self._closing = False
         lock = threading.RLock()
@@ -67,7 +66,7 @@ class RequestQueue:
         # a worker that waited for room, in the callback of a future, would wait for itself
         until = time.monotonic() if inside else self._room_deadline()
         with self._changed:
-            run_here = run_here and not inside and not self._requests
+            run_here = run_here and not inside and not self._waiting.windows
             while not self._try_enqueue(request, notify=not run_here):
                 self._check_room_deadline(until)
                 self._room.wait(None if until is None else until - time.monotonic())
@@ -97,7 +96,7 @@ class RequestQueue:
         """Return a snapshot of the counters."""
         self._check_process()
         with self._changed:
-            return self._counters.stats(self._waiting_windows, len(self._requests), self.policy.batch)
+            return self._counters.stats(self._waiting.windows, self._waiting.requests, self.policy.batch)
 
     def close(self, *, drain: bool = True) -> None:
         """Refuse further requests and end the workers: after the queue is empty, or (not `drain`) with ClosedError for what waits."""
@@ -114,7 +113,7 @@ class RequestQueue:
             return []  # the workers, and perhaps a held lock, belong to the parent process
         with self._changed:
             self._closing = True
-            dropped = [] if drain else list(self._requests)
+            dropped = [] if drain else self._waiting.all()
             self._changed.notify_all()
             self._room.notify_all()
         for request in dropped:
@@ -135,7 +134,7 @@ class RequestQueue:
         if until is not None and time.monotonic() >= until:
             self._counters.rejected += 1
             raise QueueFullError(
-                f"{self._waiting_windows} windows are waiting, the limit is {self.limits.max_windows}; "
+                f"{self._waiting.windows} windows are waiting, the limit is {self.limits.max_windows}; "
                 "try again later, or raise Limits.max_windows."
             )
 
@@ -143,12 +142,11 @@ class RequestQueue:
         """Queue a request if there is room, and wake the workers if `notify`. The caller holds the lock."""
         if self._closing:
             raise ClosedError("the vocoder is closed; load it again.")
-        if request.waiting:
-            if self._waiting_windows >= self.limits.max_windows:
+        if request.windows:
+            if self._waiting.windows >= self.limits.max_windows:
                 return False
             self._start_threads()  # first, so that nothing is queued if a thread cannot start
-            self._requests.append(request)
-            self._waiting_windows += len(request.waiting)
+            self._waiting.add(request)
             if notify:
                 self._changed.notify_all()
         else:
@@ -172,20 +170,19 @@ class RequestQueue:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not self._requests or len(self._runners) >= self.policy.workers:
-                    if self._closing and not self._requests:
+                while not self._waiting.windows or len(self._runners) >= self.policy.workers:
+                    if self._closing and not self._waiting.windows:
                         return
                     self._changed.wait()
                 overdue = self._overdue()
-                jobs = [] if overdue else self._take(self._requests)
-                self._runners.append(threading.get_ident())
+                jobs = [] if overdue else self._take()
             for request in overdue:
                 self._fail(request, OverdueError(f"the audio was not done within {self.limits.timeout} s; the service is overloaded."))
             self._run(jobs)
             self._leave_lane()
 
     def _run_here(self, request: Request) -> None:
-        """Run windows of a request in this thread while a lane is free; the workers take what is left."""
+        """Run windows of a request in this thread while no other request waits and a lane is free; the workers take what is left."""
         try:
             while jobs := self._take_own(request):
                 self._run(jobs)
@@ -197,45 +194,29 @@ class RequestQueue:
 
     def _take_own(self, request: Request) -> list[Job]:
         with self._changed:
-            free = request.waiting and len(self._runners) < self.policy.workers
-            jobs = self._take([request]) if free and not self._overdue() else []
-            if jobs:
-                self._runners.append(threading.get_ident())
+            alone = request.waiting and request.waiting == self._waiting.windows
+            jobs = self._take() if alone and len(self._runners) < self.policy.workers and not self._overdue() else []
             if request.waiting:
                 self._changed.notify_all()
             return jobs
+
+    def _take(self) -> list[Job]:
+        """Take the windows of one run, and a lane for it. The caller holds the lock."""
+        jobs = self._waiting.take(self.policy.batch)
+        self._runners.append(threading.get_ident())
+        self._room.notify_all()
+        return jobs
 
     def _leave_lane(self) -> None:
         with self._changed:
             if threading.get_ident() in self._runners:
                 self._runners.remove(threading.get_ident())
-                if self._requests or self._closing:
+                if self._waiting.windows or self._closing:
                     self._changed.notify_all()
 
     def _overdue(self) -> list[Request]:
         """Return the requests that have waited longer than `Limits.timeout`. The caller holds the lock."""
-        if self.limits.timeout is None:
-            return []
-        since = time.monotonic() - self.limits.timeout
-        return [request for request in self._requests if request.arrival < since]
-
-    def _take(self, requests: list[Request]) -> list[Job]:
-        """Take the windows of one run: the most urgent one of these requests, and others of its shape. The caller holds the lock."""
-        first = min(requests, key=lambda request: request.urgency)
-        job = first, first.waiting[0]
-        jobs: list[Job] = []
-        for request in sorted(requests, key=lambda request: request.urgency):
-            matching = (window for window in request.waiting if _same_shape((request, window), job))
-            for window in list(islice(matching, self.policy.batch - len(jobs))):
-                request.waiting.remove(window)
-                jobs.append((request, window))
-            if not request.waiting:
-                self._requests.remove(request)
-            if len(jobs) == self.policy.batch:
-                break
-        self._waiting_windows -= len(jobs)
-        self._room.notify_all()
-        return jobs
+        return [] if self.limits.timeout is None else self._waiting.overdue(time.monotonic() - self.limits.timeout)
 
     def _run(self, jobs: list[Job]) -> None:
         """Run a batch and deliver. If it fails, each window runs alone, so that only the request at fault fails."""
@@ -299,17 +280,9 @@ class RequestQueue:
 
     def _remove(self, request: Request) -> None:
         with self._changed:
-            if request in self._requests:
-                self._requests.remove(request)
-                self._waiting_windows -= len(request.waiting)
-                request.waiting.clear()
-                self._room.notify_all()
-                self._changed.notify_all()
-
-
-def _same_shape(one: Job, other: Job) -> bool:
-    (one_request, one_window), (other_request, other_window) = one, other
-    return (one_request.kind, one_window.graph, one_window.frames) == (other_request.kind, other_window.graph, other_window.frames)
+            self._waiting.remove(request)
+            self._room.notify_all()
+            self._changed.notify_all()
 
 
 _at_exit: weakref.WeakSet[RequestQueue] = weakref.WeakSet()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -43,10 +42,12 @@ class Request:
             windows: Windows in order and without a gap, from `plan`.
             deadline: Time at which it is due, on `time.monotonic`'s clock.
         """
-        self.waiting = deque(windows)
-        self.unfinished = len(self.waiting)
-        self.keep_start = self.waiting[0].keep_start if self.waiting else 0
-        self.frames_kept = self.waiting[-1].keep_stop - self.keep_start if self.waiting else 0
+        self.windows = list(windows)
+        self.waiting = 0
+        """Number of windows that wait in the queue."""
+        self.unfinished = len(self.windows)
+        self.keep_start = self.windows[0].keep_start if self.windows else 0
+        self.frames_kept = self.windows[-1].keep_stop - self.keep_start if self.windows else 0
         self.deadline = deadline
         self.arrival = time.monotonic()
         self.future: Future[Any] = Future()
@@ -54,11 +55,6 @@ class Request:
         """True once result, error or cancellation is decided. Guarded by the queue's lock."""
         self.on_end: Callable[[Request, bool], None] | None = None
         """Called once, with True if the audio is complete, before waiters are woken. Not called for a request without windows."""
-
-    @property
-    def urgency(self) -> tuple[float, float]:
-        """Sort key: the earliest deadline runs first."""
-        return self.deadline, self.arrival
 
     @staticmethod
     def execute(backend: Backend, jobs: Sequence[Job]) -> None:

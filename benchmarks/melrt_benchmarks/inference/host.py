@@ -1,0 +1,121 @@
+"""Host cost: what checking, planning, queueing and copying take, measured with a backend that computes nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from melrt import Bundle, Vocoder
+from melrt.planning.windows import GraphKind, Policy, Span, plan
+from melrt.scheduling.limits import Limits
+from melrt.scheduling.queue import RequestQueue
+from melrt.scheduling.request import HostRequest, OutputFormat
+from melrt.types import Audio, Mel
+
+# Windows as the backends cut them: ONNX Runtime on two cores, and an engine with three execution slots.
+POLICIES = {
+    "cpu": Policy(frames=128, static=False, batch=1, workers=2),
+    "engine": Policy(frames=256, static=True, batch=16, workers=3),
+}
+CALLS = 400
+CHUNK_FRAMES = 16
+CHUNKS = 1000
+BULK_UTTERANCES = 64
+WAITING = (10, 1_000, 10_000)
+
+
+class FreeBackend:
+    """Backend that returns silence without computing anything."""
+
+    name, device, machine, precision = "free", "cpu", "none", "fp32"
+
+    def __init__(self, policy: Policy, hop: int) -> None:
+        self.policy = policy
+        self.candidates: tuple[Policy, ...] = (policy,)
+        self._hop = hop
+        self._silence: dict[tuple[int, int], Audio] = {}
+
+    def run(self, graph: GraphKind, mel: Mel) -> Audio:
+        shape = len(mel), mel.shape[2] * self._hop
+        return self._silence.setdefault(shape, np.zeros(shape, np.float32))
+
+    def close(self) -> None:
+        """Release nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostCost:
+    """Host cost with one policy."""
+
+    policy: str
+    """Name of the policy."""
+    call_ms: tuple[float, float]
+    """Milliseconds from call to audio for 1 s, p50 and p90."""
+    push_us: tuple[float, float]
+    """Microseconds for a pushed chunk of 16 frames, mean and p90."""
+    bulk_times_real_time: float
+    """Seconds of audio per second, 64 utterances of 10 s through `Vocoder.batch`."""
+    choose_us: dict[int, float]
+    """Microseconds for choosing the windows of one run, by the number of requests waiting."""
+
+
+def measure_host_cost(bundle: Bundle, on_step: Callable[[str], None] = lambda _: None) -> list[HostCost]:
+    """Measure every policy with a voice's shapes; its network is not run."""
+    results = []
+    for name, policy in POLICIES.items():
+        on_step(f"measuring the host cost of the {name} policy")
+        with Vocoder(bundle, FreeBackend(policy, bundle.manifest.spec.hop)) as vocoder:
+            calls, pushes, bulk = _calls(vocoder), _pushes(vocoder), _bulk(vocoder)
+        choose = {waiting: _choose(bundle, policy, waiting) for waiting in WAITING}
+        results.append(HostCost(name, _pair(1e3 * calls, np.median), _pair(1e6 * pushes, np.mean), bulk, choose))
+    return results
+
+
+def _mel(vocoder: Vocoder, seconds: float) -> Mel:
+    spec = vocoder.spec
+    shape = spec.n_mels, round(seconds * spec.sample_rate / spec.hop)
+    return np.random.default_rng(0).uniform(spec.silence, spec.silence + 3, shape).astype(np.float32)
+
+
+def _timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _pair(values: np.ndarray, middle: Callable[[np.ndarray], float]) -> tuple[float, float]:
+    return round(float(middle(values)), 4), round(float(np.percentile(values, 90)), 4)
+
+
+def _calls(vocoder: Vocoder) -> np.ndarray:
+    mel = _mel(vocoder, 1.0)
+    return np.array([_timed(lambda: vocoder(mel)) for _ in range(CALLS + 50)][50:])
+
+
+def _pushes(vocoder: Vocoder) -> np.ndarray:
+    chunk = _mel(vocoder, 1.0)[:, :CHUNK_FRAMES]
+    with vocoder.open_stream() as stream:
+        return np.array([_timed(lambda: stream.push(chunk)) for _ in range(CHUNKS)])
+
+
+def _bulk(vocoder: Vocoder) -> float:
+    mels = [_mel(vocoder, 10.0)] * BULK_UTTERANCES
+    seconds = min(_timed(lambda: [None for _ in vocoder.batch(mels)]) for _ in range(3))
+    return round(10.0 * BULK_UTTERANCES / seconds, 1)
+
+
+def _choose(bundle: Bundle, policy: Policy, waiting: int) -> float:
+    """Time the choice alone: a queue whose requests wait, and no worker."""
+    spec, field = bundle.manifest.spec, bundle.manifest.receptive_field
+    queue = RequestQueue(FreeBackend(policy, spec.hop), policy, Limits(max_windows=1 << 30))
+    queue._start_threads = lambda: None  # type: ignore[method-assign]
+    mel = np.zeros((spec.n_mels, 86), np.float32)
+    windows = list(plan(Span(0, 86, 86, ended=True), field, policy))
+    for index in range(waiting):
+        queue.submit(HostRequest(mel, 0, windows, OutputFormat(spec.hop), deadline=float(index % 97)))
+    count = min(50, waiting // policy.batch or 1)
+    seconds = np.median([_timed(lambda: queue._waiting.take(policy.batch)) for _ in range(count)])
+    return round(1e6 * float(seconds), 1)

@@ -1,0 +1,95 @@
+"""The windows that wait, ordered so that choosing the next run costs O(log n) for n waiting windows."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import OrderedDict
+from typing import NamedTuple
+
+from melrt.planning.windows import Window
+from melrt.scheduling.request import Job, Request
+
+# Entries of removed requests, which keep their frames alive, stay in the heaps until they are this many and the majority.
+MAX_STALE = 32
+
+
+class _Entry(NamedTuple):
+    """One waiting window. Entries compare by urgency, then by the order in which they were added."""
+
+    deadline: float
+    arrival: float
+    number: int
+    request: Request
+    window: Window
+
+
+class WaitingWindows:
+    """A heap per shape of run, and the requests in order of arrival. Not safe for use by several threads."""
+
+    def __init__(self) -> None:
+        self._heaps: dict[tuple[str, str, int], list[_Entry]] = {}
+        self._requests: OrderedDict[Request, None] = OrderedDict()
+        self._numbers = itertools.count()
+        self._stale = 0
+        self.windows = 0
+        """Windows waiting."""
+
+    @property
+    def requests(self) -> int:
+        """Requests with windows waiting."""
+        return len(self._requests)
+
+    def add(self, request: Request) -> None:
+        """Add all windows of a request."""
+        for window in request.windows:
+            entry = _Entry(request.deadline, request.arrival, next(self._numbers), request, window)
+            heapq.heappush(self._heaps.setdefault((request.kind, window.graph, window.frames), []), entry)
+        request.waiting = len(request.windows)
+        self._requests[request] = None
+        self.windows += request.waiting
+
+    def take(self, batch: int) -> list[Job]:
+        """Remove the most urgent window and up to `batch - 1` others of its shape, the most urgent first; nothing if none waits."""
+        jobs: list[Job] = []
+        for heap in self._heaps.values():
+            self._drop_stale(heap)
+        self._heaps = {shape: heap for shape, heap in self._heaps.items() if heap}
+        if not self._heaps:
+            return jobs
+        heap = min(self._heaps.values(), key=lambda heap: heap[0][:3])
+        while heap and len(jobs) < batch:
+            entry = heapq.heappop(heap)
+            jobs.append((entry.request, entry.window))
+            entry.request.waiting -= 1
+            self.windows -= 1
+            if not entry.request.waiting:
+                del self._requests[entry.request]
+            self._drop_stale(heap)
+        return jobs
+
+    def remove(self, request: Request) -> None:
+        """Remove the windows of a request that still wait."""
+        if request.waiting:
+            self._stale += request.waiting
+            self.windows -= request.waiting
+            del self._requests[request]
+            request.waiting = 0
+            if self._stale > max(MAX_STALE, self.windows):
+                for heap in self._heaps.values():
+                    heap[:] = [entry for entry in heap if entry.request.waiting]
+                    heapq.heapify(heap)
+                self._stale = 0
+
+    def overdue(self, since: float) -> list[Request]:
+        """Return the requests that wait and arrived before a time."""
+        return list(itertools.takewhile(lambda request: request.arrival < since, self._requests))
+
+    def all(self) -> list[Request]:
+        """Return the requests that wait, in order of arrival."""
+        return list(self._requests)
+
+    def _drop_stale(self, heap: list[_Entry]) -> None:
+        while heap and not heap[0].request.waiting:
+            heapq.heappop(heap)
+            self._stale -= 1
