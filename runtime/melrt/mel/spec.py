@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from melrt.checks import Rule, check_fields, number, one_of, optional, whole
+from melrt.checks import Rule, all_finite, check_fields, number, one_of, optional, whole
 from melrt.errors import ConfigError, MelError
 from melrt.mel.arrays import on_gpu
 from melrt.mel.normalization import Normalization
@@ -179,9 +179,8 @@ class MelSpec:
             raise self.wrong_bands(frames.shape)
         with np.errstate(over="ignore"):  # values that overflow float32 are reported below
             frames = np.ascontiguousarray(frames, dtype=np.float32)
-        finite = np.isfinite(frames)
-        if not finite.all():
-            position = tuple(int(i) for i in np.argwhere(~finite)[0])
+        if not all_finite(frames):
+            position = tuple(int(i) for i in np.argwhere(~np.isfinite(frames))[0])
             raise MelError(f"mel holds {frames[position]} at {position}; every value must be finite (silence is {self.silence:g}).")
         return frames
 

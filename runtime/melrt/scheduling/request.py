@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from melrt.backends.base import Backend, DeviceBackend, DeviceUtterance
+from melrt.checks import all_finite
 from melrt.errors import BackendError
 from melrt.files.audio import INT16_NAN, SampleFormat, to_int16
 from melrt.planning.windows import Window
@@ -129,5 +130,5 @@ class DeviceRequest(Request):
 def _check_audio(backend: Backend, audio: Audio, expected: tuple[int, int]) -> None:
     if audio.shape != expected:
         raise BackendError(f"{backend.name} returned audio of shape {audio.shape} instead of {expected}. Is this the voice's model?")
-    if (audio == INT16_NAN).any() if audio.dtype == np.int16 else not np.isfinite(audio).all():
+    if (audio == INT16_NAN).any() if audio.dtype == np.int16 else not all_finite(audio):
         raise BackendError(f"{backend.name} returned samples that are not finite. Is {backend.precision} precise enough for this voice?")
