@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ def number(low: float = -math.inf, high: float = math.inf, *, above: bool = Fals
     """Accept finite numbers from `low` to `high`; `above` and `below` exclude the bound itself."""
 
     def accepts(value: Any) -> bool:
-        if type(value) not in (int, float) or not -math.inf < value < math.inf:
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
             return False
         return bool((low < value if above else low <= value) and (value < high if below else value <= high))
 
