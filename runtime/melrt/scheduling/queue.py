@@ -168,18 +168,22 @@ class RequestQueue:
             self._threads.append(thread)
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                while not self._waiting.windows or len(self._runners) >= self.policy.workers:
-                    if self._closing and not self._waiting.windows:
-                        return
-                    self._changed.wait()
-                overdue = self._overdue()
-                jobs = [] if overdue else self._take()
-            for request in overdue:
-                self._fail(request, OverdueError(f"the audio was not done within {self.limits.timeout} s; the service is overloaded."))
-            self._run(jobs)
-            self._leave_lane()
+        while self._work_once():
+            pass  # between two runs a worker refers to no request, whose frames and audio it would keep alive
+
+    def _work_once(self) -> bool:
+        with self._changed:
+            while not self._waiting.windows or len(self._runners) >= self.policy.workers:
+                if self._closing and not self._waiting.windows:
+                    return False
+                self._changed.wait()
+            overdue = self._overdue()
+            jobs = [] if overdue else self._take()
+        for request in overdue:
+            self._fail(request, OverdueError(f"the audio was not done within {self.limits.timeout} s; the service is overloaded."))
+        self._run(jobs)
+        self._leave_lane()
+        return True
 
     def _run_here(self, request: Request) -> None:
         """Run windows of a request in this thread while no other request waits and a lane is free; the workers take what is left."""
@@ -220,7 +224,11 @@ class RequestQueue:
 
     def _run(self, jobs: list[Job]) -> None:
         """Run a batch and deliver. If it fails, each window runs alone, so that only the request at fault fails."""
-        jobs = [(request, window) for request, window in jobs if not request.ended and not request.future.cancelled()]
+        for request, _ in jobs:
+            if request.future.cancelled():  # dropped here, so the callback of the cancellation may find it gone
+                with self._changed:
+                    self._end(request)
+        jobs = [(request, window) for request, window in jobs if not request.ended]
         if not jobs:
             return
         start = time.monotonic()

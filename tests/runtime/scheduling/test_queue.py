@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -271,6 +272,33 @@ def test_workers_survive_simultaneous_events(tiny_bundle_path: Path) -> None:
         sys.setswitchinterval(interval)
     assert problems == []
     assert all(worker.is_alive() for worker in vocoder.queue._threads)
+    vocoder.close()
+
+
+def test_request_cancelled_as_a_worker_takes_it_ends(tiny_bundle_path: Path) -> None:
+    """The worker drops the request before the callback of the cancellation runs, and the callback finds it gone."""
+    vocoder, echo = load_echo(tiny_bundle_path, ONE)
+    echo.go.clear()
+    blocker = vocoder.submit(constant(0))
+    assert echo.started.acquire(timeout=5)
+    request = vocoder._synthesizer.utterance(constant(1))
+    future, dropped = request.future, threading.Event()
+    future.add_done_callback(lambda _: dropped.wait(5))
+    vocoder.queue.submit(request)
+    gone = weakref.ref(request)
+    del request
+    canceller = threading.Thread(target=future.cancel)
+    canceller.start()
+    while not future.cancelled():
+        time.sleep(0.001)
+    echo.go.set()
+    blocker.result(5)
+    while gone() is not None:
+        gc.collect()
+        time.sleep(0.001)
+    dropped.set()
+    canceller.join()
+    assert future in wait([future], timeout=5).done
     vocoder.close()
 
 
