@@ -103,8 +103,10 @@ class RequestQueue:
         for thread in self.stop(drain=drain):
             if thread is not threading.current_thread():
                 thread.join()
-        with self._changed:  # callers that run their own windows
-            while self._pid == os.getpid() and any(runner != threading.get_ident() for runner in self._runners):
+        if self._pid != os.getpid():
+            return  # the lock may have been held during the fork
+        with self._changed:
+            while any(runner != threading.get_ident() for runner in self._runners):  # callers that run their own windows
                 self._changed.wait()
 
     def stop(self, *, drain: bool) -> list[threading.Thread]:

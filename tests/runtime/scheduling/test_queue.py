@@ -210,6 +210,7 @@ def _in_child(vocoder: Vocoder, answers) -> None:
     try:
         vocoder(constant(1))
     except BackendError as error:
+        vocoder.close()
         answers.put(str(error))
 
 
@@ -220,7 +221,19 @@ def test_use_after_a_fork_is_refused(tiny_bundle_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
     child = context.Process(target=_in_child, args=(vocoder, answers))
+    held, forked = threading.Event(), threading.Event()
+
+    def hold_the_lock() -> None:
+        with vocoder.queue._changed:
+            held.set()
+            forked.wait(10)
+
+    holder = threading.Thread(target=hold_the_lock)
+    holder.start()
+    held.wait(10)
     child.start()
+    forked.set()
+    holder.join()
     assert "did not survive the fork. Load one here." in answers.get(timeout=20)
     child.join(20)
     assert child.exitcode == 0
