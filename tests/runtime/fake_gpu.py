@@ -23,6 +23,7 @@ class Gpu:
         self.freed: list[np.ndarray] = []
         self.streams: dict[int, Stream] = {}
         self.captures = 0
+        self.captured_fallbacks = 0
         self.graph_launches = 0
         self.syncs = 0
         self.cache_blob = b""
@@ -61,6 +62,7 @@ class Stream:
         gpu.streams[self.handle] = self
         self.queue: list[Callable[[], None]] = []
         self.capturing: list[Callable[[], None]] | None = None
+        self.invalidated = False
         self.closed = False
 
     def add(self, work: Callable[[], None]) -> None:
@@ -107,8 +109,14 @@ class Builder:
     def end_building(self) -> Builder:
         assert self.stream.capturing is not None
         self.work, self.stream.capturing = self.stream.capturing, None
+        if self.stream.invalidated:
+            self.stream.invalidated = False
+            raise RuntimeError("CUDA_ERROR_STREAM_CAPTURE_INVALIDATED")
         self.stream.gpu.captures += 1
         return self
+
+    def close(self) -> None:
+        assert self.stream.capturing is None, "closed during a capture"
 
     def complete(self) -> Builder:
         return self

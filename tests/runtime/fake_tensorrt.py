@@ -22,6 +22,7 @@ from melrt.bundle import Artifact, Bundle
 
 VERSION = "1.7.1"
 MAGIC = b"ENGINE"
+FALLBACK_LAUNCHES = 10
 WINDOW, BATCH = 48, 4
 TARGET: dict[str, object] = {
     "refittable": False,
@@ -70,6 +71,8 @@ class Context:
         self.addresses: dict[str, int] = {}
         self.scratch: tuple[int, int] | None = None
         self.changes = 0
+        self.launches = 0
+        self.specialization = ""
 
     def set_device_memory(self, memory: int, size: int) -> None:
         assert size >= self.engine.header["scratch"]
@@ -98,6 +101,13 @@ class Context:
         assert set(self.addresses) == {"mel", "audio"}
         stream = self.engine.gpu.streams[handle]
         shape, addresses, scratch, changes = self.shape, dict(self.addresses), self.scratch, self.changes
+        self.launches += 1
+        if stream.capturing is not None:
+            if self.engine.header.get("uncapturable"):
+                stream.invalidated = True
+                return False
+            # A lazily specialized shape runs fallback kernels until its own have been compiled in the background.
+            self.engine.gpu.captured_fallbacks += self.specialization == "LAZY" and self.launches <= FALLBACK_LAUNCHES
         users = self.engine.gpu.__dict__.setdefault("scratch_users", {})
         assert users.setdefault(scratch[0], handle) == handle, "scratch memory on two streams"
 
@@ -145,6 +155,7 @@ class EngineFake:
     def create_execution_context(self, config: RuntimeConfig) -> Context:
         assert config.strategy == "USER_MANAGED"
         context = Context(self)
+        context.specialization = config.dynamic_shapes_kernel_specialization_strategy
         self.contexts.add(context)
         return context
 
@@ -163,6 +174,7 @@ class RuntimeCache:
 
 class RuntimeConfig:
     strategy = ""
+    dynamic_shapes_kernel_specialization_strategy = "LAZY"
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
@@ -223,5 +235,5 @@ def tensorrt_module(gpu: Gpu) -> types.SimpleNamespace:
         EngineValidity=types.SimpleNamespace(INVALID="INVALID", VALID="VALID"),
         ExecutionContextAllocationStrategy=types.SimpleNamespace(USER_MANAGED="USER_MANAGED"),
         CudaGraphStrategy=types.SimpleNamespace(DISABLED="DISABLED"),
-        DynamicShapesKernelSpecializationStrategy=types.SimpleNamespace(LAZY="LAZY"),
+        DynamicShapesKernelSpecializationStrategy=types.SimpleNamespace(LAZY="LAZY", EAGER="EAGER"),
     )  # fmt: skip

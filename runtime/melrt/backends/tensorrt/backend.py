@@ -63,6 +63,11 @@ class TensorRT:
         for engine in self.engines.values():
             engine.save_cache()
 
+    @property
+    def failed_captures(self) -> int:
+        """Shapes that could not be captured as CUDA graphs, over all slots; their kernels are launched one by one."""
+        return sum(slot.failed_captures for slot in self._slots)
+
     def run(self, graph: GraphKind, mel: Mel) -> Audio:
         with self.slot() as slot:
             return slot.run(graph, mel)

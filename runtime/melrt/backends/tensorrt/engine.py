@@ -80,6 +80,11 @@ class Engine:
         self._cache_file = user_cache() / f"{artifact.sha256[:16]}-{_plain(gpu.name)}.runtime-cache"
         self._config = self._runtime_config()
 
+    @property
+    def lazy(self) -> bool:
+        """True if TensorRT-RTX compiles the kernels of a new shape in the background: for engines that take many lengths."""
+        return self.profile.window is None and hasattr(self._trt, "IRuntimeCache")
+
     def context(self, scratch: Any) -> Any:
         """Create an execution context in this scratch memory (`scratch_bytes`). Contexts that never run at the same time may share it."""
         if self._config is not None:
@@ -121,7 +126,9 @@ class Engine:
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
-        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.LAZY
+        # The batch of a window's engine is dynamic. A lazily compiled shape first runs fallback kernels, which a capture would keep.
+        strategies = trt.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.LAZY if self.lazy else strategies.EAGER
         cache = config.create_runtime_cache()
         kept = _read_cache(self._cache_file)
         if kept and not cache.deserialize(kept):

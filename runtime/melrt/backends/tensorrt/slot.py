@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import logging
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -16,9 +18,13 @@ from melrt.errors import BackendError
 from melrt.planning.windows import GraphKind
 from melrt.types import Audio, Mel
 
+logger = logging.getLogger(__name__)
+
 FLOAT = 4
 # A shape that has run this often is worth a CUDA graph; one that ran once may never run again.
 CAPTURE_AFTER = 2
+# The same for an engine whose kernels are compiled in the background while fallback kernels run, which a capture would keep.
+CAPTURE_LAZY_AFTER = 32
 # Prepared shapes per slot; each has an execution context, and perhaps a CUDA graph, of some hundred kilobytes.
 MOST_SHAPES = 64
 
@@ -50,6 +56,8 @@ class ExecutionSlot:
         self.pcm = device.allocate(self.dtype.itemsize * samples, stream=self.stream) if int16 else self.audio
         self.host_mel = _Pinned(FLOAT * mels, np.dtype(np.float32))
         self.host_audio = _Pinned(self.dtype.itemsize * samples, self.dtype)
+        self.failed_captures = 0
+        """Shapes that could not be captured as CUDA graphs."""
         self._prepared: OrderedDict[tuple[GraphKind, Shape], PreparedShape] = OrderedDict()
         self.stream.sync()
 
@@ -110,6 +118,8 @@ class PreparedShape:
             if not self._context.set_tensor_address(name, int(buffer.handle)):
                 raise BackendError(f"the {graph} engine rejects the address of its {name}.")
         self._captured: Any = None
+        self._capturable = True
+        self._capture_after = CAPTURE_LAZY_AFTER if engine.lazy else CAPTURE_AFTER
         self._launches = 0
 
     def launch(self) -> None:
@@ -120,14 +130,29 @@ class PreparedShape:
         self._enqueue()
         self._launches += 1
         # the first launch of a context may set itself up, which no graph can hold; TensorRT-RTX may still be compiling
-        if self._launches >= CAPTURE_AFTER and self._capturable():
-            builder = self._slot.stream.create_graph_builder().begin_building("thread_local")
-            self._enqueue()
-            self._captured = builder.end_building().complete()
+        if self._launches >= self._capture_after and self._capturable:
+            self._captured = self._capture()
+            self._capturable = self._captured is not None
 
-    def _capturable(self) -> bool:
-        capturable = getattr(self._context, "is_stream_capturable", None)
-        return capturable is None or bool(capturable(int(self._slot.stream.handle)))
+    def _capture(self) -> Any:
+        """Capture the run as a CUDA graph; None if that is not possible. The stream can be used afterwards in any case."""
+        supported = getattr(self._context, "is_stream_capturable", None)
+        if supported is not None and not supported(int(self._slot.stream.handle)):
+            return None
+        builder = self._slot.stream.create_graph_builder()
+        try:
+            builder.begin_building("thread_local")
+            try:
+                self._enqueue()
+            finally:
+                builder.end_building()
+            return builder.complete()
+        except Exception as error:  # the binding's exceptions have no common base; the run itself was launched already
+            self._slot.failed_captures += 1
+            logger.warning("a shape could not be captured as a CUDA graph, so its kernels are launched one by one: %s", error)
+            with contextlib.suppress(Exception):
+                builder.close()
+            return None
 
     def _enqueue(self) -> None:
         slot = self._slot
