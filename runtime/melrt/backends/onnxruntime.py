@@ -49,6 +49,8 @@ class OnnxModel:
         ort = _onnxruntime()
         if device != "cpu" and "CUDAExecutionProvider" not in ort.get_available_providers():
             raise BackendError('this ONNX Runtime has no CUDA: pip uninstall onnxruntime, then pip install "melrt[gpu]"')
+        if device != "cpu" and hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # CUDA and cuDNN from NVIDIA's wheels, which the loader does not find by itself
         options = ort.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         options.intra_op_num_threads = threads
@@ -119,7 +121,8 @@ def _providers(device: str) -> list[Any]:
     if device == "cpu":
         return ["CPUExecutionProvider"]
     # The default search, EXHAUSTIVE, tunes every new input shape for hundreds of milliseconds. HEURISTIC asks cuDNN once.
-    options = {"device_id": device.partition(":")[2], "cudnn_conv_algo_search": "HEURISTIC"}
+    # TF32 is on by default, and is not FP32: it rounds what is multiplied to 10 bits.
+    options = {"device_id": device.partition(":")[2], "cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
     return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from melrt.backends.base import BACKENDS, PRECISIONS, Backend
 from melrt.bundle import Artifact, Bundle
 from melrt.checks import Rule, check_fields, one_of, optional, whole
-from melrt.errors import BackendError, MissingExtraError
+from melrt.errors import BackendError, MelrtError, MissingExtraError
 from melrt.files.audio import SAMPLE_FORMATS, SampleFormat
 from melrt.planning.windows import GraphKind
 from melrt.system import find_gpu
@@ -122,7 +122,12 @@ def _engines(bundle: Bundle, choice: BackendChoice) -> Iterator[_Candidate]:
 def _open_engines(bundle: Bundle, artifacts: dict[GraphKind, Artifact], choice: BackendChoice) -> Backend:
     from melrt.backends.tensorrt.backend import TensorRT
 
-    return TensorRT(bundle, artifacts, choice.index, int16=choice.sample_format == "int16")
+    try:
+        return TensorRT(bundle, artifacts, choice.index, int16=choice.sample_format == "int16")
+    except MelrtError:
+        raise
+    except Exception as error:  # the driver, NVRTC and TensorRT raise many exceptions without a common base
+        raise BackendError(f"the engine could not be opened ({type(error).__name__}: {error})") from error
 
 
 def _models(bundle: Bundle, choice: BackendChoice) -> Iterator[_Candidate]:

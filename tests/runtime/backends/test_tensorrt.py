@@ -206,3 +206,16 @@ def test_failed_run_does_not_affect_the_next(gpu: Gpu, voice: Bundle, monkeypatc
         with pytest.raises(MelrtError, match=r"outside this engine's profile, \(1, 80, 4\) to \(4, 80, 48\)"):
             vocoder.backend.run("edge", np.zeros((1, 80, 3), np.float32))
         assert (vocoder(mel) == good).all()
+
+
+@pytest.mark.parametrize("error", [MemoryError("out of memory"), RuntimeError("infer_shapes"), OSError("libnvrtc.so")])
+def test_any_error_of_the_driver_falls_back(gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("melrt.backends.tensorrt.backend.ExecutionSlot", fails)
+    monkeypatch.setattr("melrt.backends.select.find_gpu", lambda: "a GPU")
+    with Vocoder.load(voice, precision="fp32") as vocoder:
+        assert vocoder.backend.name == "onnxruntime"
+    with pytest.raises(BackendError, match=rf"the engine could not be opened \({type(error).__name__}: {error}\)"):
+        load(voice)
