@@ -92,8 +92,13 @@ RTX_UNSUPPORTED = ("8.7", "9.0", "10.0")
 _CAPABILITIES = (
     _Capability("synthesis on the CPU", ("onnxruntime|onnxruntime-gpu",), "cpu"),
     _Capability("synthesis on a GPU, ONNX Runtime", ("onnxruntime-gpu",), "gpu"),
-    _Capability("TensorRT engines for data-center GPUs", ("tensorrt", "polygraphy", "cuda-core"), "tensorrt"),
-    _Capability("TensorRT-RTX engines, also built without a GPU", ("tensorrt-rtx", "polygraphy", "cuda-core"), "rtx", RTX_UNSUPPORTED),
+    _Capability("TensorRT engines for data-center GPUs", ("tensorrt|tensorrt-cu12", "polygraphy", "cuda-core"), "tensorrt"),
+    _Capability(
+        "TensorRT-RTX engines, also built without a GPU",
+        ("tensorrt-rtx|tensorrt-rtx-cu12", "polygraphy", "cuda-core"),
+        "rtx",
+        RTX_UNSUPPORTED,
+    ),
     _Capability("export of checkpoints", ("torch", "onnx", "safetensors", "pyyaml", "h5py", "matplotlib"), "export"),
     _Capability("PyCUDA arrays", ("pycuda",), "pycuda"),
     _Capability("reading and writing audio", ("soundfile", "soxr"), "cli"),
@@ -104,7 +109,9 @@ def examine() -> Iterator[Finding]:
     """Yield the processor, the GPU, and every capability in turn."""
     yield Finding("CPU", True, f"{cpu_name()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores usable", "")
     gpu = find_gpu()
-    found = f"{gpu.name} (compute capability {gpu.compute_capability}), {gpu.count} in all" if gpu else "none, or no driver (libcuda.so.1)"
+    found = "none, or no driver (libcuda.so.1)"
+    if gpu is not None:
+        found = f"{gpu.name} (compute capability {gpu.compute_capability}), {gpu.count} in all, driver for CUDA {driver_version()}"
     yield Finding("NVIDIA GPU", gpu is not None, found, "install the NVIDIA driver")
     for capability in _CAPABILITIES:
         yield _examine_packages(capability, gpu)
@@ -115,7 +122,9 @@ def _examine_packages(capability: _Capability, gpu: Gpu | None) -> Finding:
     versions = {distribution: _version(distribution) for distribution in names}
     missing = [names[distribution] for distribution, version in versions.items() if version is None]
     if missing:
-        return Finding(capability.purpose, False, f"missing {', '.join(missing)}", f'pip install "melrt[{capability.extra}]"')
+        older = capability.extra in ("tensorrt", "rtx") and driver_version().startswith("12.")
+        extra = f"{capability.extra}-cuda12" if older else capability.extra
+        return Finding(capability.purpose, False, f"missing {', '.join(missing)}", f'pip install "melrt[{extra}]"')
     found = ", ".join(f"{names[distribution]} {version}" for distribution, version in versions.items())
     if gpu is not None and gpu.compute_capability in capability.unsupported:
         capabilities = ", ".join(capability.unsupported)

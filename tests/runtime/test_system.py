@@ -33,3 +33,12 @@ def test_each_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -
     assert found["reading and writing audio"] == Finding("reading and writing audio", False, "missing soxr", 'pip install "melrt[cli]"')
     assert found["export of checkpoints"].ready
     assert not any("librosa" in finding.found for finding in found.values())
+
+
+def test_driver_of_cuda_12_names_its_own_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system, "driver_version", lambda: "12.8")
+    found = findings(monkeypatch, Gpu("GPU", "8.9", 1), ("cuda-core",))
+    assert found["NVIDIA GPU"].found.endswith("driver for CUDA 12.8")
+    assert found[RTX].remedy == 'pip install "melrt[rtx-cuda12]"'
+    monkeypatch.setattr(system, "driver_version", lambda: "13.0")
+    assert findings(monkeypatch, None, ("cuda-core",))[RTX].remedy == 'pip install "melrt[rtx]"'
