@@ -20,6 +20,7 @@ SHARED = ROOT.parent / "shared"
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder for each test, so that no test reads what another test or the user left."""
     monkeypatch.setenv("MELRT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MELRT_KEY", str(tmp_path / "engine.key"))
     return tmp_path / "cache"
 
 

@@ -78,7 +78,7 @@ class Vocoder:
         weakref.finalize(self._synthesizer, self.queue.stop, drain=True)
 
     @classmethod
-    def load(
+    def load(  # noqa: PLR0913  # each is one choice, by keyword
         cls,
         bundle: Bundle | str | os.PathLike[str],
         *,
@@ -87,6 +87,7 @@ class Vocoder:
         backend: str = "auto",
         threads: int | None = None,
         options: Options | None = None,
+        trust: bool = False,
     ) -> Self:
         """Load the best artifact of a bundle that this machine can run.
 
@@ -97,6 +98,7 @@ class Vocoder:
             backend: `tensorrt`, `onnxruntime`, or `auto`: an engine if the bundle has one for this GPU.
             threads: CPU threads in all; one per usable core if None.
             options: Windows, queue, ends of utterances and streams.
+            trust: Open TensorRT engines that neither this user nor a key in `MELRT_TRUSTED_KEYS` vouches for. Engines are executable code.
 
         Raises:
             BundleError: The bundle is missing, damaged, or newer than this melrt.
@@ -104,7 +106,7 @@ class Vocoder:
             ConfigError: An argument is not one of the values above.
         """
         options = options or Options()
-        choice = BackendChoice(device, precision, backend, threads, options.sample_format)
+        choice = BackendChoice(device, precision, backend, threads, options.sample_format, trust)
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         return cls(bundle, open_backend(bundle, choice), options)
 

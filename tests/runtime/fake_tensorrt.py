@@ -19,6 +19,7 @@ from tests.runtime.fake_gpu import Gpu, bindings_module, core_module, utils_modu
 
 from melrt.backends.onnxruntime import OnnxModel
 from melrt.bundle import Artifact, Bundle
+from melrt.bundle.trust import sign
 
 VERSION = "1.7.1"
 MAGIC = b"ENGINE"
@@ -60,7 +61,7 @@ def add_engines(bundle: Bundle, **facts: object) -> Bundle:
         target = TARGET | {key: value for key, value in facts.items() if key in TARGET}
         options = {key: value for key, value in facts.items() if key not in TARGET}
         data = engine_bytes(bundle.read(model), (1, 80, smallest), (BATCH, 80, WINDOW), **options)
-        bundle.add(Artifact.of(f"{graph}.fp32.engine", data, "engine", graph=graph, precision="fp32", target=target), data)
+        bundle.add(sign(Artifact.of(f"{graph}.fp32.engine", data, "engine", graph=graph, precision="fp32", target=target)), data)
     return Bundle.open(bundle.path)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 
 from melrt.bundle import Artifact, Bundle
+from melrt.bundle.trust import sign
 from melrt.errors import BundleError, ConfigError, EngineBuildError, MissingExtraError
 from melrt.system import driver_version, find_gpu
 from melrt_export.generator.config import GeneratorConfig
@@ -42,8 +43,8 @@ class BuiltEngine:
     """True if the engine was taken from the user's cache instead of built."""
 
     def add_to(self, bundle: Bundle) -> BuiltEngine:
-        """Add the engine to its bundle, in place of one with the same name, and return it with its entry there."""
-        return replace(self, entry=bundle.add(self.entry, self.plan, made_from=self.source))
+        """Sign the engine, add it to its bundle in place of one with the same name, and return it with its entry there."""
+        return replace(self, entry=bundle.add(sign(self.entry), self.plan, made_from=self.source))
 
 
 @dataclass(frozen=True, slots=True)

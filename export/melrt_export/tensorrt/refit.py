@@ -9,6 +9,7 @@ from typing import Any
 from melrt.backends.tensorrt.backend import open_device
 from melrt.backends.tensorrt.engine import check_target, flavor, runtime_logger
 from melrt.bundle import Artifact, Bundle
+from melrt.bundle.trust import is_trusted, sign
 from melrt.errors import BundleError, EngineBuildError
 from melrt_export.generator.config import GeneratorConfig
 from melrt_export.graph.rewrites import Variant, rewrite_graph
@@ -45,6 +46,8 @@ def refit_engines(bundle: Bundle, original: Bundle) -> Iterator[Artifact]:
 
 
 def _refit(bundle: Bundle, original: Bundle, entry: Artifact) -> Artifact:
+    if not is_trusted(entry):
+        raise BundleError(f"{entry.file} was not built by this user, and could run any code. If you trust it: melrt trust {original.path}")
     precision = SOURCES[entry.precision]
     source = bundle.find("onnx", graph=entry.graph, precision=precision)
     if not source:
@@ -58,7 +61,7 @@ def _refit(bundle: Bundle, original: Bundle, entry: Artifact) -> Artifact:
     target = {**entry.target, "source": source[0].sha256}
     refitted = Artifact.of(entry.name, plan, "engine", graph=entry.graph, precision=entry.precision, target=target)
     quality = check_accuracy(bundle, refitted, plan, "edge" if entry.graph == "edge" else "interior")
-    return bundle.add(replace(refitted, quality=quality), plan, made_from=source[0])
+    return bundle.add(sign(replace(refitted, quality=quality)), plan, made_from=source[0])
 
 
 def _exchange_weights(trt: Any, plan: bytes, onnx: bytes, name: str) -> bytes:

@@ -10,8 +10,9 @@ from functools import partial
 
 from melrt.backends.base import BACKENDS, PRECISIONS, Backend
 from melrt.bundle import Artifact, Bundle
-from melrt.checks import Rule, check_fields, one_of, optional, whole
-from melrt.errors import BackendError, MelrtError, MissingExtraError
+from melrt.bundle.trust import is_trusted
+from melrt.checks import Rule, check_fields, flag, one_of, optional, whole
+from melrt.errors import BackendError, ConfigError, MelrtError, MissingExtraError
 from melrt.files.audio import SAMPLE_FORMATS, SampleFormat
 from melrt.planning.windows import GraphKind
 from melrt.system import find_gpu
@@ -45,11 +46,13 @@ class BackendChoice:
     """CPU threads in all; one per usable core if None."""
     sample_format: SampleFormat = "float32"
     """Format of the samples: `float32`, or `int16` with full scale 32767."""
+    trust: bool = False
+    """Open engines that nobody vouches for. An engine is executable code (`melrt.bundle.trust`)."""
 
     def __post_init__(self) -> None:
         rules = {
             "device": _DEVICE_RULE, "precision": one_of("auto", *PRECISIONS), "backend": one_of("auto", *BACKENDS),
-            "threads": _THREADS_RULE, "sample_format": one_of(*SAMPLE_FORMATS),
+            "threads": _THREADS_RULE, "sample_format": one_of(*SAMPLE_FORMATS), "trust": flag(),
         }  # fmt: skip
         check_fields(self, rules)
 
@@ -122,6 +125,15 @@ def _engines(bundle: Bundle, choice: BackendChoice) -> Iterator[_Candidate]:
 def _open_engines(bundle: Bundle, artifacts: dict[GraphKind, Artifact], choice: BackendChoice) -> Backend:
     from melrt.backends.tensorrt.backend import TensorRT
 
+    try:
+        trusted = choice.trust or all(is_trusted(artifact) for artifact in artifacts.values())
+    except ConfigError as error:  # the key cannot be used: the ONNX graphs still can
+        raise BackendError(str(error)) from error
+    if not trusted:
+        raise BackendError(
+            f"the engine was not built by this user, and could run any code. If you trust its origin: melrt trust {bundle.path}; "
+            "otherwise rebuild it with `melrt build`"
+        )
     try:
         return TensorRT(bundle, artifacts, choice.index, int16=choice.sample_format == "int16")
     except MelrtError:

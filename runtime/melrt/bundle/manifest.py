@@ -49,10 +49,13 @@ class Artifact:
     """Platform that it runs on; for an engine its flavor, version, compute capability and profile."""
     quality: Mapping[str, float] = field(default_factory=dict)
     """Differences from PyTorch, measured when it was made."""
+    signature: str = ""
+    """Signature of an engine's entry (`melrt.bundle.trust`); empty if nobody vouches for it."""
 
     def __post_init__(self) -> None:
         rules = {"file": _PLAIN_NAME, "size": whole(0, MAX_ARTIFACT_BYTES), "target": _OBJECT, "quality": _OBJECT}
-        check_fields(self, {**rules, **dict.fromkeys(("kind", "sha256", "graph", "precision"), text())}, "artifact", BundleError)
+        texts = dict.fromkeys(("kind", "sha256", "graph", "precision", "signature"), text())
+        check_fields(self, {**rules, **texts}, "artifact", BundleError)
         if odd := [f"{k} {v!r}" for k, v in self.quality.items() if type(v) not in (int, float) or not -1e300 < v < 1e300]:
             raise BundleError(f"artifact {self.file}: quality {odd[0]:.80}; it must be a finite number.")
 

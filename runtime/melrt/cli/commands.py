@@ -17,6 +17,7 @@ from rich.table import Column, Table
 
 from melrt.backends.select import BackendChoice, open_backend
 from melrt.bundle import Bundle, Manifest
+from melrt.bundle.trust import trust_engines
 from melrt.cli.progress import Steps
 from melrt.errors import BundleError, ConfigError, MelError
 from melrt.files.atomic import atomic_write, check_writable
@@ -240,6 +241,19 @@ class _Clock:
             finally:
                 self.seconds += sign * (time.perf_counter() - start)
             yield item
+
+
+def trust(voice: Voice) -> None:
+    """Vouch for the TensorRT engines of a voice that someone else built.
+
+    An engine is executable code, and is opened only if the user who runs it built it or vouches for it. Do this only for a voice from an
+    origin that you trust: `melrt trust voice.melrt`
+    """
+    signed = trust_engines(Bundle.open(voice))
+    for entry in signed:
+        console.print(f"{voice / entry.file} is trusted by this user now.", markup=False)
+    if not signed:
+        console.print(f"{voice} has no engines, so there is nothing to trust. `melrt build` makes them.", markup=False)
 
 
 def tune(

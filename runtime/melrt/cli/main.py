@@ -43,6 +43,7 @@ COMMANDS = {
     "requantize": Command("melrt_calibration.cli:requantize", "export"),
     "build": Command("melrt_export.cli:build", "tensorrt"),
     "refit": Command("melrt_export.cli:refit", "tensorrt"),
+    "trust": Command("melrt.cli.commands:trust", "cli"),
     "tune": Command("melrt.cli.commands:tune", "cli"),
     "bulk": Command("melrt.serving.bulk.cli:bulk", "cli"),
     "serve triton": Command("melrt.serving.triton.cli:triton", "triton"),

@@ -15,6 +15,7 @@ from tests.runtime.reference import FP32_MAX_ABS, speech_mel
 from melrt import Vocoder
 from melrt.backends.tensorrt.slot import CAPTURE_LAZY_AFTER
 from melrt.bundle import Artifact, Bundle
+from melrt.bundle.trust import sign
 from melrt.errors import BackendError, BundleError, MelError, MelrtError, MissingExtraError
 from melrt.files.audio import to_int16
 from melrt.planning.edges import Edges
@@ -174,7 +175,7 @@ def test_engine_that_cannot_be_opened_is_refused(gpu: Gpu, voice: Bundle, monkey
     (entry,) = voice.find("engine", graph="interior")
     broken = b"no plan" + voice.read(entry)
     changed = replace(Artifact.of(entry.name, broken, "engine", graph="interior", precision="fp32"), target=entry.target)
-    entry = voice.add(changed, broken)
+    entry = voice.add(sign(changed), broken)
     with pytest.raises(BackendError, match="cannot be opened by tensorrt_rtx"):
         load(Bundle.open(voice.path))
     (voice.path / entry.file).write_bytes(b"altered")

@@ -40,6 +40,7 @@ def triton(
     timeout: Annotated[
         float, typer.Option(help="Seconds that an admitted request may take, and that a stream may wait for frames.")
     ] = DEFAULT.timeout,
+    trust: Annotated[bool, typer.Option("--trust", help="Let the server open engines that its own user did not build.")] = False,
 ) -> None:
     """Write a model repository for NVIDIA Triton Inference Server, or add a voice or its next version to one.
 
@@ -50,7 +51,7 @@ def triton(
 
     serving = ServingConfig(
         precision, backend, threads, cast(SampleFormat, sample_format), max_frames, max_streams, timeout, max_queue, queue_timeout,
-        instances, _gpu_indices(gpus),
+        instances, _gpu_indices(gpus), trust,
     )  # fmt: skip
     if name and len(voices) > 1:
         raise ConfigError(f"--name is for one voice, but {len(voices)} are given; add them one at a time.")

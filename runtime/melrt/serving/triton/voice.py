@@ -13,7 +13,7 @@ import numpy as np
 
 from melrt.backends.select import BackendChoice, open_backend
 from melrt.bundle import Bundle
-from melrt.checks import check_fields, number, one_of, whole
+from melrt.checks import check_fields, flag, number, one_of, whole
 from melrt.errors import ClosedError, ConfigError, MelError, OverdueError, QueueFullError
 from melrt.files.audio import SAMPLE_FORMATS, SampleFormat
 from melrt.scheduling.limits import Limits
@@ -58,11 +58,13 @@ class ServingConfig:
     """Processes that load the voice, on each GPU or on the CPU."""
     gpus: tuple[int, ...] = ()
     """Indices of the GPUs to use; empty for Triton's choice, which is all GPUs, or the CPU if there is none."""
+    trust: bool = False
+    """Open engines that the server's user did not build, see `Vocoder.load`."""
 
     def __post_init__(self) -> None:
         BackendChoice(precision=self.precision, backend=self.backend, threads=self.threads or None)
         rules = dict.fromkeys(("max_frames", "max_streams", "max_queue", "instances"), _COUNT)
-        rules |= {"timeout": _SECONDS, "queue_timeout": _SECONDS, "sample_format": one_of(*SAMPLE_FORMATS)}
+        rules |= {"timeout": _SECONDS, "queue_timeout": _SECONDS, "sample_format": one_of(*SAMPLE_FORMATS), "trust": flag()}
         check_fields(self, rules, "Triton model")
         if len(set(self.gpus)) != len(self.gpus) or any(gpu < 0 for gpu in self.gpus):
             raise ConfigError(f"Triton model: gpus is {self.gpus}; it must be different whole numbers from 0 on.")
@@ -96,7 +98,9 @@ def open_voice(args: Mapping[str, str]) -> tuple[Vocoder, ServingConfig]:
     on_gpu = args["model_instance_kind"] == "GPU"
     device = f"cuda:{args['model_instance_device_id']}" if on_gpu else "cpu"
     bundle = Bundle.open(version / BUNDLE)
-    backend = open_backend(bundle, BackendChoice(device, config.precision, config.backend, config.threads or None, config.sample_format))
+    threads = config.threads or None
+    choice = BackendChoice(device, config.precision, config.backend, threads, config.sample_format, config.trust)
+    backend = open_backend(bundle, choice)
     policy = recorded_policy(bundle, backend) or backend.policy
     limits = Limits(
         max_windows=RUNS_AHEAD * policy.workers * policy.batch,
