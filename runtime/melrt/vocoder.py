@@ -224,8 +224,7 @@ class Vocoder:
 
     def close(self, *, drain: bool = True) -> None:
         """Close the vocoder: after the queue is empty, or (not `drain`) with ClosedError for the requests that wait."""
-        self.queue.close(drain=drain)
-        self.backend.close()
+        self.queue.close(drain=drain, then=self.backend.close)
 
     def __enter__(self) -> Self:
         return self
@@ -243,7 +242,7 @@ class Vocoder:
                 refused.set_exception(MelError(f"utterance {index}: {error}"))
                 yield refused
                 return
-            yield self.queue.submit(request)
+            yield self.queue.submit(request, run_here=self.queue.inside)
 
     def _in_order(self, futures: Iterable[Future[Any]]) -> Iterator[Any]:
         """Yield the results of lazily submitted futures, submitting only as far ahead as keeps the backend busy."""

@@ -15,12 +15,14 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
 from melrt.backends.base import Backend
 from melrt.errors import BackendError, ClosedError, OverdueError, QueueFullError
 from melrt.planning.windows import Policy
+from melrt.scheduling.delivery import Delivery
 from melrt.scheduling.limits import Limits
 from melrt.scheduling.request import Job, Request
 from melrt.scheduling.stats import Counters, Stats
@@ -28,6 +30,8 @@ from melrt.scheduling.waiting import WaitingWindows
 
 # Interval in seconds at which a task looks for room in a full queue; a window takes several times as long on a CPU.
 ROOM_POLL = 0.002
+# Overdue requests are looked for this many times within `Limits.timeout`.
+TIMEOUT_CHECKS = 20
 
 
 class RequestQueue:
@@ -42,10 +46,14 @@ class RequestQueue:
         self._waiting = WaitingWindows()
         self._runners: list[int] = []  # identifiers of the threads that use a lane; there are `policy.workers` lanes
         self._closing = False
-        lock = threading.RLock()
-        self._changed = threading.Condition(lock)  # for workers, and for `close`
-        self._room = threading.Condition(lock)  # for callers
+        self._close_later: Callable[[], None] | None = None
+        self._next_timeout_check = 0.0
+        # `with self._lock` is one step for an interrupt, `with self._changed` would not be
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)  # for workers, and for `close`
+        self._room = threading.Condition(self._lock)  # for callers
         self._threads: list[threading.Thread] = []
+        self._delivery = Delivery(backend, self._lock, self._counters, self._remove)
         _at_exit.add(self)
 
     def submit(self, request: Request, *, run_here: bool = False) -> Future[Any]:
@@ -53,7 +61,8 @@ class RequestQueue:
 
         Args:
             request: The request.
-            run_here: Run its windows in this thread if nothing else waits and a lane is free; for a caller that waits for it anyway.
+            run_here: Run its windows in this thread if nothing else waits and a lane is free, or if this thread runs a callback of the
+                queue; for a caller that waits for the result anyway.
 
         Raises:
             QueueFullError: There is no room, and the limits say not to wait (longer).
@@ -62,16 +71,27 @@ class RequestQueue:
         """
         self._check_process()
         self._watch_cancellation(request)
-        inside = threading.get_ident() in self._runners or threading.current_thread() in self._threads
+        inside = self.inside
+        if inside and run_here:
+            self._run_inside(request)
+            return request.future
         # a worker that waited for room, in the callback of a future, would wait for itself
         until = time.monotonic() if inside else self._room_deadline()
-        with self._changed:
-            run_here = run_here and not inside and not self._waiting.windows
-            while not self._try_enqueue(request, notify=not run_here):
-                self._check_room_deadline(until)
-                self._room.wait(None if until is None else until - time.monotonic())
-        if run_here:
-            self._run_here(request)
+        try:
+            with self._lock:
+                run_here = run_here and not self._waiting.windows
+                while not self._try_enqueue(request, notify=not run_here):
+                    self._check_room_deadline(until)
+                    self._room.wait(None if until is None else until - time.monotonic())
+            if run_here:
+                self._run_here(request)
+        except BaseException as error:  # an interrupt must not leave windows or a lane behind
+            lane = not inside and threading.get_ident() in self._runners
+            if request.waiting or lane:
+                self._delivery.fail(request, error)
+            if lane:
+                self._leave_lane()
+            raise
         return request.future
 
     async def submit_async(self, request: Request) -> Future[Any]:
@@ -80,46 +100,61 @@ class RequestQueue:
         self._watch_cancellation(request)
         until = self._room_deadline()
         while True:
-            with self._changed:
+            with self._lock:
                 if self._try_enqueue(request):
                     break
                 self._check_room_deadline(until)
             await asyncio.sleep(ROOM_POLL)
         return request.future
 
+    @property
+    def inside(self) -> bool:
+        """True in a thread that runs windows now, so in a callback of the queue; waiting there for others could wait for itself."""
+        return threading.get_ident() in self._runners or threading.current_thread() in self._threads
+
     def count_underrun(self) -> None:
         """Count that a stream's audio came after its playback had run out."""
-        with self._changed:
+        with self._lock:
             self._counters.underruns += 1
 
     def stats(self) -> Stats:
         """Return a snapshot of the counters."""
         self._check_process()
-        with self._changed:
+        with self._lock:
             return self._counters.stats(self._waiting.windows, self._waiting.requests, self.policy.batch)
 
-    def close(self, *, drain: bool = True) -> None:
-        """Refuse further requests and end the workers: after the queue is empty, or (not `drain`) with ClosedError for what waits."""
-        for thread in self.stop(drain=drain):
-            if thread is not threading.current_thread():
-                thread.join()
+    def close(self, *, drain: bool = True, then: Callable[[], None] = lambda: None) -> None:
+        """Refuse further requests and end the workers: after the queue is empty, or (not `drain`) with ClosedError for what waits.
+
+        Args:
+            drain: Complete the waiting requests.
+            then: Called once nothing runs any more. In a callback of the queue, this method returns before that.
+        """
+        threads = self.stop(drain=drain)
         if self._pid != os.getpid():
             return  # the lock may have been held during the fork
-        with self._changed:
-            while any(runner != threading.get_ident() for runner in self._runners):  # callers that run their own windows
+        if self.inside:
+            with self._lock:
+                self._close_later = then
+            return
+        for thread in threads:
+            thread.join()
+        with self._lock:
+            while self._runners:  # callers that run their own windows
                 self._changed.wait()
+        then()
 
     def stop(self, *, drain: bool) -> list[threading.Thread]:
         """Begin to close, and return the workers without waiting for them."""
         if self._pid != os.getpid():
             return []  # the workers, and perhaps a held lock, belong to the parent process
-        with self._changed:
+        with self._lock:
             self._closing = True
             dropped = [] if drain else self._waiting.all()
             self._changed.notify_all()
             self._room.notify_all()
         for request in dropped:
-            self._fail(request, ClosedError("the vocoder was closed before this was computed."))
+            self._delivery.fail(request, ClosedError("the vocoder was closed before this was computed."))
         return self._threads
 
     def _check_process(self) -> None:
@@ -142,8 +177,7 @@ class RequestQueue:
 
     def _try_enqueue(self, request: Request, *, notify: bool = True) -> bool:
         """Queue a request if there is room, and wake the workers if `notify`. The caller holds the lock."""
-        if self._closing:
-            raise ClosedError("the vocoder is closed; load it again.")
+        self._check_open()
         if request.windows:
             if self._waiting.windows >= self.limits.max_windows:
                 return False
@@ -157,11 +191,20 @@ class RequestQueue:
         self._counters.requests += 1
         return True
 
+    def _check_open(self) -> None:
+        if self._closing:
+            raise ClosedError("the vocoder is closed; load it again.")
+
     def _watch_cancellation(self, request: Request) -> None:
         """Register for a cancellation before the request is queued, since workers may end it from then on."""
         # weak, or request and future would keep each other and their audio alive until a garbage collection
         reference = weakref.ref(request)
-        request.future.add_done_callback(lambda future: self._on_cancel(reference()) if future.cancelled() else None)
+
+        def done(future: Future[Any]) -> None:
+            if future.cancelled() and self._pid == os.getpid():
+                self._delivery.cancel(reference())
+
+        request.future.add_done_callback(done)
 
     def _start_threads(self) -> None:
         while len(self._threads) < self.policy.workers:
@@ -172,124 +215,97 @@ class RequestQueue:
     def _work(self) -> None:
         while self._work_once():
             pass  # between two runs a worker refers to no request, whose frames and audio it would keep alive
+        self._finish_closing()
 
     def _work_once(self) -> bool:
-        with self._changed:
+        with self._lock:
             while not self._waiting.windows or len(self._runners) >= self.policy.workers:
                 if self._closing and not self._waiting.windows:
                     return False
                 self._changed.wait()
-            overdue = self._overdue()
-            jobs = [] if overdue else self._take()
-        for request in overdue:
-            self._fail(request, OverdueError(f"the audio was not done within {self.limits.timeout} s; the service is overloaded."))
-        self._run(jobs)
-        self._leave_lane()
+            jobs = self._take()
+            overdue = self._overdue(jobs)
+        try:
+            self._fail_overdue(overdue)
+            self._delivery.run(jobs)
+        except BaseException as error:  # such as SystemExit in a backend: it must not end the worker
+            for request, _ in jobs:
+                self._delivery.fail(request, BackendError(f"{self.backend.name} raised {type(error).__name__}: {error}"))
+        finally:
+            jobs.clear()
+            self._leave_lane()
         return True
 
     def _run_here(self, request: Request) -> None:
         """Run windows of a request in this thread while no other request waits and a lane is free; the workers take what is left."""
-        try:
-            while jobs := self._take_own(request):
-                self._run(jobs)
-                self._leave_lane()
-        except BaseException as error:  # an interrupt: the windows that this thread took would never be done
+        while jobs := self._take_own(request):
+            self._fail_overdue(self._overdue(jobs))
+            self._delivery.run(jobs)
             self._leave_lane()
-            self._fail(request, error)
-            raise
+
+    def _run_inside(self, request: Request) -> None:
+        """Run a request within a callback: this thread has a lane, and would wait for itself."""
+        with self._lock:
+            self._check_open()
+            self._counters.requests += 1
+        for window in request.windows:
+            self._delivery.run([(request, window)])
+        if not request.windows:
+            request.future.set_result(request.result)
 
     def _take_own(self, request: Request) -> list[Job]:
-        with self._changed:
+        with self._lock:
             alone = request.waiting and request.waiting == self._waiting.windows
-            jobs = self._take() if alone and len(self._runners) < self.policy.workers and not self._overdue() else []
+            jobs = self._take() if alone and len(self._runners) < self.policy.workers else []
             if request.waiting:
                 self._changed.notify_all()
             return jobs
 
     def _take(self) -> list[Job]:
-        """Take the windows of one run, and a lane for it. The caller holds the lock."""
-        jobs = self._waiting.take(self.policy.batch)
+        """Take a lane, and the windows of one run. The caller holds the lock."""
         self._runners.append(threading.get_ident())
+        jobs = self._waiting.take(self.policy.batch)
         self._room.notify_all()
         return jobs
 
     def _leave_lane(self) -> None:
-        with self._changed:
+        with self._lock:
             if threading.get_ident() in self._runners:
                 self._runners.remove(threading.get_ident())
                 if self._waiting.windows or self._closing:
                     self._changed.notify_all()
+        if self._close_later is not None:
+            self._finish_closing()
 
-    def _overdue(self) -> list[Request]:
-        """Return the requests that have waited longer than `Limits.timeout`. The caller holds the lock."""
-        return [] if self.limits.timeout is None else self._waiting.overdue(time.monotonic() - self.limits.timeout)
-
-    def _run(self, jobs: list[Job]) -> None:
-        """Run a batch and deliver. If it fails, each window runs alone, so that only the request at fault fails."""
-        for request, _ in jobs:
-            if request.future.cancelled():  # dropped here, so the callback of the cancellation may find it gone
-                with self._changed:
-                    self._end(request)
-        jobs = [(request, window) for request, window in jobs if not request.ended]
-        if not jobs:
-            return
-        start = time.monotonic()
-        try:
-            jobs[0][0].execute(self.backend, jobs)
-        except Exception as error:  # any error of a backend belongs to the request and must not end the worker
-            if len(jobs) == 1:
-                self._fail(jobs[0][0], error)
-            else:
-                for job in jobs:
-                    self._run([job])
-            return
-        with self._changed:
-            self._counters.ran(len(jobs), time.monotonic() - start)
-        for request, _ in jobs:
-            self._finish(request)
-
-    def _finish(self, request: Request) -> None:
-        """Count a window as done; the last one delivers the result."""
-        with self._changed:
-            request.unfinished -= 1
-            if request.unfinished or not self._end(request):
+    def _finish_closing(self) -> None:
+        """Call what `close` was given inside a callback, once nothing runs any more and no other worker is left."""
+        with self._lock:
+            others = [thread for thread in self._threads if thread.is_alive() and thread is not threading.current_thread()]
+            if self._runners or self._waiting.windows or others or self._close_later is None:
                 return
-            self._counters.latencies.append(time.monotonic() - request.arrival)
-        self._notify(request, completed=True)
-        request.future.set_result(request.result)
+            then, self._close_later = self._close_later, None
+        then()
 
-    def _fail(self, request: Request, error: BaseException) -> None:
-        self._remove(request)
-        with self._changed:
-            if not self._end(request):
-                return
-            self._counters.failed += 1
-        self._notify(request, completed=False)
-        request.future.set_exception(error)
+    def _overdue(self, jobs: list[Job]) -> list[Request]:
+        """Return the requests of these windows, and from time to time those that wait, that arrived before `Limits.timeout`."""
+        if self.limits.timeout is None:
+            return []
+        now = time.monotonic()
+        since = now - self.limits.timeout
+        overdue = [request for request, _ in jobs if request.arrival < since]
+        if now >= self._next_timeout_check:
+            self._next_timeout_check = now + self.limits.timeout / TIMEOUT_CHECKS
+            with self._lock:
+                overdue += self._waiting.arrived_before(since)
+        return overdue
 
-    def _end(self, request: Request) -> bool:
-        """Return True for the first caller that ends this request, unless it was cancelled. The caller holds the lock."""
-        if request.ended:
-            return False
-        request.ended = True
-        return request.future.set_running_or_notify_cancel()
-
-    def _on_cancel(self, request: Request | None) -> None:
-        """Free the windows of a cancelled request and wake the waiters of its future."""
-        if request is not None:
-            self._remove(request)
-            self._notify(request, completed=False)
-        with self._changed:
-            self._counters.cancelled += 1
-            if request is not None:
-                self._end(request)
-
-    def _notify(self, request: Request, *, completed: bool) -> None:
-        if request.on_end is not None:
-            request.on_end(request, completed)
+    def _fail_overdue(self, requests: list[Request]) -> None:
+        late = f"the audio was not done within {self.limits.timeout} s; the service is overloaded."
+        for request in requests:
+            self._delivery.fail(request, OverdueError(late))
 
     def _remove(self, request: Request) -> None:
-        with self._changed:
+        with self._lock:
             self._waiting.remove(request)
             self._room.notify_all()
             self._changed.notify_all()

@@ -69,7 +69,7 @@ class Stream:
             QueueFullError: The queue has no room; the frames are kept, and a later push returns their audio too.
             ClosedError: The stream was flushed or closed, or the backend failed.
         """
-        return self._wait(self.submit(frames))
+        return self._wait(self._submit(self._accept(frames), run_here=True))
 
     def flush(self) -> Audio:
         """End the utterance and return the rest of its audio; empty if there were no frames.
@@ -77,7 +77,7 @@ class Stream:
         Raises:
             MelError: Fewer frames came than the network takes.
         """
-        return self._wait(self._submit(self._end()))
+        return self._wait(self._submit(self._end(), run_here=True))
 
     async def push_async(self, frames: ArrayLike) -> Audio:
         """Add frames like `push`, without blocking the event loop. Cancelling the task frees the windows and ends the stream."""
@@ -152,8 +152,8 @@ class Stream:
         request.on_end = self._update_playback
         return request
 
-    def _submit(self, request: HostRequest) -> Future[Audio]:
-        self._queue.submit(request)
+    def _submit(self, request: HostRequest, *, run_here: bool = False) -> Future[Audio]:
+        self._queue.submit(request, run_here=run_here)
         return self._admitted(request)
 
     async def _submit_async(self, request: HostRequest) -> Audio:

@@ -68,5 +68,5 @@ def test_overdue_requests_are_the_oldest_that_wait() -> None:
     for one in made:
         waiting.add(one)
     waiting.remove(made[0])
-    assert waiting.overdue(made[2].arrival) == [made[1]]
+    assert waiting.arrived_before(made[2].arrival) == [made[1]]
     assert waiting.take(1)[0][0] is made[3]
