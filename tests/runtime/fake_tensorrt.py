@@ -31,6 +31,7 @@ TARGET: dict[str, object] = {
     "version": VERSION,
     "compute_capability": "9.0",
     "gpu": "Fake GPU",
+    "source": "",
 }
 
 
@@ -58,7 +59,7 @@ def add_engines(bundle: Bundle, **facts: object) -> Bundle:
     """Add an FP32 engine of each graph. `facts` replace values of TARGET or of the engine's header."""
     for graph, smallest in (("edge", 4), ("interior", WINDOW)):
         (model,) = bundle.find("onnx", graph=graph, precision="fp32")
-        target = TARGET | {key: value for key, value in facts.items() if key in TARGET}
+        target = TARGET | {"source": model.sha256} | {key: value for key, value in facts.items() if key in TARGET}
         options = {key: value for key, value in facts.items() if key not in TARGET}
         data = engine_bytes(bundle.read(model), (1, 80, smallest), (BATCH, 80, WINDOW), **options)
         bundle.add(sign(Artifact.of(f"{graph}.fp32.engine", data, "engine", graph=graph, precision="fp32", target=target)), data)
@@ -87,6 +88,11 @@ class Context:
 
     def infer_shapes(self) -> list[str]:
         return [] if self.shape else ["mel"]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        assert name == "audio"
+        assert self.shape
+        return self.shape[0], self.shape[2] * self.engine.header.get("hop", 256)
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.changes += 1

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from melrt.bundle.trust import seal, unseal
 from melrt.files.atomic import atomic_write, user_cache
 
 logger = logging.getLogger(__name__)
 
 # An engine of this family has 5 to 50 MB. The oldest are removed when the cache holds more than this number.
 MAX_ENGINES = 64
-_HASH_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +34,23 @@ class CachedEngine:
     def load(self) -> bytes | None:
         """Return the engine; None if the cache does not have it or its file is damaged."""
         try:
-            data = self.file.read_bytes()
+            sealed = self.file.read_bytes()
             self.file.touch()
         except OSError:
             return None
-        plan = data[_HASH_BYTES:]
-        if hashlib.sha256(plan).digest() != data[:_HASH_BYTES]:
-            logger.warning("%s is damaged; the engine is built again.", self.file)
-            return None
+        plan = unseal(self.file.name, sealed)
+        if plan is None:
+            logger.warning("%s is damaged, or this user did not write it; the engine is built again.", self.file)
         return plan
 
     def save(self, plan: bytes) -> None:
         """Store the engine. A cache that cannot be written is logged, and is not an error."""
+        sealed = seal(self.file.name, plan)
+        if sealed is None:
+            return
         try:
             with atomic_write(self.file) as temporary:
-                temporary.write_bytes(hashlib.sha256(plan).digest() + plan)
+                temporary.write_bytes(sealed)
             by_age = sorted(self.file.parent.glob("*.engine"), key=lambda file: file.stat().st_mtime)
             for old in by_age[:-MAX_ENGINES]:
                 old.unlink(missing_ok=True)

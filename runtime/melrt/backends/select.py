@@ -129,6 +129,9 @@ def _open_engines(bundle: Bundle, artifacts: dict[GraphKind, Artifact], choice: 
         trusted = choice.trust or all(is_trusted(artifact) for artifact in artifacts.values())
     except ConfigError as error:  # the key cannot be used: the ONNX graphs still can
         raise BackendError(str(error)) from error
+    sources = {entry.sha256 for entry in bundle.find("onnx")}
+    if not all(artifact.target.get("source") in sources for artifact in artifacts.values()):
+        raise BackendError("the engine was built from another ONNX graph than this bundle's: rebuild it with `melrt build`")
     if not trusted:
         raise BackendError(
             f"the engine was not built by this user, and could run any code. If you trust its origin: melrt trust {bundle.path}; "

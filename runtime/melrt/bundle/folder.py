@@ -114,20 +114,6 @@ class Bundle:
                 (self.path / gone).unlink(missing_ok=True)
         return added
 
-    def replace_entries(self, pairs: Sequence[tuple[Artifact, Artifact]]) -> list[Artifact]:
-        """Replace entries of the manifest, given as pairs of old and new, in one step; their files stay as they are.
-
-        Raises:
-            BundleError: The bundle meanwhile lost one of them.
-        """
-        with _locked(self.path):
-            current = Bundle.open(self.path).manifest
-            if gone := [old.file for old, _ in pairs if old not in current.artifacts]:
-                raise BundleError(f"{self.path} changed meanwhile: {', '.join(gone)} is not in it any more. Repeat the command.")
-            by_file = {old.file: new for old, new in pairs}
-            self._write(replace(current, artifacts=tuple(by_file.get(entry.file, entry) for entry in current.artifacts)), [])
-        return [new for _, new in pairs]
-
     def _write(self, manifest: Manifest, files: Sequence[tuple[Artifact, bytes]]) -> None:
         """Write the new files, then the manifest that lists them; after a failure remove the files that it does not list."""
         try:

@@ -22,7 +22,9 @@ MANIFEST = "manifest.json"
 # Published voices have artifacts below 50 MB; anything far beyond that is refused before it is read.
 MAX_ARTIFACT_BYTES = 2 << 30
 _REPLACEMENT = re.compile(r"\+[0-9a-f]{8}(?=\.[^.]*$)")
+_SIGNATURE = re.compile(r"(?:[0-9a-f]{64})?")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,120}")
+_SIGNED = Rule(lambda value: isinstance(value, str) and bool(_SIGNATURE.fullmatch(value)), "64 hexadecimal digits, or empty")
 _OBJECT = Rule(lambda value: isinstance(value, dict), "an object")
 _PLAIN_NAME = Rule(
     lambda value: isinstance(value, str) and bool(_FILE_NAME.fullmatch(value)) and value != MANIFEST, "a plain file name within the bundle"
@@ -53,8 +55,8 @@ class Artifact:
     """Signature of an engine's entry (`melrt.bundle.trust`); empty if nobody vouches for it."""
 
     def __post_init__(self) -> None:
-        rules = {"file": _PLAIN_NAME, "size": whole(0, MAX_ARTIFACT_BYTES), "target": _OBJECT, "quality": _OBJECT}
-        texts = dict.fromkeys(("kind", "sha256", "graph", "precision", "signature"), text())
+        rules = {"file": _PLAIN_NAME, "size": whole(0, MAX_ARTIFACT_BYTES), "target": _OBJECT, "quality": _OBJECT, "signature": _SIGNED}
+        texts = dict.fromkeys(("kind", "sha256", "graph", "precision"), text())
         check_fields(self, {**rules, **texts}, "artifact", BundleError)
         if odd := [f"{k} {v!r}" for k, v in self.quality.items() if type(v) not in (int, float) or not -1e300 < v < 1e300]:
             raise BundleError(f"artifact {self.file}: quality {odd[0]:.80}; it must be a finite number.")

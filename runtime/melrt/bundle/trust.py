@@ -1,18 +1,18 @@
 """Trust in engines. An engine is executable code, and its hash is in the manifest beside it, so the manifest proves nothing about it.
 
 `melrt build` signs the entry of an engine with a key that only this user can read. An engine is opened only if this key, or one that
-`MELRT_TRUSTED_KEYS` names, signed its entry. A person who changes a bundle cannot sign it again.
+`MELRT_TRUSTED_KEYS` names, signed its entry, or if this user vouched for it with `melrt trust`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
 import logging
 import os
 import secrets
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,88 +23,156 @@ from melrt.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 KEY_BYTES = 32
+_MAC_BYTES = 32
 
 
 def key_file() -> Path:
-    """Return the path of this user's key: `$MELRT_KEY`, or `melrt/engine.key` in `$XDG_CONFIG_HOME` or `~/.config`."""
-    chosen = os.environ.get("MELRT_KEY")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "melrt" / "engine.key"
+    """Return the path of this user's key: `$MELRT_KEY`, or `melrt/engine.key` in `$XDG_CONFIG_HOME` or `~/.config`.
+
+    Raises:
+        ConfigError: This user has no home folder.
+    """
+    if chosen := os.environ.get("MELRT_KEY"):
+        return Path(chosen)
+    try:
+        return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "melrt" / "engine.key"
+    except RuntimeError as error:
+        raise ConfigError("this user has no home folder for the key that signs engines; name a file with MELRT_KEY.") from error
 
 
 def sign(entry: Artifact) -> Artifact:
-    """Return an engine's entry, signed with this user's key, which is made if there is none.
-
-    If the key cannot be written, the entry stays unsigned, and a warning says so.
-
-    Raises:
-        ConfigError: The key is damaged, or other users can read it.
-    """
+    """Return an engine's entry, signed with this user's key; unsigned, with a warning, if the key cannot be used."""
     try:
-        return replace(entry, signature=_mac(_own_key(), entry))
-    except OSError as error:
-        logger.warning("%s was not signed, because the key %s cannot be written: %s", entry.file, key_file(), error.strerror or error)
+        return replace(entry, signature=_mac(_own_key(), _facts(entry)).hex())
+    except ConfigError as error:
+        logger.warning("%s was not signed, so it will not be opened without `melrt trust`: %s", entry.file, error)
         return entry
 
 
 def is_trusted(entry: Artifact) -> bool:
-    """Return True if this user's key or one in `MELRT_TRUSTED_KEYS` signed an engine's entry.
+    """Return True if a trusted key signed an engine's entry, or if this user vouched for it.
 
     Raises:
-        ConfigError: A key is missing or damaged, or other users can read it.
+        ConfigError: Nothing vouches for it, and a key could not be used.
     """
-    return any(hmac.compare_digest(entry.signature, _mac(key, entry)) for key in _trusted_keys())
+    problems = []
+    for file in _key_files():
+        try:
+            if hmac.compare_digest(entry.signature.encode(), _mac(_read_key(file), _facts(entry)).hex().encode()):
+                return True
+        except ConfigError as error:
+            problems.append(str(error))
+    with contextlib.suppress(ConfigError, OSError):
+        if _digest(entry) in _read_private(_vouched_file(), 1 << 20).decode().split():
+            return True
+    if problems:
+        raise ConfigError(" ".join(problems))
+    return False
 
 
 def trust_engines(bundle: Bundle) -> list[Artifact]:
-    """Sign every engine of a bundle with this user's key, after checking the files' hashes; for engines built by someone you trust.
+    """Vouch for every engine of a bundle, after checking the files' hashes. The bundle does not change; the user's own list does.
 
     Raises:
         BundleError: A file is missing or altered.
-        ConfigError: The key cannot be used.
+        ConfigError: The list cannot be written.
     """
-    engines = bundle.find("engine")
-    for entry in engines:
-        bundle.read(entry)
-    return bundle.replace_entries([(entry, sign(entry)) for entry in engines])
+    engines = [entry for entry in bundle.find("engine") if bundle.read(entry)]
+    file = _vouched_file()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w") as stream:
+            stream.writelines(f"{_digest(entry)}\n" for entry in engines)
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written ({error.strerror or error}); name another place with MELRT_KEY.") from error
+    return engines
 
 
-def _mac(key: bytes, entry: Artifact) -> str:
+def seal(name: str, data: bytes) -> bytes | None:
+    """Return data for a cache, sealed with this user's key so that nobody else can place it there; None without a key."""
+    with contextlib.suppress(ConfigError):
+        return _mac(_own_key(), name.encode() + b"\0" + data) + data
+    return None
+
+
+def unseal(name: str, sealed: bytes) -> bytes | None:
+    """Return the data that `seal` was given under this name; None if this user did not seal it."""
+    mac, data = sealed[:_MAC_BYTES], sealed[_MAC_BYTES:]
+    with contextlib.suppress(ConfigError):
+        return data if hmac.compare_digest(mac, _mac(_read_key(key_file()), name.encode() + b"\0" + data)) else None
+    return None
+
+
+def _facts(entry: Artifact) -> bytes:
     facts = [entry.kind, entry.size, entry.sha256, entry.graph, entry.precision, dict(entry.target)]
-    return hmac.new(key, json.dumps(facts, sort_keys=True).encode(), hashlib.sha256).hexdigest()
+    return json.dumps(facts, sort_keys=True).encode()
+
+
+def _digest(entry: Artifact) -> str:
+    return hashlib.sha256(_facts(entry)).hexdigest()
+
+
+def _mac(key: bytes, message: bytes) -> bytes:
+    return hmac.new(key, message, hashlib.sha256).digest()
+
+
+def _vouched_file() -> Path:
+    return key_file().with_name("trusted-engines")
+
+
+def _key_files() -> list[Path]:
+    """Return the files of the keys that exist, and those that `MELRT_TRUSTED_KEYS` names."""
+    named = [Path(path) for path in os.environ.get("MELRT_TRUSTED_KEYS", "").split(os.pathsep) if path]
+    with contextlib.suppress(ConfigError, OSError):
+        if os.path.lexists(key_file()):
+            named.insert(0, key_file())
+    return named
 
 
 def _own_key() -> bytes:
     file = key_file()
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        temporary = file.with_name(f".{file.name}-{secrets.token_hex(4)}")
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(secrets.token_bytes(KEY_BYTES))
-        try:
-            os.link(temporary, file)  # fails if another process made the key meanwhile, which then is the key
-        except FileExistsError:
-            pass
-        finally:
-            temporary.unlink()
+    try:
+        if not file.exists():
+            _make_key(file)
+    except OSError as error:
+        raise ConfigError(f"the key {file} cannot be written ({error.strerror or error}); name another file with MELRT_KEY.") from error
     return _read_key(file)
 
 
-def _trusted_keys() -> Iterator[bytes]:
-    if key_file().exists():
-        yield _read_key(key_file())
-    for path in filter(None, os.environ.get("MELRT_TRUSTED_KEYS", "").split(os.pathsep)):
-        yield _read_key(Path(path))
+def _make_key(file: Path) -> None:
+    """Make a key; if another process makes one at the same time, the first one stays."""
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = file.with_name(f".{file.name}-{secrets.token_hex(4)}")
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
+            stream.write(secrets.token_bytes(KEY_BYTES))
+        try:
+            os.link(temporary, file)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            temporary.rename(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _read_key(file: Path) -> bytes:
-    try:
-        with file.open("rb") as stream:
-            mode, key = os.fstat(stream.fileno()).st_mode, stream.read(KEY_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"the key {file} cannot be read: {error.strerror or error}") from error
-    if mode & 0o077:
-        raise ConfigError(f"the key {file} can be read by other users, so it proves nothing: chmod 600 {file}")
+    key = _read_private(file, KEY_BYTES)
     if len(key) != KEY_BYTES:
         raise ConfigError(f"the key {file} has {len(key)} bytes; a key has {KEY_BYTES}. Remove it; `melrt build` makes a new one.")
     return key
+
+
+def _read_private(file: Path, most: int) -> bytes:
+    """Read a file that only this user, or root for this user's group, can have written, and that no other user can read."""
+    try:
+        with file.open("rb") as stream:
+            status, data = os.fstat(stream.fileno()), stream.read(most + 1)
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror or error}.") from error
+    if status.st_uid not in (0, os.geteuid()):
+        raise ConfigError(f"{file} belongs to another user, so it proves nothing.")
+    from_root = status.st_uid == 0 and os.geteuid() != 0  # such as a secret that is mounted for this user's group
+    if status.st_mode & (0o037 if from_root else 0o077):
+        raise ConfigError(f"{file} can be read or written by other users, so it proves nothing: chmod 600 {file}")
+    return data

@@ -101,8 +101,12 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
 
 def user_cache() -> Path:
     """Return the folder for files that can be made again: `$MELRT_CACHE`, or `melrt` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    chosen = os.environ.get("MELRT_CACHE")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "melrt"
+    if chosen := os.environ.get("MELRT_CACHE"):
+        return Path(chosen)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "melrt"
+    except RuntimeError:  # a user without a home folder
+        return Path(tempfile.gettempdir()) / f"melrt-{os.getuid()}"
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from tests.runtime.reference import FP32_MAX_ABS, speech_mel
 from melrt import Vocoder
 from melrt.backends.tensorrt.slot import CAPTURE_LAZY_AFTER
 from melrt.bundle import Artifact, Bundle
-from melrt.bundle.trust import sign
+from melrt.bundle.trust import sign, unseal
 from melrt.errors import BackendError, BundleError, MelError, MelrtError, MissingExtraError
 from melrt.files.audio import to_int16
 from melrt.planning.edges import Edges
@@ -194,10 +194,15 @@ def test_bundle_without_engines_names_the_build_command(gpu: Gpu, tiny_bundle: B
 def test_compiled_kernels_are_cached_on_disk(gpu: Gpu, voice: Bundle, cache: Path) -> None:
     load(voice).close()
     files = sorted(cache.iterdir())
-    assert [file.read_bytes() for file in files] == [b"kernels", b"kernels"]
+    assert [unseal(file.name, file.read_bytes()) for file in files] == [b"kernels", b"kernels"]
     assert gpu.cache_blob == b""
     load(voice).close()
     assert gpu.cache_blob == b"kernels"
+    gpu.cache_blob = b""
+    for file in files:
+        file.write_bytes(b"kernels of another user")
+    load(voice).close()
+    assert gpu.cache_blob == b"", "only what this user sealed is used"
 
 
 def test_failed_run_does_not_affect_the_next(gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from tests.runtime.fake_tensorrt import add_engines, install
 
 from melrt import Vocoder
 from melrt.bundle import Artifact, Bundle
-from melrt.bundle.trust import is_trusted, key_file, sign, trust_engines
+from melrt.bundle.trust import is_trusted, key_file, seal, sign, trust_engines, unseal
 from melrt.errors import BackendError, BundleError, ConfigError
 
 ENTRY = Artifact.of("x.engine", b"plan", "engine", graph="edge", precision="fp16", target={"version": "1.7", "profile": [[1, 80, 4]]})
@@ -33,7 +33,7 @@ def test_any_change_of_the_entry_breaks_the_signature() -> None:
     other = hashlib.sha256(b"other").hexdigest()
     for changed in (
         ENTRY, replace(signed, sha256=other), replace(signed, size=5), replace(signed, graph="interior"), replace(signed, precision="int8"),
-        replace(signed, target={**signed.target, "version": "1.8"}), replace(signed, kind="onnx"), replace(signed, signature="00"),
+        replace(signed, target={**signed.target, "version": "1.8"}), replace(signed, kind="onnx"), replace(signed, signature="0" * 64),
     ):  # fmt: skip
         assert not is_trusted(changed)
 
@@ -63,11 +63,19 @@ def test_another_users_engines_need_trust(melrt, voice: Bundle, tmp_path: Path, 
     Vocoder.load(voice.path, backend="tensorrt", precision="fp32", trust=True).close()
     monkeypatch.setenv("MELRT_TRUSTED_KEYS", str(builder))
     Vocoder.load(voice.path, backend="tensorrt", precision="fp32").close()
+    monkeypatch.setenv("MELRT_TRUSTED_KEYS", os.pathsep.join(["nowhere.key", str(builder)]))
+    Vocoder.load(voice.path, backend="tensorrt", precision="fp32").close()  # one key that cannot be used does not hide the others
     monkeypatch.delenv("MELRT_TRUSTED_KEYS")
+    before = (voice.path / "manifest.json").read_bytes()
     code, out, _ = melrt("trust", voice.path)
     assert code == 0
     assert out.count("is trusted by this user now") == 2
     Vocoder.load(voice.path, backend="tensorrt", precision="fp32").close()
+    assert (voice.path / "manifest.json").read_bytes() == before, "the builder is not locked out"
+    monkeypatch.setenv("MELRT_KEY", "/proc/x/engine.key")
+    code, _, err = melrt("trust", voice.path)
+    assert code == 2
+    assert "/proc/x/trusted-engines cannot be written" in err
 
 
 def test_trust_checks_the_hashes_first(voice: Bundle) -> None:
@@ -87,7 +95,7 @@ def test_key_is_private_and_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert key_file().read_bytes() == key
     assert [path.name for path in key_file().parent.glob(".engine.key*")] == []
     key_file().chmod(0o644)
-    with pytest.raises(ConfigError, match="can be read by other users.*chmod 600"):
+    with pytest.raises(ConfigError, match="can be read or written by other users.*chmod 600"):
         is_trusted(ENTRY)
     key_file().chmod(0o600)
     key_file().write_bytes(b"short")
@@ -103,7 +111,30 @@ def test_key_that_cannot_be_used_leaves_the_onnx_graphs(voice: Bundle, caplog: p
     key_file().chmod(0o644)
     with Vocoder.load(voice.path, precision="fp32") as vocoder:
         assert vocoder.backend.name == "onnxruntime"
-    assert "can be read by other users" in caplog.text
+    assert "can be read or written by other users" in caplog.text
+
+
+def test_engine_of_another_graph_or_hop_is_refused(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    for facts, message in (({"source": "0" * 64}, "built from another ONNX graph"), ({"hop": 300}, "gives audio of shape")):
+        with pytest.raises(BackendError, match=message):
+            Vocoder.load(add_engines(tiny_bundle, **facts), backend="tensorrt", precision="fp32")
+
+
+def test_seal_refuses_other_data_and_other_names() -> None:
+    sealed = seal("a.engine", b"plan")
+    assert sealed is not None
+    assert unseal("a.engine", sealed) == b"plan"
+    assert unseal("b.engine", sealed) is None
+    assert unseal("a.engine", sealed[:-1] + b"x") is None
+    assert unseal("a.engine", hashlib.sha256(b"plan").digest() + b"plan") is None
+    assert unseal("a.engine", b"") is None
+
+
+def test_signatures_that_are_no_hexadecimal_digits_are_refused() -> None:
+    for signature in ("é" * 64, "AB" * 32, "0" * 63, 5):
+        with pytest.raises(BundleError, match="64 hexadecimal digits"):
+            replace(ENTRY, signature=signature)
 
 
 def test_unwritable_key_leaves_the_engine_unsigned(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from melrt.bundle import Artifact
+from melrt.bundle.trust import seal, unseal
 from melrt.errors import BackendError, MissingExtraError
 from melrt.files.atomic import atomic_write, user_cache
 from melrt.system import Gpu
@@ -102,9 +103,10 @@ class Engine:
             return
         data = bytes(memoryview(self._config.get_runtime_cache().serialize()))
         try:
-            if not self._cache_file.is_file() or self._cache_file.read_bytes() != data:
+            sealed = seal(self._cache_file.name, data)
+            if sealed is not None and (not self._cache_file.is_file() or self._cache_file.read_bytes() != sealed):
                 with atomic_write(self._cache_file) as temporary:
-                    temporary.write_bytes(data)
+                    temporary.write_bytes(sealed)
         except OSError as error:  # a service may run without a writable home
             logger.info("the runtime cache %s was not written: %s", self._cache_file, error)
 
@@ -201,7 +203,8 @@ def runtime_logger(trt: ModuleType) -> Any:
 
 def _read_cache(file: Path) -> bytes:
     try:
-        return file.read_bytes() if file.stat().st_size <= MAX_CACHE_BYTES else b""
+        sealed = file.read_bytes() if file.stat().st_size <= MAX_CACHE_BYTES else b""
+        return unseal(file.name, sealed) or b""
     except OSError:
         return b""
 

@@ -114,6 +114,9 @@ class PreparedShape:
         self._context = engine.context(slot.scratch)
         if not self._context.set_input_shape("mel", shape) or self._context.infer_shapes():
             raise BackendError(f"the {graph} engine rejects a mel of shape {shape}.")
+        audio_shape = tuple(int(size) for size in self._context.get_tensor_shape("audio"))
+        if int(np.prod(audio_shape)) != self._samples:  # or the engine would write outside its buffer
+            raise BackendError(f"the {graph} engine gives audio of shape {audio_shape} for a mel of shape {shape} and a hop of {slot.hop}.")
         for name, buffer in (("mel", slot.mel), ("audio", slot.audio)):
             if not self._context.set_tensor_address(name, int(buffer.handle)):
                 raise BackendError(f"the {graph} engine rejects the address of its {name}.")
