@@ -249,10 +249,10 @@ def trust(voice: Voice) -> None:
     An engine is executable code, and is opened only if the user who runs it built it or vouches for it. Do this only for a voice from an
     origin that you trust: `melrt trust voice.melrt`
     """
-    signed = trust_engines(Bundle.open(voice))
-    for entry in signed:
+    engines = trust_engines(Bundle.open(voice))
+    for entry in engines:
         console.print(f"{voice / entry.file} is trusted by this user now.", markup=False)
-    if not signed:
+    if not engines:
         console.print(f"{voice} has no engines, so there is nothing to trust. `melrt build` makes them.", markup=False)
 
 
