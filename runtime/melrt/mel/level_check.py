@@ -100,7 +100,7 @@ class LevelCheck:
         """
         if self._done:
             return
-        speech = self._without_pauses(mel[:, :MAX_SEARCHED_FRAMES])[:, :STRETCH_FRAMES]
+        speech = self._without_pauses(mel[:, :MAX_SEARCHED_FRAMES], STRETCH_FRAMES)
         if not speech.shape[1]:
             return
         with self._lock:
@@ -135,8 +135,9 @@ class LevelCheck:
             return f"{found} Compare the code that made it with the convention that `melrt info` shows."
         return None
 
-    def _without_pauses(self, mel: Mel) -> Mel:
-        return mel[:, mel.max(axis=0, initial=-np.inf) > self._pause]
+    def _without_pauses(self, mel: Mel, frames: int | None = None) -> Mel:
+        """Return the frames that are not pauses, at most this many."""
+        return mel[:, np.flatnonzero(mel.max(axis=0, initial=-np.inf) > self._pause)[:frames]]
 
     def _causes(self, mel: Mel) -> Iterator[_Cause]:
         """Yield the causes that are possible for frames (M, T) of speech."""
