@@ -1,18 +1,30 @@
 """A GPU for tests on machines without one: the parts of cuda-core that melrt uses, with their rules of order and lifetime.
 
 Work that is queued on a stream runs when the stream is synchronized, and not before. A read that comes too early finds the old content,
-and a write that comes too early spoils what is queued. Use of freed memory is an error.
+and a write that comes too early spoils what is queued. Use of freed memory is an error, and so are device work without the device's
+context, and a kernel argument of another width than the CUDA source declares.
 """
 
 from __future__ import annotations
 
+import ctypes
+import re
 import sys
+import threading
 import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
+
+# Drivers align device memory so, and TensorRT requires it of tensors.
+ALIGNMENT = 256
+
+
+class CUDAError(Exception):
+    """The driver's error; its base is Exception."""
 
 
 class Gpu:
@@ -26,16 +38,34 @@ class Gpu:
         self.captured_fallbacks = 0
         self.graph_launches = 0
         self.syncs = 0
+        self.allocations_left = 1 << 30
+        self.refused_runs = 0
+        self.compilations = 0
+        self.kernels: dict[int, Any] = {}
+        self.launches: list[str] = []
         self.cache_blob = b""
         self.validity = "VALID"
         self.foreign_contexts: set[int] = set()
-        self.current_context = 0
+        self.own_streams: set[int] = set()
+        self._thread = threading.local()
+
+    @property
+    def current_context(self) -> int:
+        return getattr(self._thread, "context", 0)
 
     def set_context(self, context: int) -> None:
-        self.current_context = context
+        self._thread.context = context
+
+    def check_context(self) -> None:
+        assert self.current_context == 1, "the device's context is not current in this thread"
 
     def allocate(self, size: int) -> int:
-        block = np.full(size, 0xFF, np.uint8)  # NaN as float32
+        if self.allocations_left == 0:
+            raise CUDAError("CUDA_ERROR_OUT_OF_MEMORY")
+        self.allocations_left -= 1
+        whole = np.full(size + ALIGNMENT, 0xFF, np.uint8)  # NaN as float32
+        start = -whole.ctypes.data % ALIGNMENT
+        block = whole[start : start + size]
         self.memory[block.ctypes.data] = block
         return int(block.ctypes.data)
 
@@ -67,6 +97,8 @@ class Stream:
 
     def add(self, work: Callable[[], None]) -> None:
         assert not self.closed
+        if self.handle in self.gpu.own_streams:
+            self.gpu.check_context()
         (self.queue if self.capturing is None else self.capturing).append(work)
 
     def drain(self, until: int | None = None) -> None:
@@ -78,6 +110,11 @@ class Stream:
         assert self.capturing is None, "no waiting within a capture"
         self.gpu.syncs += 1
         self.drain()
+
+    def record(self) -> Event:
+        event = Event()
+        self.add(event.reach)
+        return event
 
     def wait(self, other: Stream) -> None:
         last = other.queue[-1] if other.queue else None
@@ -94,6 +131,13 @@ class Stream:
 
     def create_graph_builder(self) -> Builder:
         return Builder(self)
+
+
+class Event:
+    is_done = False
+
+    def reach(self) -> None:
+        self.is_done = True
 
 
 class Builder:
@@ -139,6 +183,9 @@ class Buffer:
 
         stream.add(copy)
 
+    def fill(self, value: int, stream: Stream) -> None:
+        stream.add(lambda: self.gpu.view(self.handle, self.size).fill(value))
+
     def close(self, stream: Stream | None = None) -> None:
         assert self.owned
         if stream is None:
@@ -150,28 +197,64 @@ class Buffer:
 def _kernels(gpu: Gpu) -> dict[str, Callable[..., None]]:
     """The CUDA kernels in numpy."""
 
-    def cut(mel, band_stride, frame_stride, bands, frames, start, window, value, slot) -> None:
-        wanted = start + np.arange(window)
-        inside = np.clip(wanted, 0, frames - 1)
-        addresses = int(mel) + 4 * (np.arange(bands)[:, None] * int(band_stride) + inside.astype(np.int64) * int(frame_stride))
-        low, high = int(addresses.min()), int(addresses.max())
-        source = gpu.floats(low, (high - low) // 4 + 1)
-        out = source[(addresses - low) // 4]
-        gpu.floats(slot, bands * window)[:] = np.where((inside != wanted) & (value == value), value, out).reshape(-1)
+    def cut(places: int, jobs, bands, window, slot) -> None:
+        bands, window = int(bands), int(window)
+        for place, job in enumerate(jobs[:places]):
+            wanted = int(job["start"]) + np.arange(window)
+            inside = np.clip(wanted, 0, job["frames"] - 1)
+            offsets = np.arange(bands)[:, None] * job["band_stride"] + inside * job["frame_stride"]
+            addresses = int(job["mel"]) + 4 * offsets
+            low, high = int(addresses.min()), int(addresses.max())
+            out = gpu.floats(low, (high - low) // 4 + 1)[(addresses - low) // 4]
+            value = job["value"]
+            size = bands * window
+            gpu.floats(int(slot) + 4 * place * size, size)[:] = np.where((inside != wanted) & (value == value), value, out).reshape(-1)
 
-    def keep(size: int) -> Callable[..., None]:
-        def run(audio, samples, out) -> None:
-            gpu.view(out, size * int(samples))[:] = gpu.view(audio, size * int(samples))
+    def finish(places: int, audio, samples, pcm, flags) -> None:
+        x = gpu.floats(audio, places * int(samples)).reshape(places, -1)
+        gpu.view(flags, 4 * places).view(np.int32)[~np.isfinite(x).all(axis=1)] = 1
+        if pcm:
+            with np.errstate(invalid="ignore"):
+                converted = np.where(np.isfinite(x), np.rint(np.clip(x, -1, 1) * np.float32(32767)), -32768).astype(np.int16)
+            gpu.view(pcm, 2 * x.size).view(np.int16)[:] = converted.reshape(-1)
 
-        return run
+    return {"cut": cut, "finish": finish, "keep_float32": partial(_keep, gpu, 4), "keep_int16": partial(_keep, gpu, 2)}
 
-    def to_int16(audio, samples, out) -> None:
-        x = gpu.floats(audio, int(samples))
-        with np.errstate(invalid="ignore"):
-            pcm = np.where(np.isfinite(x), np.rint(np.clip(x, -1, 1) * np.float32(32767)), -32768).astype(np.int16)
-        gpu.view(out, 2 * int(samples)).view(np.int16)[:] = pcm
 
-    return {"cut": cut, "keep_float32": keep(4), "keep_int16": keep(2), "to_int16": to_int16}
+def _keep(gpu: Gpu, size: int, places: int, jobs, flags, report) -> None:
+    for job in jobs[:places]:
+        gpu.view(job["out"], size * int(job["samples"]))[:] = gpu.view(job["audio"], size * int(job["samples"]))
+        if gpu.view(int(flags) + 4 * int(job["place"]), 4).view(np.int32)[0]:
+            gpu.view(report, 4).view(np.int32)[0] = 1
+
+
+_C_TYPES = {"int": "i4", "float": "f4", "long long": "i8"}
+
+
+def _c_type(text: str) -> Any:
+    return np.dtype("u8" if "*" in text else _C_TYPES[re.sub(r"\bconst\b|\w+$", "", text.strip()).strip()])
+
+
+def _parameters(source: str, name: str) -> list[np.dtype]:
+    """The types of a kernel's parameters as its CUDA source declares them, tables of structures included."""
+    structs: dict[str, list[tuple[str, np.dtype]]] = {}
+    for struct, body in re.findall(r"struct (\w+) \{\s*(.*?);?\s*\};", source, re.DOTALL):
+        fields = []
+        for declaration in filter(None, map(str.strip, body.split(";"))):
+            if found := re.fullmatch(r"(\w+) \w+\[(\d+)\]", declaration):
+                structs[struct] = np.dtype((np.dtype(structs[found[1]], align=True), (int(found[2]),)))
+                break
+            first, *others = declaration.split(",")
+            kind = _c_type(first)
+            fields += [(part.split()[-1].lstrip("*"), kind) for part in (first, *others)]
+        else:
+            structs[struct] = fields
+    declared = re.search(rf"__global__ void {name}\((.*?)\)", source, re.DOTALL)[1]
+    found = []
+    for parameter in declared.split(","):
+        table = re.fullmatch(r"\s*const __grid_constant__ (\w+) \w+", parameter)
+        found.append(structs[table[1]] if table else _c_type(parameter))
+    return found
 
 
 def core_module(gpu: Gpu, devices: int) -> types.SimpleNamespace:
@@ -187,7 +270,10 @@ def core_module(gpu: Gpu, devices: int) -> types.SimpleNamespace:
             gpu.set_context(1)
 
         def create_stream(self) -> Stream:
-            return Stream(gpu)
+            gpu.check_context()
+            stream = Stream(gpu)
+            gpu.own_streams.add(stream.handle)
+            return stream
 
         def allocate(self, size: int, *, stream: Stream) -> Buffer:
             assert stream.capturing is None
@@ -212,17 +298,33 @@ def _compiler(gpu: Gpu) -> dict[str, Any]:
 
     class Program:
         def __init__(self, source: str, language: str, options: object) -> None:
-            assert all(f" {name}(" in source for name in kernels)
+            self.source = source
 
         def compile(self, kind: str) -> types.SimpleNamespace:
-            return types.SimpleNamespace(get_kernel=kernels.__getitem__)
+            gpu.compilations += 1
 
-    def launch(stream: Stream, config: types.SimpleNamespace, kernel: Callable[..., None], *arguments: Any) -> None:
-        assert all(isinstance(argument, np.generic) for argument in arguments)
-        assert config.grid >= 1
-        stream.add(lambda: kernel(*arguments))
+            def get_kernel(name: str) -> types.SimpleNamespace:
+                handle = list(kernels).index(name) + 1
+                gpu.kernels[handle] = name, kernels[name], _parameters(self.source, name)
+                return types.SimpleNamespace(handle=handle)
 
-    return {"Program": Program, "launch": launch, "ProgramOptions": types.SimpleNamespace, "LaunchConfig": types.SimpleNamespace}
+            return types.SimpleNamespace(get_kernel=get_kernel)
+
+    return {"Program": Program, "ProgramOptions": types.SimpleNamespace}
+
+
+def _launch(gpu: Gpu, kernel: int, grid: tuple[int, int, int], stream: int, arguments: int) -> tuple[int]:
+    """Read the arguments from memory, as wide as the CUDA source declares them, and queue the kernel."""
+    name, run, parameters = gpu.kernels[kernel]
+    assert min(grid) >= 1
+    pointers = (ctypes.c_uint64 * len(parameters)).from_address(arguments)
+    values = []
+    for pointer, kind in zip(pointers, parameters, strict=True):
+        value = np.frombuffer(ctypes.string_at(pointer, kind.itemsize), kind.base).reshape(kind.shape)
+        values.append(value if kind.shape else value[()])
+    gpu.launches.append(name)
+    gpu.streams[stream].add(lambda: run(grid[1], *values))
+    return (0,)
 
 
 def utils_module(gpu: Gpu) -> types.SimpleNamespace:
@@ -245,6 +347,10 @@ def bindings_module(gpu: Gpu) -> types.SimpleNamespace:
         cuPointerGetAttribute=lambda _, pointer: (0, 2 if pointer in gpu.foreign_contexts else 1),
         cuCtxGetCurrent=lambda: (0, gpu.current_context),
         cuCtxSetCurrent=gpu.set_context,
+        CUfunction=int,
+        cuLaunchKernel=lambda kernel, x, y, z, tx, ty, tz, shared, stream, arguments, extra: _launch(
+            gpu, kernel, (x, y, z), stream, arguments
+        ),
     )
     return types.SimpleNamespace(driver=driver)
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.runtime.fake_gpu import Gpu, bindings_module, core_module, utils_module
+from tests.runtime.fake_gpu import ALIGNMENT, Gpu, _parameters, bindings_module, core_module, utils_module
 
 from melrt.backends.onnxruntime import OnnxModel
+from melrt.backends.tensorrt.kernels import SOURCE, Kernels
 from melrt.bundle import Artifact, Bundle
 from melrt.bundle.trust import sign
 
@@ -38,6 +39,16 @@ TARGET: dict[str, object] = {
 def install(monkeypatch: pytest.MonkeyPatch, devices: int = 1) -> Gpu:
     """Install the fakes in place of cuda-core and TensorRT-RTX."""
     gpu = Gpu()
+    monkeypatch.setattr("melrt.backends.tensorrt.kernels._compiled", {})
+    run = Kernels.run
+
+    def checked(self: Kernels, name: str, stream: object, elements: int, places: int, *arguments: np.generic) -> None:
+        """The driver reads as many bytes as the kernel declares, whatever was passed."""
+        given, declared = [np.asarray(argument).dtype for argument in arguments], _parameters(SOURCE, name)
+        assert [kind.itemsize for kind in given] == [kind.base.itemsize for kind in declared], name
+        run(self, name, stream, elements, places, *arguments)
+
+    monkeypatch.setattr(Kernels, "run", checked)
     modules = {
         "cuda.core": core_module(gpu, devices),
         "cuda.core.utils": utils_module(gpu),
@@ -97,34 +108,43 @@ class Context:
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.changes += 1
         self.addresses[name] = address
+        assert address % ALIGNMENT == 0, "TensorRT requires aligned tensors"
         return name in ("mel", "audio")
 
     def is_stream_capturable(self, handle: int) -> bool:
-        return True
+        return not self.engine.header.get("not_capturable")
 
     def execute_async_v3(self, handle: int) -> bool:
         assert self.shape
         assert self.scratch
         assert set(self.addresses) == {"mel", "audio"}
-        stream = self.engine.gpu.streams[handle]
+        gpu = self.engine.gpu
+        gpu.check_context()
+        if gpu.refused_runs:
+            gpu.refused_runs -= 1
+            return False
+        stream = gpu.streams[handle]
         shape, addresses, scratch, changes = self.shape, dict(self.addresses), self.scratch, self.changes
         self.launches += 1
         if stream.capturing is not None:
+            assert not self.engine.header.get("not_capturable")
             if self.engine.header.get("uncapturable"):
                 stream.invalidated = True
                 return False
             # A lazily specialized shape runs fallback kernels until its own have been compiled in the background.
             self.engine.gpu.captured_fallbacks += self.specialization == "LAZY" and self.launches <= FALLBACK_LAUNCHES
-        users = self.engine.gpu.__dict__.setdefault("scratch_users", {})
+        engine, alive = self.engine, weakref.ref(self)
+        users = gpu.__dict__.setdefault("scratch_users", {})
         assert users.setdefault(scratch[0], handle) == handle, "scratch memory on two streams"
 
         def run() -> None:
-            assert self.changes == changes, "the context changed after the run was queued or captured"
-            gpu = self.engine.gpu
+            context = alive()
+            assert context is not None, "the context was destroyed before its work ran"
+            assert context.changes == changes, "the context changed after the run was queued or captured"
             gpu.view(*scratch)
-            time.sleep(self.engine.header.get("seconds", 0))
+            time.sleep(engine.header.get("seconds", 0))
             mel = gpu.floats(addresses["mel"], int(np.prod(shape))).reshape(shape)
-            audio = self.engine.model.run(mel.copy())
+            audio = engine.model.run(mel.copy())
             gpu.floats(addresses["audio"], audio.size)[:] = audio.reshape(-1)
 
         stream.add(run)

@@ -7,6 +7,8 @@ import numpy as np
 from melrt.backends.onnxruntime import OnnxModel
 from melrt.backends.tensorrt.backend import open_device
 from melrt.backends.tensorrt.engine import Engine
+from melrt.backends.tensorrt.gpu_arrays import current_device
+from melrt.backends.tensorrt.kernels import Kernels
 from melrt.backends.tensorrt.slot import ExecutionSlot
 from melrt.bundle import Artifact, Bundle
 from melrt.errors import EngineBuildError
@@ -44,14 +46,16 @@ def check_accuracy(bundle: Bundle, entry: Artifact, plan: bytes, graph: GraphKin
         raise EngineBuildError(f"{bundle.path} has no {graph} graph in fp32 to compare the engine with. Export the voice with fp32.")
     spec = bundle.manifest.spec
     device, gpu = open_device(0)
-    engine = Engine(entry, plan, spec.n_mels, gpu)
-    slot = ExecutionSlot(device, {graph: engine}, spec.hop, int16=False)
-    batch = min(max(2, engine.profile.smallest[0]), engine.profile.largest[0])
-    mel = _batch(mel_from_audio(read_audio(RECORDING, spec.sample_rate), spec), batch, engine.profile.largest[2])
-    try:
-        audio = slot.run(graph, mel)
-    finally:
-        slot.close()
+    speech = mel_from_audio(read_audio(RECORDING, spec.sample_rate), spec)
+    with current_device(device):
+        engine = Engine(entry, plan, spec.n_mels, gpu)
+        batch = min(max(2, engine.profile.smallest[0]), engine.profile.largest[0])
+        mel = _batch(speech, batch, engine.profile.largest[2])
+        slot = ExecutionSlot(device, Kernels(device), {graph: engine}, spec.hop, int16=False)
+        try:
+            audio = slot.run(graph, mel).copy()
+        finally:
+            slot.close()
     reference = OnnxModel(bundle.read(model[0])).run(mel)
     kept = (exact_samples(graph, one, bundle.manifest.receptive_field, spec.hop) for one in (reference, audio))
     difference = Difference.between(*kept)

@@ -8,6 +8,7 @@ from typing import Any
 
 from melrt.backends.tensorrt.backend import open_device
 from melrt.backends.tensorrt.engine import check_target, flavor, runtime_logger
+from melrt.backends.tensorrt.gpu_arrays import current_device
 from melrt.bundle import Artifact, Bundle
 from melrt.bundle.trust import is_trusted, sign
 from melrt.errors import BundleError, EngineBuildError
@@ -52,12 +53,13 @@ def _refit(bundle: Bundle, original: Bundle, entry: Artifact) -> Artifact:
     source = bundle.find("onnx", graph=entry.graph, precision=precision)
     if not source:
         raise BundleError(f"{bundle.path} has no {entry.graph} graph in {precision}. Export it with `--precision`.")
-    _, gpu = open_device(0)
+    device, gpu = open_device(0)
     trt = flavor(entry)
     check_target(entry, trt.__version__, gpu, f"Build it again: melrt build {original.path} --refittable")
     variant = Variant.from_dict(entry.target.get("variant", {}))
     onnx = rewrite_graph(bundle.read(source[0]), variant, GeneratorConfig.from_dict(bundle.manifest.architecture))
-    plan = _exchange_weights(trt, original.read(entry), onnx, entry.file)
+    with current_device(device):
+        plan = _exchange_weights(trt, original.read(entry), onnx, entry.file)
     target = {**entry.target, "source": source[0].sha256}
     refitted = Artifact.of(entry.name, plan, "engine", graph=entry.graph, precision=entry.precision, target=target)
     quality = check_accuracy(bundle, refitted, plan, "edge" if entry.graph == "edge" else "interior")

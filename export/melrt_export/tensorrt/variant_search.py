@@ -17,6 +17,8 @@ import numpy as np
 
 from melrt.backends.tensorrt.backend import open_device
 from melrt.backends.tensorrt.engine import Engine
+from melrt.backends.tensorrt.gpu_arrays import preserved_context
+from melrt.backends.tensorrt.kernels import Kernels
 from melrt.backends.tensorrt.slot import ExecutionSlot
 from melrt.bundle import Bundle
 from melrt.errors import EngineBuildError, MelrtError
@@ -108,6 +110,11 @@ def find_fastest_engine(
     """
     if not find_gpu():
         raise EngineBuildError("trying variants needs the GPU that the engines are for, and this machine has none. Build without it.")
+    with preserved_context():
+        return _search(bundle, options, on_progress)
+
+
+def _search(bundle: Bundle, options: EngineOptions, on_progress: Progress) -> tuple[BuiltEngine, list[VariantTrial]]:
     field = bundle.manifest.receptive_field
     best = Candidate(bundle, replace(options, frames=options.frames or default_frames(options.graph, field.smallest_input)))
     best.prepare(on_progress)
@@ -176,8 +183,9 @@ class Candidate:
         self.built = build_unsaved_engine(self._bundle, self.options, on_progress)
         manifest, graph = self._bundle.manifest, self.options.graph
         device, gpu = open_device(0)
+        device.set_current()
         self._engine = Engine(self.built.entry, self.built.plan, manifest.spec.n_mels, gpu)
-        self._slot = ExecutionSlot(device, {graph: self._engine}, manifest.spec.hop, int16=False)
+        self._slot = ExecutionSlot(device, Kernels(device), {graph: self._engine}, manifest.spec.hop, int16=False)
         batch, bands, frames = self.built.entry.target["profile"][1]
         context = manifest.receptive_field.context if graph == "interior" else 0
         self._slot.run(graph, np.random.default_rng(0).uniform(-4, 0, (batch, bands, frames)).astype(np.float32))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -40,6 +40,23 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Release the memory. No run is in progress, and none follows."""
+        ...
+
+
+class WindowBackend(Backend, Protocol):
+    """A backend that reuses its own host memory, so that audio is copied once: from there to its place in the caller's result."""
+
+    def run_windows(self, graph: GraphKind, windows: Sequence[Mel], keep: Callable[[Audio], None]) -> None:
+        """Run windows (M, T) of one length through a graph.
+
+        Args:
+            graph: Kind of the graph.
+            windows: Windows on the host, which need not be contiguous.
+            keep: Called once with the samples (B, T*hop), all finite, in memory that a later run overwrites.
+
+        Raises:
+            BackendError: The run failed, or a sample is not finite.
+        """
         ...
 
 

@@ -21,8 +21,6 @@ logger = logging.getLogger(__name__)
 
 SampleFormat = Literal["int16", "float32"]
 SAMPLE_FORMATS: tuple[SampleFormat, ...] = ("int16", "float32")
-# A GPU kernel that converts to int16 writes this for a sample that is NaN. Full scale is 32767, so no finite sample becomes this.
-INT16_NAN = -32768
 _SUBTYPES = {"int16": "PCM_16", "float32": "FLOAT"}
 _READABLE = "WAV, FLAC, OGG, MP3 and the other formats of libsndfile"
 # A disk with less room than this, in MiB, is named as the likely reason why a file could not be written.

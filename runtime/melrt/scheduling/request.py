@@ -10,10 +10,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from melrt.backends.base import Backend, DeviceBackend, DeviceUtterance
+from melrt.backends.base import Backend, DeviceBackend, DeviceUtterance, WindowBackend
 from melrt.checks import all_finite
 from melrt.errors import BackendError
-from melrt.files.audio import INT16_NAN, SampleFormat, to_int16
+from melrt.files.audio import SampleFormat, to_int16
 from melrt.planning.windows import Window
 from melrt.types import Audio, Mel
 
@@ -94,11 +94,18 @@ class HostRequest(Request):
     @staticmethod
     def execute(backend: Backend, jobs: Sequence[Job]) -> None:
         requests = cast(Sequence[tuple[HostRequest, Window]], jobs)
-        mel = np.stack([request._cut(window) for request, window in requests])
-        audio = backend.run(jobs[0][1].graph, mel)
-        _check_audio(backend, audio, (len(jobs), mel.shape[2] * requests[0][0].hop))
-        for (request, window), samples in zip(requests, audio, strict=True):
-            request._keep(window, samples)
+        graph, frames = jobs[0][1].graph, [request._cut(window) for request, window in requests]
+
+        def keep(audio: Audio) -> None:
+            for (request, window), samples in zip(requests, audio, strict=True):
+                request._keep(window, samples)
+
+        if hasattr(backend, "run_windows"):
+            cast(WindowBackend, backend).run_windows(graph, frames, keep)
+            return
+        audio = backend.run(graph, np.stack(frames))
+        _check_audio(backend, audio, (len(jobs), jobs[0][1].frames * requests[0][0].hop))
+        keep(audio)
 
     def _cut(self, window: Window) -> Mel:
         return self.frames[:, window.start - self.first_frame : window.stop - self.first_frame]
@@ -130,5 +137,5 @@ class DeviceRequest(Request):
 def _check_audio(backend: Backend, audio: Audio, expected: tuple[int, int]) -> None:
     if audio.shape != expected:
         raise BackendError(f"{backend.name} returned audio of shape {audio.shape} instead of {expected}. Is this the voice's model?")
-    if (audio == INT16_NAN).any() if audio.dtype == np.int16 else not all_finite(audio):
+    if not all_finite(audio):
         raise BackendError(f"{backend.name} returned samples that are not finite. Is {backend.precision} precise enough for this voice?")

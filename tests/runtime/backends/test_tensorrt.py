@@ -13,12 +13,14 @@ from tests.runtime.fake_tensorrt import BATCH, VERSION, WINDOW, add_engines, ins
 from tests.runtime.reference import FP32_MAX_ABS, speech_mel
 
 from melrt import Vocoder
+from melrt.backends.base import DeviceUtterance
 from melrt.backends.tensorrt.slot import CAPTURE_LAZY_AFTER
 from melrt.bundle import Artifact, Bundle
 from melrt.bundle.trust import sign, unseal
 from melrt.errors import BackendError, BundleError, MelError, MelrtError, MissingExtraError
 from melrt.files.audio import to_int16
 from melrt.planning.edges import Edges
+from melrt.planning.windows import Window
 from melrt.vocoder import Options
 
 
@@ -93,12 +95,127 @@ def test_int16_is_computed_on_the_device(gpu: Gpu, voice: Bundle) -> None:
         assert np.abs(cpu(mel).astype(int) - audio).max() <= 1
 
 
-def test_nan_is_an_error_in_int16_too(gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    with load(voice, sample_format="int16") as vocoder:
-        engine = vocoder.backend.engines["edge"]._engine
-        monkeypatch.setattr(engine.model, "run", lambda mel: np.full((len(mel), mel.shape[2] * 256), np.nan, np.float32))
+@pytest.mark.parametrize("sample_format", ["float32", "int16"])
+def test_the_device_finds_samples_that_are_not_finite(
+    gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, sample_format: str
+) -> None:
+    mels = [speech_mel(voice, frames, frames) for frames in (20, 20, 20)]
+    mels[1][0, 0] = 1.25
+    on_gpu = install_cupy(monkeypatch, gpu)
+    with load(voice, sample_format=sample_format) as vocoder:
+        good = vocoder(mels[0])
+        model = vocoder.backend.engines["edge"]._engine.model
+        run = model.run
+
+        def fails_for_one(mel: np.ndarray) -> np.ndarray:
+            audio = run(mel)
+            audio[(mel == 1.25).any(axis=(1, 2)), -1] = np.inf
+            return audio
+
+        monkeypatch.setattr(model, "run", fails_for_one)
+        with vocoder.queue._lock:  # all three share a run
+            futures = [vocoder.submit(mel) for mel in mels]
+        assert (futures[0].result() == good).all()
         with pytest.raises(BackendError, match="not finite"):
-            vocoder(speech_mel(vocoder.bundle, 20))
+            futures[1].result()
+        assert futures[2].result().any()
+        audio = vocoder(on_gpu(mels[1]))
+        vocoder(on_gpu(mels[0])).get()
+        assert not caplog.messages, "nothing is waited for"
+        audio.get()
+        assert (vocoder(mels[0]) == good).all(), "the flag of a run is not the next run's"
+    assert "made for arrays on the GPU has samples that are not finite" in caplog.text
+
+
+def test_audio_is_copied_once(gpu: Gpu, voice: Bundle) -> None:
+    windows = [speech_mel(voice, WINDOW + 9, seed)[:, 5 : WINDOW + 5] for seed in range(3)]
+    with load(voice) as vocoder:
+        expected = vocoder.backend.run("interior", np.stack(windows))
+        lent: list[np.ndarray] = []
+        vocoder.backend.run_windows("interior", windows, lent.append)
+        assert any(np.shares_memory(lent[0], slot.host_result.array) for slot in vocoder.backend._slots)
+        assert (lent[0] == expected).all()
+        audio = vocoder(windows[0])
+        before = audio.copy()
+        vocoder(windows[1])
+        assert (audio == before).all(), "the caller's array is its own"
+
+
+def test_kernels_are_compiled_once_and_launched_once_for_a_run(gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = install_cupy(monkeypatch, gpu)
+    with load(voice) as vocoder, load(voice):
+        assert gpu.compilations == 1
+        utterances = np.stack([speech_mel(voice, WINDOW, seed) for seed in range(BATCH)])
+        view = vocoder.backend.view_mel(on_gpu(utterances))
+        array, audio = vocoder.backend.make_audio(view, WINDOW * 256)
+        gpu.launches.clear()
+        windows = [(DeviceUtterance(view, audio, index, Edges()), Window("interior", 0, WINDOW, 0, WINDOW)) for index in range(BATCH)]
+        vocoder.backend.run_on_device(windows)
+        assert [name for name in gpu.launches if name != "finish"] == ["cut", "keep_float32"]
+        assert np.abs(array.get() - vocoder.backend.run("interior", utterances)).max() < FP32_MAX_ABS
+
+
+def test_a_shape_outlives_its_queued_work(gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("melrt.backends.tensorrt.slot.MOST_SHAPES", 2)
+    on_gpu = install_cupy(monkeypatch, gpu)
+    mels = [speech_mel(voice, frames, frames) for frames in range(10, 22)]
+    with load(voice) as vocoder, Vocoder.load(voice, device="cpu") as cpu:
+        before = gpu.syncs
+        audio = [vocoder(on_gpu(mel)) for mel in mels]
+        assert gpu.syncs == before
+        for given, mel in zip(audio, mels, strict=True):
+            assert np.abs(given.get() - cpu(mel)).max() < FP32_MAX_ABS
+        vocoder(mels[0])
+        vocoder(mels[1])
+        assert all(len(slot._retired) <= len(mels) for slot in vocoder.backend._slots)
+        assert any(not slot._retired for slot in vocoder.backend._slots), "they are released once their work is done"
+
+
+def test_the_callers_context_stays_current(gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu.set_context(7)
+    on_gpu = install_cupy(monkeypatch, gpu)
+    with load(voice) as vocoder:
+        assert gpu.current_context == 7
+        mel = speech_mel(voice, WINDOW + 30)
+        vocoder(mel)
+        vocoder(on_gpu(mel))
+        with pytest.raises(MelError):
+            vocoder(on_gpu(mel[:5]))
+    assert gpu.current_context == 7
+    with pytest.raises(BackendError, match="no CUDA device 3"):
+        Vocoder.load(voice, backend="tensorrt", precision="fp32", device="cuda:3")
+    assert gpu.current_context == 7
+
+
+def test_a_full_gpu_falls_back_and_keeps_no_memory(gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("melrt.backends.select.find_gpu", lambda: "a GPU")
+    gpu.allocations_left = 15  # in the third slot
+    with Vocoder.load(voice, precision="fp32") as vocoder:
+        assert vocoder.backend.name == "onnxruntime"
+    with pytest.raises(BackendError, match="CUDA_ERROR_OUT_OF_MEMORY"):
+        load(voice)
+    gpu.allocations_left = 1 << 30
+    with load(voice) as vocoder:
+        assert vocoder(speech_mel(voice, 30)).any()
+
+
+def test_a_run_that_is_refused_is_an_error_and_the_next_works(gpu: Gpu, voice: Bundle) -> None:
+    mel = speech_mel(voice, 30)
+    with load(voice) as vocoder:
+        good = vocoder(mel)
+        gpu.refused_runs = 1
+        with pytest.raises(BackendError, match="could not queue the run"):
+            vocoder(mel)
+        assert (vocoder(mel) == good).all()
+
+
+def test_contexts_that_cannot_be_captured_are_not(gpu: Gpu, tiny_bundle: Bundle) -> None:
+    voice = add_engines(tiny_bundle, not_capturable=True)
+    mel = speech_mel(voice, WINDOW + 30)
+    with load(voice) as vocoder, Vocoder.load(voice, device="cpu") as cpu:
+        for _ in range(4):
+            assert np.abs(vocoder(mel) - cpu(mel)).max() < FP32_MAX_ABS
+        assert gpu.captures == vocoder.backend.failed_captures == 0
 
 
 @pytest.mark.parametrize("edges", [Edges(), Edges(2, 2), Edges(0, 10, -5.0)])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +14,15 @@ import numpy as np
 from melrt.backends.base import DeviceUtterance
 from melrt.backends.tensorrt.engine import Engine
 from melrt.backends.tensorrt.gpu_arrays import DeviceAudio, DeviceMel, current_device, make_audio, read_mel
+from melrt.backends.tensorrt.kernels import CUT_JOB, KEEP_JOB, MOST_JOBS, Kernels, table
 from melrt.backends.tensorrt.slot import FLOAT, ExecutionSlot
 from melrt.bundle import Artifact, Bundle
 from melrt.errors import BackendError, MissingExtraError
 from melrt.planning.windows import GraphKind, Policy, Window
 from melrt.system import Gpu
 from melrt.types import Audio, Mel
+
+logger = logging.getLogger(__name__)
 
 # Not confirmed on a GPU: while one slot computes, another's audio is copied back and the next windows are cut.
 SLOTS = 3
@@ -45,19 +49,32 @@ class TensorRT:
         """
         self._index = index
         self._device, self.gpu = open_device(index)
+        self._slots: list[ExecutionSlot] = []
+        self.engines: dict[GraphKind, Engine] = {}
         self.machine = self.gpu.name
         self.device = f"cuda:{index}"
         self.precision = artifacts["interior"].precision
+        with current_device(self._device):
+            try:
+                self._open(bundle, artifacts, int16)
+            except BaseException:  # another backend will use the memory
+                self.close()
+                raise
+
+    def _open(self, bundle: Bundle, artifacts: Mapping[GraphKind, Artifact], int16: bool) -> None:
         spec = bundle.manifest.spec
-        self.engines = {graph: Engine(artifact, bundle.read(artifact), spec.n_mels, self.gpu) for graph, artifact in artifacts.items()}
+        for graph, artifact in artifacts.items():
+            self.engines[graph] = Engine(artifact, bundle.read(artifact), spec.n_mels, self.gpu)
         profile = self.engines["interior"].profile
         if profile.window is None:
             raise BackendError(f"{artifacts['interior'].file} takes windows of several lengths; build it with one, as `melrt build` does.")
         self.policy = Policy(frames=profile.window, static=True, batch=profile.largest[0], workers=SLOTS)
         self.candidates = tuple(replace(self.policy, batch=batch) for batch in _powers_of_two(profile.largest[0]))
         self._free: queue.LifoQueue[ExecutionSlot] = queue.LifoQueue()
-        self._slots = [ExecutionSlot(self._device, self.engines, spec.hop, int16=int16) for _ in range(SLOTS)]
-        for slot in self._slots:
+        kernels = Kernels(self._device)
+        for _ in range(SLOTS):
+            slot = ExecutionSlot(self._device, kernels, self.engines, spec.hop, int16=int16)
+            self._slots.append(slot)
             self._warm_up(slot, spec.silence)
             self._free.put(slot)
         for engine in self.engines.values():
@@ -70,7 +87,11 @@ class TensorRT:
 
     def run(self, graph: GraphKind, mel: Mel) -> Audio:
         with self.slot() as slot:
-            return slot.run(graph, mel)
+            return slot.run(graph, mel).copy()
+
+    def run_windows(self, graph: GraphKind, windows: Sequence[Mel], keep: Callable[[Audio], None]) -> None:
+        with self.slot() as slot:
+            keep(slot.run(graph, windows))
 
     @contextlib.contextmanager
     def slot(self) -> Iterator[ExecutionSlot]:
@@ -94,41 +115,56 @@ class TensorRT:
     def run_on_device(self, jobs: Sequence[tuple[DeviceUtterance, Window]]) -> None:
         """Cut the windows into the slot's input, launch the engine, and copy the kept parts to their places; nothing is waited for.
 
-        The check for samples that are not finite is left out: it would have to be waited for.
+        The device checks for samples that are not finite; a later run logs what it found, since nothing is waited for here.
         """
         with self.slot() as slot:
+            self._warn_of_reports(slot)
             callers = [self._stream(handle) for handle in {utterance.mel.stream: None for utterance, _ in jobs}]
             for caller in callers:
                 slot.stream.wait(caller)
             window = jobs[0][1]
             shape = slot.prepared(window.graph, len(jobs), jobs[0][0].mel.shape[1], window.frames)
-            for position, (utterance, w) in enumerate(jobs):
-                self._cut(slot, position, utterance, w)
+            for first in range(0, len(jobs), MOST_JOBS):
+                self._cut(slot, jobs[first : first + MOST_JOBS], first)
             shape.launch()
-            for position, (utterance, w) in enumerate(jobs):
-                self._keep(slot, position, utterance, w)
+            for first in range(0, len(jobs), MOST_JOBS):
+                self._keep(slot, jobs[first : first + MOST_JOBS], first)
             for caller in callers:
                 caller.wait(slot.stream)
 
-    def _cut(self, slot: ExecutionSlot, position: int, utterance: DeviceUtterance, window: Window) -> None:
-        mel, edges = utterance.mel, utterance.edges
-        _, bands, frames = mel.shape
-        between, band_stride, frame_stride = mel.strides
-        source = np.uint64(mel.pointer + FLOAT * utterance.index * between)
-        target = np.uint64(int(slot.mel.handle) + FLOAT * position * bands * window.frames)
-        value = np.float32(np.nan if edges.value is None else edges.value)
-        slot.kernels.run(
-            "cut", slot.stream, bands * window.frames, source, np.int64(band_stride), np.int64(frame_stride), np.int32(bands),
-            np.int32(frames), np.int32(window.start - edges.left), np.int32(window.frames), value, target,
-        )  # fmt: skip
+    def _cut(self, slot: ExecutionSlot, jobs: Sequence[tuple[DeviceUtterance, Window]], first: int) -> None:
+        """Copy windows to the slot's input, from this place of the batch on."""
+        bands, frames = jobs[0][0].mel.shape[1], jobs[0][1].frames
+        rows = []
+        for utterance, window in jobs:
+            mel, edges = utterance.mel, utterance.edges
+            between, band_stride, frame_stride = mel.strides
+            value = np.nan if edges.value is None else edges.value
+            source = mel.pointer + FLOAT * utterance.index * between
+            rows.append((source, band_stride, frame_stride, mel.shape[2], window.start - edges.left, value, 0))
+        target = np.uint64(int(slot.mel.handle) + FLOAT * first * bands * frames)
+        elements = bands * frames
+        slot.kernels.run("cut", slot.stream, elements, len(jobs), table(CUT_JOB, rows), np.int32(bands), np.int32(frames), target)
 
-    def _keep(self, slot: ExecutionSlot, position: int, utterance: DeviceUtterance, window: Window) -> None:
-        size, hop, frames = slot.dtype.itemsize, slot.hop, utterance.mel.shape[2]
-        source = np.uint64(int(slot.pcm.handle) + size * hop * (position * window.frames + window.keep_start - window.start))
-        first_frame = utterance.index * frames + window.keep_start - utterance.edges.left
-        target = np.uint64(utterance.audio.pointer + size * hop * first_frame)
-        kept = (window.keep_stop - window.keep_start) * hop
-        slot.kernels.run(f"keep_{slot.dtype.name}", slot.stream, kept, source, np.int32(kept), target)
+    def _keep(self, slot: ExecutionSlot, jobs: Sequence[tuple[DeviceUtterance, Window]], first: int) -> None:
+        """Copy the kept audio of windows, from this place of the batch on, to the callers' arrays."""
+        frame = slot.dtype.itemsize * slot.hop
+        rows = []
+        for place, (utterance, window) in enumerate(jobs, first):
+            source = slot.converted + frame * (place * window.frames + window.keep_start - window.start)
+            first_frame = utterance.index * utterance.mel.shape[2] + window.keep_start - utterance.edges.left
+            rows.append((source, utterance.audio.pointer + frame * first_frame, (window.keep_stop - window.keep_start) * slot.hop, place))
+        addresses = np.uint64(int(slot.flags.handle)), np.uint64(slot.report.ctypes.data)
+        longest = max(row[2] for row in rows)
+        slot.kernels.run(f"keep_{slot.dtype.name}", slot.stream, longest, len(jobs), table(KEEP_JOB, rows), *addresses)
+
+    def _warn_of_reports(self, slot: ExecutionSlot) -> None:
+        if slot.report[0]:
+            slot.report[0] = 0
+            logger.warning(
+                "audio that was made for arrays on the GPU has samples that are not finite. Is every value of the mels finite, and "
+                "is %s precise enough for this voice?", self.precision,
+            )  # fmt: skip
 
     def _stream(self, handle: int) -> Any:
         from cuda.core import Stream
@@ -141,6 +177,8 @@ class TensorRT:
             for engine in self.engines.values():
                 engine.save_cache()
             for slot in self._slots:
+                slot.stream.sync()
+                self._warn_of_reports(slot)
                 slot.close()
         self._slots.clear()
 
@@ -158,7 +196,7 @@ def _powers_of_two(largest: int) -> list[int]:
 
 
 def open_device(index: int) -> tuple[Any, Gpu]:
-    """Make a CUDA device this thread's current one, and describe it.
+    """Open a CUDA device and describe it. The thread's current context stays as it was; `current_device` changes it for a block.
 
     Raises:
         BackendError: No such device can be used.
@@ -170,7 +208,8 @@ def open_device(index: int) -> tuple[Any, Gpu]:
         raise MissingExtraError("running an engine", "cuda-core", "tensorrt") from error
     try:
         device = Device(index)
-        device.set_current()
+        with current_device(device):  # creates the primary context
+            pass
     except Exception as error:  # a missing driver and a missing device raise several exceptions without a common base
         raise BackendError(f"no CUDA device {index} can be used here ({error}); `melrt doctor` shows what is missing.") from error
     capability = device.compute_capability

@@ -115,10 +115,17 @@ _LIBRARIES = {
 @contextlib.contextmanager
 def current_device(device: Any) -> Iterator[None]:
     """Make a device current in this thread, and restore the caller's context afterwards."""
+    with preserved_context():
+        device.set_current()
+        yield
+
+
+@contextlib.contextmanager
+def preserved_context() -> Iterator[None]:
+    """Restore the caller's current context after a block that may change it."""
     from cuda.bindings import driver
 
     error, previous = driver.cuCtxGetCurrent()
-    device.set_current()
     try:
         yield
     finally:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections import OrderedDict, deque
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ from melrt.types import Audio, Mel
 logger = logging.getLogger(__name__)
 
 FLOAT = 4
+# TensorRT wants tensors at multiples of this address, in bytes.
+ALIGNMENT = 256
 # A shape that has run this often is worth a CUDA graph; one that ran once may never run again.
 CAPTURE_AFTER = 2
 # The same for an engine whose kernels are compiled in the background while fallback kernels run, which a capture would keep.
@@ -34,44 +36,69 @@ Shape = tuple[int, int, int]
 class ExecutionSlot:
     """Stream, buffers and prepared shapes. All memory is allocated when the slot is made, none during a run."""
 
-    def __init__(self, device: Any, engines: Mapping[GraphKind, Engine], hop: int, *, int16: bool) -> None:
+    def __init__(self, device: Any, kernels: Kernels, engines: Mapping[GraphKind, Engine], hop: int, *, int16: bool) -> None:
         """Allocate stream and memory.
 
         Args:
             device: The device, current in this thread.
+            kernels: Its kernels.
             engines: Engine of each graph.
             hop: Samples per frame.
             int16: Return 16-bit samples, converted on the device.
         """
         self.stream = device.create_stream()
-        self.kernels = Kernels(device)
+        self.kernels = kernels
         self.engines = engines
         self.hop = hop
         self.dtype = np.dtype(np.int16 if int16 else np.float32)
         mels = max(int(np.prod(engine.profile.largest)) for engine in engines.values())
         samples = max(engine.profile.largest[0] * engine.profile.largest[2] * hop for engine in engines.values())
+        places = max(engine.profile.largest[0] for engine in engines.values())
+        self._header = -(-FLOAT * places // ALIGNMENT) * ALIGNMENT
+        size = self._header + self.dtype.itemsize * samples
         self.scratch = device.allocate(max(1, *(engine.scratch_bytes for engine in engines.values())), stream=self.stream)
         self.mel = device.allocate(FLOAT * mels, stream=self.stream)
-        self.audio = device.allocate(FLOAT * samples, stream=self.stream)
-        self.pcm = device.allocate(self.dtype.itemsize * samples, stream=self.stream) if int16 else self.audio
-        self.host_mel = _Pinned(FLOAT * mels, np.dtype(np.float32))
-        self.host_audio = _Pinned(self.dtype.itemsize * samples, self.dtype)
+        self.result = device.allocate(size, stream=self.stream)
+        """Flags, one for each place of the batch, and the audio behind them: one copy brings both to the host."""
+        self.flags = _part(self.result, FLOAT * places)
+        self.converted = int(self.result.handle) + self._header
+        """Address of the audio in the output's format."""
+        self._floats = device.allocate(FLOAT * samples, stream=self.stream) if int16 else None
+        self.audio = self.converted if self._floats is None else int(self._floats.handle)
+        """Address of the engine's audio."""
+        self.host_mel, self.host_result, self._host_report = (_Pinned(bytes_) for bytes_ in (FLOAT * mels, size, FLOAT))
+        self.report = self._host_report.array.view(np.int32)
+        """Set to 1 by the device for samples that are not finite in audio that stays there."""
+        self.report[0] = 0
         self.failed_captures = 0
         """Shapes that could not be captured as CUDA graphs."""
         self._prepared: OrderedDict[tuple[GraphKind, Shape], PreparedShape] = OrderedDict()
+        self._retired: deque[tuple[Any, PreparedShape]] = deque()
         self.stream.sync()
 
-    def run(self, graph: GraphKind, mel: Mel) -> Audio:
-        """Run mel frames (B, M, T) on the host through a graph; return samples (B, T*hop), a fresh array."""
-        shape = self.prepared(graph, *mel.shape)
-        self.host_mel.array[: mel.size] = mel.reshape(-1)
+    def run(self, graph: GraphKind, windows: Sequence[Mel] | Mel) -> Audio:
+        """Run windows (M, T) of one length on the host, or an array (B, M, T) of them, through a graph.
+
+        Returns:
+            Samples (B, T*hop) in page-locked memory, which the next run overwrites.
+
+        Raises:
+            BackendError: The run failed, or a sample is not finite.
+        """
+        batch, (bands, frames) = len(windows), windows[0].shape
+        shape = self.prepared(graph, batch, bands, frames)
+        places = self.host_mel.array.view(np.float32)[: batch * bands * frames].reshape(batch, bands, frames)
+        for target, window in zip(places, windows, strict=True):
+            target[...] = window
         shape.mel.copy_from(shape.host_mel, stream=self.stream)
         shape.launch()
-        shape.host_audio.copy_from(shape.pcm, stream=self.stream)
+        shape.host_result.copy_from(shape.result, stream=self.stream)
         self.stream.sync()
-        batch, _, frames = mel.shape
-        audio: Audio = self.host_audio.array[: batch * frames * self.hop].reshape(batch, -1).copy()
-        return audio
+        result = self.host_result.array
+        if result[: FLOAT * batch].any():
+            precision = self.engines[graph].precision
+            raise BackendError(f"tensorrt returned samples that are not finite. Is {precision} precise enough for this voice?")
+        return result[self._header :].view(self.dtype)[: batch * frames * self.hop].reshape(batch, -1)
 
     def prepared(self, graph: GraphKind, batch: int, bands: int, frames: int) -> PreparedShape:
         """Return the prepared shape for a run. A window's batch is rounded up to a power of two, which keeps the CUDA graphs few."""
@@ -81,17 +108,25 @@ class ExecutionSlot:
         found = self._prepared.pop((graph, shape), None) or PreparedShape(self, graph, shape)
         self._prepared[graph, shape] = found
         if len(self._prepared) > MOST_SHAPES:
-            self._prepared.popitem(last=False)
+            self._retired.append((self.stream.record(), self._prepared.popitem(last=False)[1]))
+        while self._retired and self._retired[0][0].is_done:  # a context must outlive the work that was queued with it
+            self._retired.popleft()
         return found
+
+    def result_part(self, samples: int, host: bool = False) -> Any:
+        """Return the flags and this many samples as a buffer, on the device or on the host."""
+        return _part(self.host_result.buffer if host else self.result, self._header + samples * self.dtype.itemsize)
 
     def close(self) -> None:
         """Release everything after the queued work is done. The device is current."""
         self.stream.sync()
         self._prepared.clear()  # contexts and graphs are released before the memory that they use
-        for buffer in {id(b): b for b in (self.mel, self.audio, self.pcm, self.scratch)}.values():
+        self._retired.clear()
+        for buffer in (self.mel, self.result, self.scratch, *(() if self._floats is None else (self._floats,))):
             buffer.close(self.stream)
-        self.host_mel.close()
-        self.host_audio.close()
+        self.report = self.report.copy()  # no view of freed memory remains
+        for pinned in (self.host_mel, self.host_result, self._host_report):
+            pinned.close()
         self.stream.sync()
         self.stream.close()
 
@@ -107,18 +142,19 @@ class PreparedShape:
         engine = slot.engines[graph]
         engine.profile.check(shape)
         self._slot = slot
+        self._places = shape[0]
         self._samples = shape[0] * shape[2] * slot.hop
-        mel_bytes, sample_bytes = FLOAT * int(np.prod(shape)), self._samples * slot.dtype.itemsize
+        mel_bytes = FLOAT * int(np.prod(shape))
         self.mel, self.host_mel = _part(slot.mel, mel_bytes), _part(slot.host_mel.buffer, mel_bytes)
-        self.pcm, self.host_audio = _part(slot.pcm, sample_bytes), _part(slot.host_audio.buffer, sample_bytes)
+        self.result, self.host_result = slot.result_part(self._samples), slot.result_part(self._samples, host=True)
         self._context = engine.context(slot.scratch)
         if not self._context.set_input_shape("mel", shape) or self._context.infer_shapes():
             raise BackendError(f"the {graph} engine rejects a mel of shape {shape}.")
         audio_shape = tuple(int(size) for size in self._context.get_tensor_shape("audio"))
         if int(np.prod(audio_shape)) != self._samples:  # or the engine would write outside its buffer
             raise BackendError(f"the {graph} engine gives audio of shape {audio_shape} for a mel of shape {shape} and a hop of {slot.hop}.")
-        for name, buffer in (("mel", slot.mel), ("audio", slot.audio)):
-            if not self._context.set_tensor_address(name, int(buffer.handle)):
+        for name, address in (("mel", int(slot.mel.handle)), ("audio", slot.audio)):
+            if not self._context.set_tensor_address(name, address):
                 raise BackendError(f"the {graph} engine rejects the address of its {name}.")
         self._captured: Any = None
         self._capturable = True
@@ -158,23 +194,25 @@ class PreparedShape:
             return None
 
     def _enqueue(self) -> None:
-        slot = self._slot
+        slot, each = self._slot, self._samples // self._places
+        slot.flags.fill(0, stream=slot.stream)
         if not self._context.execute_async_v3(int(slot.stream.handle)):
             raise BackendError("TensorRT could not queue the run.")
-        if slot.pcm is not slot.audio:
-            addresses = (np.uint64(int(slot.audio.handle)), np.uint64(int(slot.pcm.handle)))
-            slot.kernels.run("to_int16", slot.stream, self._samples, addresses[0], np.int32(self._samples), addresses[1])
+        slot.kernels.run(
+            "finish", slot.stream, each, self._places, np.uint64(slot.audio), np.int32(each),
+            np.uint64(0 if slot.audio == slot.converted else slot.converted), np.uint64(int(slot.flags.handle)),
+        )  # fmt: skip
 
 
 class _Pinned:
-    """Page-locked host memory as a buffer for copies and as an array."""
+    """Page-locked host memory as a buffer for copies and as an array of bytes."""
 
-    def __init__(self, size: int, dtype: np.dtype[Any]) -> None:
+    def __init__(self, size: int) -> None:
         from cuda.core import LegacyPinnedMemoryResource
 
         self.buffer = LegacyPinnedMemoryResource().allocate(size)
         memory = memoryview((ctypes.c_byte * size).from_address(int(self.buffer.handle)))
-        self.array: NDArray[Any] = np.frombuffer(memory, dtype)
+        self.array: NDArray[np.uint8] = np.frombuffer(memory, np.uint8)
 
     def close(self) -> None:
         self.array = self.array[:0].copy()  # no view of freed memory remains
