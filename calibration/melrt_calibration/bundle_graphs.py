@@ -77,7 +77,7 @@ def write_int8(
             f"{graph}.{precision}.onnx", model, "onnx", graph=graph, precision=precision, target={"layers": len(names)}, quality=quality
         )
         files.append((entry, model))
-    plan = network.plan.only(frozenset(names)).dumps().encode()
+    plan = network.selected(names).dumps().encode()
     files.append((Artifact.of(PLAN_FILE, plan, "plan", precision="int8"), plan))
     bundle.add_all(files, made_from=tuple(sources.values()))
 

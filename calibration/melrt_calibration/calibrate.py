@@ -71,7 +71,7 @@ class CalibrationResult:
     @property
     def plan(self) -> Int8Plan:
         """Plan of the INT8 layers."""
-        return self.network.plan.only(frozenset(self.chosen.names))
+        return self.network.selected(self.chosen.names)
 
 
 def calibrate(

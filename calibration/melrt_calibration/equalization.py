@@ -8,7 +8,8 @@ applies the factor in its shortcut and in its dilated convolution. The range mov
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,7 +19,9 @@ from onnx import numpy_helper
 
 from melrt.errors import CalibrationError
 from melrt_calibration.statistics import Statistics
-from melrt_export.int8_plan import Int8Plan
+from melrt_export.int8_plan import MERGED, Int8Plan
+
+POINTWISE, SHORTCUT = ".pointwise", ".shortcut"
 
 # Name of the filter bank of a multi-band voice. It follows the tanh and stays in float32 in every precision.
 FILTER_BANK = "pqmf"
@@ -56,28 +59,75 @@ def equalizing_factors(statistics: Mapping[str, Statistics], powers: Mapping[str
         statistics: Statistics of every convolution.
         powers: Power of each tensor, by the name of its first consumer.
     """
-    found = dict.fromkeys(statistics, Factors())
-    for tensor in shared_tensors(statistics):
-        power = powers.get(tensor.consumers[0], 0.0)
-        if not power:
-            continue
-        ranges = np.maximum(np.asarray(statistics[tensor.consumers[0]].peaks, np.float64), 1e-12) ** power
-        factors = ranges / np.exp(np.log(ranges).mean())
-        _divide(found, tensor, np.clip(factors, factors.max() / MAX_FACTOR_RATIO, None))
+    peaks = _channel_peaks(statistics)
+    found = dict.fromkeys(peaks, Factors())
+    levels: dict[str, float] = {}
+    for tensor in shared_tensors(peaks):
+        name = tensor.consumers[0]
+        power = powers.get(name, 0.0)
+        ranges = np.maximum(peaks[name], 1e-12)
+        factors = ranges**power / np.exp(np.log(ranges**power).mean())
+        factors = np.clip(factors, factors.max() / MAX_FACTOR_RATIO, None)
+        levels[name] = (ranges / factors).max()
+        if name.endswith(POINTWISE):  # h comes to the level of x, since both halves of [h; x] have one grid
+            factors = factors * levels[name] / levels[name.removesuffix(POINTWISE) + SHORTCUT]
+        if power or name.endswith(POINTWISE):
+            _divide(found, tensor, factors)
     return found
+
+
+def _channel_peaks(statistics: Mapping[str, Statistics]) -> dict[str, NDArray[np.float64]]:
+    """Return the largest magnitude of each input channel, by convolution of the graph before merging."""
+    found: dict[str, NDArray[np.float64]] = {}
+    for name, layer in statistics.items():
+        peaks = np.asarray(layer.peaks, np.float64)
+        if name.endswith(MERGED):
+            block = name.removesuffix(MERGED)
+            found[block + POINTWISE], found[block + SHORTCUT] = np.split(peaks, 2)
+        else:
+            found[name] = peaks
+    return found
+
+
+def layer_factors(name: str, factors: Mapping[str, Factors]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the divisors of a layer's input and output channels, empty for none; a merged layer has those of [h; x]."""
+    if not name.endswith(MERGED):
+        return _as_tuple(factors[name].input), _as_tuple(factors[name].output)
+    h, x = (factors[name.removesuffix(MERGED) + part] for part in (POINTWISE, SHORTCUT))
+    if h.input is None:
+        return (), _as_tuple(x.output)
+    return _as_tuple(h.input) + (_as_tuple(x.input) or (1.0,) * len(h.input)), _as_tuple(x.output)
+
+
+def _as_tuple(factors: NDArray[np.float64] | None) -> tuple[float, ...]:
+    return () if factors is None else tuple(map(float, factors))
+
+
+def layer_of(convolution: str) -> str:
+    """Return the layer of a plan that a convolution of the graph before merging belongs to."""
+    return re.sub(r"\.(pointwise|shortcut)$", MERGED, convolution)
 
 
 def planned_factors(plan: Int8Plan, convolutions: Iterable[str]) -> dict[str, Factors]:
     """Take the factors of every convolution from a plan; the factors of one side of a tensor apply to its other side as well."""
     found = dict.fromkeys(convolutions, Factors())
-    layers = {layer.name: layer for layer in plan.layers}
+    inputs, outputs = _planned_sides(plan)
     for tensor in shared_tensors(found):
-        known = [layers[name].output_factors for name in tensor.producers if name in layers]
-        known += [layers[name].input_factors for name in tensor.consumers if name in layers]
+        known = [outputs.get(name, ()) for name in tensor.producers] + [inputs.get(name, ()) for name in tensor.consumers]
         factors = np.array(next(filter(None, known), ()))
         if len(factors):
             _divide(found, tensor, factors)
     return found
+
+
+def _planned_sides(plan: Int8Plan) -> tuple[dict[str, tuple[float, ...]], dict[str, tuple[float, ...]]]:
+    """Return the factors of the inputs and outputs of a plan's layers, by convolution of the graph before merging."""
+    inputs, outputs = ({layer.name: getattr(layer, f"{side}_factors") for layer in plan.layers} for side in ("input", "output"))
+    for block in plan.merged_blocks:
+        both = inputs[block + MERGED]
+        inputs[block + POINTWISE], inputs[block + SHORTCUT] = both[: len(both) // 2], both[len(both) // 2 :]
+        outputs[block + SHORTCUT] = outputs[block + MERGED]
+    return inputs, outputs
 
 
 def _divide(found: dict[str, Factors], tensor: SharedTensor, factors: NDArray[np.float64]) -> None:
@@ -99,7 +149,7 @@ def equalize_graph(model: onnx.ModelProto, factors: Mapping[str, Factors]) -> on
     return equalized
 
 
-def shared_tensors(convolutions: Mapping[str, object]) -> list[SharedTensor]:
+def shared_tensors(convolutions: Collection[str]) -> list[SharedTensor]:
     """Return every tensor between the first and the last convolution of a MelGAN, by the names of the deploy graph.
 
     The list is empty for another architecture: a convolution outside all of these tensors might have a divided input without
@@ -110,7 +160,7 @@ def shared_tensors(convolutions: Mapping[str, object]) -> list[SharedTensor]:
     return found if known == set(convolutions) - {FILTER_BANK} else []
 
 
-def _melgan_tensors(convolutions: Mapping[str, object]) -> Iterator[SharedTensor]:
+def _melgan_tensors(convolutions: Collection[str]) -> Iterator[SharedTensor]:
     producers: tuple[str, ...] = ("first",)
     i = 0
     while (upsample := f"stages.{i}.upsample") in convolutions:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from melrt_calibration.bias_correction import correct_biases
-from melrt_calibration.equalization import POWERS, shared_tensors
+from melrt_calibration.equalization import POWERS, layer_of
 from melrt_calibration.evaluation import Evaluator, Quality
 from melrt_calibration.network import Network
 from melrt_calibration.progress import ProgressReporter
@@ -29,16 +29,16 @@ def choose_equalization(plain: Network, evaluator: Evaluator, steps: ProgressRep
     Returns:
         Power of each tensor, by the name of its first consumer.
     """
-    tensors = shared_tensors(dict.fromkeys(plain.names))
+    tensors = plain.shared_tensors
     stages = {stage: [t for t in tensors if _stage(t.consumers[0]) == stage] for stage in (_stage(t.consumers[0]) for t in tensors)}
-    steps.begin("collecting statistics of equalized networks", sum(power > 0 for power in POWERS) * len(plain.windows))
+    steps.begin("collecting statistics of equalized networks", len(POWERS) * len(plain.windows))
     networks: dict[float, Network] = {}
     for power in POWERS:
-        networks[power] = plain.equalized({t.consumers[0]: power for t in tensors}, steps.advance) if power else plain
+        networks[power] = plain.equalized({t.consumers[0]: power for t in tensors}, steps.advance)
     steps.begin("choosing the equalization of each stage", len(POWERS) * len(stages))
     powers: dict[str, float] = {}
     for group in stages.values():
-        layers = {name for t in group for name in (*t.producers, *t.consumers)}
+        layers = {layer_of(name) for t in group for name in (*t.producers, *t.consumers)}
         errors = {}
         for power, network in networks.items():
             errors[power] = evaluator.quality(network.model(layers)).log_mel_error

@@ -12,6 +12,7 @@ from melrt.backends.kernel_profile import profile_kernels
 from melrt.backends.onnxruntime import CPU_WINDOW, OnnxModel
 from melrt.timing import Timing, interleave
 from melrt.types import Mel
+from melrt_calibration.equalization import layer_of
 
 ROUNDS = 7
 # Rounds of the comparison that decides whether INT8 pays.
@@ -37,7 +38,7 @@ def measure_speedup(fp32: onnx.ModelProto, int8: onnx.ModelProto, window: Mel) -
 
 
 def kernel_seconds(model: onnx.ModelProto, window: Mel) -> dict[str, float]:
-    """Return the mean seconds of each convolution's kernel, by name, without the conversions around it."""
+    """Return the mean seconds of each layer's kernels, without the conversions around them; a merged layer in float has two kernels."""
     owners = _owners(model)
     seconds: dict[str, float] = {}
     for kernel in profile_kernels(model.SerializeToString(), window, PROFILED_RUNS):
@@ -56,6 +57,6 @@ def _owners(model: onnx.ModelProto) -> dict[str, str]:
     owners: dict[str, str] = {}
     for node in model.graph.node:
         if node.op_type == "Conv":
-            owners |= {node.name: node.name, node.output[0]: node.name}
-            owners |= {n.output[0]: node.name for n in by_input.get(node.output[0], []) if n.op_type in ("LeakyRelu", "Tanh")}
+            owners |= dict.fromkeys((node.name, node.output[0]), layer_of(node.name))
+            owners |= {n.output[0]: layer_of(node.name) for n in by_input.get(node.output[0], []) if n.op_type in ("LeakyRelu", "Tanh")}
     return owners

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from melrt.bundle import Bundle
 from melrt.errors import CalibrationError
 
-SCHEMA = 1
+SCHEMA = 2
+# Suffix of the one convolution over [h; x] that replaces `pointwise`, `shortcut` and their sum in a residual block that is in INT8.
+MERGED = ".merged"
 # Signed bytes are symmetric: -128 is not used, so that a value and its negative are both exact.
 SIGNED_MAX = 127
 UNSIGNED_MAX = 255
@@ -31,7 +33,17 @@ def read_plan(bundle: Bundle) -> Int8Plan:
             f"{bundle.path} has no INT8 plan. Make one with `melrt calibrate {bundle.path} SPEECH`; a larger --budget puts more layers "
             "into it, and training in INT8 then reduces their rounding error."
         )
-    return Int8Plan.loads(bundle.read(entries[0]))
+    return Int8Plan.loads(bundle.read(entries[0]), bundle.path)
+
+
+def check_int8(bundle: Bundle) -> None:
+    """Refuse INT8 that an older melrt made, whose graphs sum in float or have scales that TensorRT does not take for one tensor.
+
+    Raises:
+        CalibrationError: The bundle has a plan of an older melrt, or a damaged one. The message has the command that makes it again.
+    """
+    if bundle.find("plan", precision="int8"):
+        read_plan(bundle)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +78,9 @@ class LayerPlan:
     """One convolution in INT8."""
 
     name: str
-    """Name of the convolution in the deploy graph, such as `stages.2.blocks.0.dilated`."""
+    """Name of the convolution in the deploy graph, such as `stages.2.blocks.0.dilated`; `merged` stands for `pointwise` and `shortcut`."""
     input: Range
-    """Range of the convolution's input."""
+    """Range of the convolution's input; a merged convolution has one for both halves of [h; x]."""
     output: Range
     """Range of the convolution's output. Only the CPU form rounds it, because ONNX Runtime's integer convolution returns bytes."""
     weight_scales: tuple[float, ...]
@@ -104,6 +116,11 @@ class Int8Plan:
         """Names of the INT8 layers."""
         return tuple(layer.name for layer in self.layers)
 
+    @property
+    def merged_blocks(self) -> tuple[str, ...]:
+        """Names of the residual blocks whose `pointwise` and `shortcut` are one INT8 convolution."""
+        return tuple(name.removesuffix(MERGED) for name in self.names if name.endswith(MERGED))
+
     def only(self, names: frozenset[str]) -> Int8Plan:
         """Return this plan for some of its layers."""
         return Int8Plan(tuple(layer for layer in self.layers if layer.name in names), self.repairs)
@@ -113,23 +130,31 @@ class Int8Plan:
         return json.dumps({"schema": SCHEMA} | asdict(self), indent=1, allow_nan=False)
 
     @classmethod
-    def loads(cls, text: str | bytes) -> Int8Plan:
+    def loads(cls, text: str | bytes, voice: object = "VOICE.melrt") -> Int8Plan:
         """Read the JSON text that `dumps` returns.
+
+        Args:
+            text: The JSON text.
+            voice: Path of its bundle, for messages.
 
         Raises:
             CalibrationError: The text is not a plan, or its schema is not the one that this melrt reads.
         """
         try:
             values: Mapping[str, Any] = json.loads(text)
-            if values["schema"] != SCHEMA:
-                raise CalibrationError(f"the INT8 plan has schema {values['schema']!r}; this melrt reads schema {SCHEMA}.")
-            layers = tuple(
-                LayerPlan(
-                    str(v["name"]), Range(**v["input"]), Range(**v["output"]),
-                    *(tuple(map(float, v[key])) for key in ("weight_scales", "input_factors", "output_factors")),
-                )
-                for v in values["layers"]
-            )  # fmt: skip
-            return cls(layers, tuple(map(str, values["repairs"])))
+            schema = values["schema"]
+            layers = tuple(_layer(value) for value in values["layers"]) if schema == SCHEMA else ()
+            repairs = tuple(map(str, values["repairs"]))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CalibrationError(f"not an INT8 plan: {error!r}") from error
+        if schema != SCHEMA:
+            raise CalibrationError(
+                f"the INT8 of {voice} was made by another version of melrt: its plan has schema {schema!r}, this melrt reads {SCHEMA}. "
+                f"Make it again with `melrt calibrate {voice} SPEECH`."
+            )
+        return cls(layers, repairs)
+
+
+def _layer(values: Mapping[str, Any]) -> LayerPlan:
+    factors = (tuple(map(float, values[key])) for key in ("weight_scales", "input_factors", "output_factors"))
+    return LayerPlan(str(values["name"]), Range(**values["input"]), Range(**values["output"]), *factors)

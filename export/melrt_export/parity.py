@@ -17,6 +17,7 @@ from melrt.planning.windows import ReceptiveField
 from melrt.types import FloatAudio, Mel
 from melrt_export.checkpoints import Checkpoint
 from melrt_export.generator.config import GeneratorConfig
+from melrt_export.int8_plan import check_int8
 
 # A different order of summation changes a sample of a trained voice by about 2e-6. A graph that differs ten times as much is wrong.
 FP32_MAX_ABS = 2e-5
@@ -157,6 +158,7 @@ def verify(bundle: Bundle, checkpoint: Checkpoint | None = None) -> Iterator[Ver
 
     Raises:
         BundleError: A file is missing or altered, or the checkpoint has another generator.
+        CalibrationError: The bundle has INT8 of an older melrt.
     """
     manifest = bundle.manifest
     mel, reference = bundle.probe()
@@ -167,6 +169,8 @@ def verify(bundle: Bundle, checkpoint: Checkpoint | None = None) -> Iterator[Ver
         reference = PyTorchReference(checkpoint.config, checkpoint.weights).audio(mel)
     for artifact in manifest.artifacts:
         data = bundle.read(artifact)
+        if artifact.precision.startswith("int8"):
+            check_int8(bundle)
         if artifact.kind == "onnx":
             output = OnnxModel(data).run(mel)
             kept = (exact_samples(artifact.graph, audio, manifest.receptive_field, manifest.spec.hop) for audio in (reference, output))

@@ -21,6 +21,7 @@ from melrt.timing import Timing
 from melrt_calibration import timing
 from melrt_calibration.calibrate import CalibrationOptions, calibrate
 from melrt_calibration.data import Sampling, load_data
+from melrt_calibration.equalization import layer_of
 from melrt_calibration.evaluation import Budget
 from melrt_calibration.progress import Progress
 from melrt_calibration.report import figures_json, report_html
@@ -65,13 +66,14 @@ def int8_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """INT8 is never faster on networks this small, so each INT8 layer reduces the measured time by a tenth here."""
 
     def int8_layers(model: onnx.ModelProto) -> set[str]:
-        return {n.name.removesuffix(".input.quantize") for n in model.graph.node if n.name.endswith(".input.quantize")}
+        return {n.name for n in model.graph.node if n.op_type == "Conv" and n.input[1].endswith(".weight.values")}
 
     def time_graphs(models: Mapping[str, onnx.ModelProto], window: object, rounds: int = 0) -> dict[str, Timing]:
         return {name: Timing(np.array([0.9 ** len(int8_layers(model))])) for name, model in models.items()}
 
     def kernel_seconds(model: onnx.ModelProto, window: object) -> dict[str, float]:
-        return {n.name: 0.5 if n.name in int8_layers(model) else 1.0 for n in model.graph.node if n.op_type == "Conv"}
+        int8 = int8_layers(model)
+        return {layer_of(n.name): 0.5 if n.name in int8 else 1.0 for n in model.graph.node if n.op_type == "Conv"}
 
     monkeypatch.setattr(timing, "time_graphs", time_graphs)
     monkeypatch.setattr(timing, "kernel_seconds", kernel_seconds)
@@ -236,6 +238,20 @@ def test_settings_out_of_range_are_refused(melrt, tiny_bundle: Bundle, arguments
     assert text in err
 
 
+@pytest.mark.usefixtures("int8_pays")
+def test_int8_of_an_older_melrt_is_refused_with_the_command_that_makes_it_again(bundle: Bundle, speech: Path, melrt) -> None:
+    calibrate(bundle, [speech], ANY)
+    (plan,) = Bundle.open(bundle.path).find("plan")
+    data = bundle.read(plan).replace(b'"schema": 2', b'"schema": 1')
+    bundle.add(Artifact.of(plan.name, data, "plan", precision="int8"), data)
+    for command in ("verify", "build --precision int8 --portable"):
+        name, *options = command.split()
+        code, _, err = melrt(name, bundle.path, *options)
+        assert code == 2, err
+        assert "made by another version of melrt" in err
+        assert f"melrt calibrate {bundle.path} SPEECH" in err
+
+
 def test_a_file_that_is_not_a_plan_is_refused() -> None:
     with pytest.raises(CalibrationError, match="not an INT8 plan"):
-        Int8Plan.loads('{"schema": 1, "layers": 3}')
+        Int8Plan.loads('{"schema": 2, "layers": 3}')

@@ -21,7 +21,6 @@ from melrt.mel.features import mel_from_audio
 from melrt_calibration.bundle_graphs import FLOAT_PRECISIONS, PLAN_FILE
 from melrt_calibration.calibrate import CalibrationOptions
 from melrt_calibration.data import Sampling
-from melrt_calibration.equalization import shared_tensors
 from melrt_calibration.evaluation import Budget
 from melrt_calibration.network import Network
 from melrt_calibration.qdq import Form, insert_qdq
@@ -30,6 +29,7 @@ from melrt_export.checkpoints import Checkpoint, load_checkpoint
 from melrt_export.demo import DEMO_VOICE, RECORDING
 from melrt_export.generator.config import GeneratorConfig
 from melrt_export.generator.network import Generator
+from melrt_export.graph.rewrites import merge_shortcuts
 from melrt_export.int8_plan import SIGNED_MAX, Int8Plan, LayerPlan, Range, read_plan
 from melrt_export.parity import Difference, probe_mel, verify
 from melrt_export.training.config import TrainingConfig, read_config
@@ -76,14 +76,14 @@ def observed(bundle: Bundle, windows: list[np.ndarray]) -> Network:
         for form, precision in FLOAT_PRECISIONS.items()
     }
     plain = Network.observed(graphs, windows)  # type: ignore[arg-type]
-    return plain.equalized({t.consumers[0]: 1.0 for t in shared_tensors(dict.fromkeys(plain.names))})
+    return plain.equalized({t.consumers[0]: 1.0 for t in plain.shared_tensors})
 
 
 def plan_with_largest_weight_scales(network: Network) -> Int8Plan:
     """Return the network's plan with the weight scales that training uses, which follow the largest weight."""
 
     def scales(layer: LayerPlan) -> tuple[float, ...]:
-        tensor = next(t for t in network.graphs["edge", "cpu"].graph.initializer if t.name == f"{layer.name}.weight")
+        tensor = next(t for t in merge_shortcuts(network.graphs["edge", "cpu"]).graph.initializer if t.name == f"{layer.name}.weight")
         rows = np.abs(onnx.numpy_helper.to_array(tensor)).reshape(tensor.dims[0], -1)
         return tuple(rows.max(axis=1).astype(np.float64) / SIGNED_MAX)
 

@@ -7,7 +7,6 @@ import pytest
 
 from melrt.backends.onnxruntime import OnnxModel
 from melrt.bundle import Bundle
-from melrt_calibration.equalization import shared_tensors
 from melrt_calibration.network import Network
 from melrt_calibration.ranges import METHODS, rounding_error
 from melrt_calibration.statistics import Histogram
@@ -42,7 +41,7 @@ def test_equalization_changes_ranges_but_not_the_output(tiny_bundle: Bundle) -> 
     graphs = {(graph, "cpu"): _model(tiny_bundle, graph) for graph in ("edge", "interior")}
     mel = probe_mel(tiny_bundle.manifest.spec)
     network = Network.observed(graphs, [mel])
-    equal = network.equalized({t.consumers[0]: 1.0 for t in shared_tensors(dict.fromkeys(network.names))})
+    equal = network.equalized({t.consumers[0]: 1.0 for t in network.shared_tensors})
     for key in graphs:
         before, after = (OnnxModel(g.graphs[key].SerializeToString()).run(mel[None]) for g in (network, equal))
         assert np.abs(after - before).max() < FP32_MAX_ABS

@@ -6,6 +6,7 @@ graph in the bundle has the first value of each choice; docs/engines.md gives th
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -88,6 +89,20 @@ def rewrite_graph(model: bytes, variant: Variant, config: GeneratorConfig) -> by
     return bytes(rewriter.finished().SerializeToString(deterministic=True))
 
 
+def merge_shortcuts(model: onnx.ModelProto, blocks: Collection[str] | None = None) -> onnx.ModelProto:
+    """Return a float deploy graph in which `BLOCK.merged`, one convolution over [h; x], replaces a block's two and their sum.
+
+    Args:
+        model: Graph of `deploy_graph`; it is not changed.
+        blocks: Names of the residual blocks, such as `stages.0.blocks.1`; None for all of them.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    rewriter = _Rewriter(copy, GeneratorConfig())  # merging does not depend on the config
+    rewriter.merge_shortcuts(blocks)
+    return rewriter.finished()
+
+
 class _Rewriter:
     """Rewrites a model; it finds nodes by the names that `deploy_graph` gives them."""
 
@@ -146,9 +161,10 @@ class _Rewriter:
             left, right = left + start, right - min(end, 0)
         return [0, left, 0, right]
 
-    def merge_shortcuts(self) -> None:
+    def merge_shortcuts(self, blocks: Collection[str] | None = None) -> None:
         """Replace pointwise(h) + shortcut(x) by one convolution over the channels of h and x."""
-        for block in [name.removesuffix(".shortcut") for name in self.nodes if name.endswith(".shortcut")]:
+        found = [name.removesuffix(".shortcut") for name in self.nodes if name.endswith(".shortcut")]
+        for block in [name for name in found if blocks is None or name in blocks]:
             pointwise, shortcut, add = (self.nodes[f"{block}.{part}"] for part in ("pointwise", "shortcut", "add"))
             if not (self._has_weights(pointwise) and self._has_weights(shortcut)):
                 continue

@@ -18,6 +18,7 @@ from melrt.errors import BundleError, ConfigError, EngineBuildError, MissingExtr
 from melrt.system import driver_version, find_gpu
 from melrt_export.generator.config import GeneratorConfig
 from melrt_export.graph.rewrites import rewrite_graph
+from melrt_export.int8_plan import check_int8
 from melrt_export.tensorrt.accuracy_check import check_accuracy
 from melrt_export.tensorrt.audit import audit_engine, audit_plan
 from melrt_export.tensorrt.cache import CachedEngine
@@ -123,8 +124,11 @@ def source_graph(bundle: Bundle, options: EngineOptions) -> tuple[Artifact, byte
 
     Raises:
         BundleError: The bundle lacks the graph or is damaged.
+        CalibrationError: The bundle has INT8 of an older melrt.
     """
     precision = SOURCES[options.precision]
+    if options.precision == "int8":
+        check_int8(bundle)
     source = bundle.find("onnx", graph=options.graph, precision=precision)
     if not source:
         remedy = "Create it with `melrt calibrate`." if options.precision == "int8" else "Export it with `--precision`."

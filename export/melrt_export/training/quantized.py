@@ -7,7 +7,8 @@ its output as the Q/DQ graph does. Gradients pass through the rounding unchanged
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from melrt.errors import TrainingError
 from melrt_export.generator.network import Generator
-from melrt_export.int8_plan import SIGNED_MAX, UNSIGNED_MAX, Int8Plan, LayerPlan, Range
+from melrt_export.int8_plan import MERGED, SIGNED_MAX, UNSIGNED_MAX, Int8Plan, LayerPlan, Range
 from melrt_export.training.config import Int8Form
 from melrt_export.training.losses import StftLoss
 from melrt_export.training.step import SynthesizedBatch
@@ -41,20 +42,46 @@ def quantize(voice: TrainableVoice, plan: Int8Plan, form: Int8Form) -> Generator
     teacher = Generator.from_weights(
         voice.config, {name: torch.from_numpy(value) for name, value in folded_weights(voice.generator).items()}
     )
-    convolutions = {name: layer for name, layer in voice.generator.named_modules() if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d)}
+    modules = dict(voice.generator.named_modules())
     for layer in plan.layers:
-        if layer.name not in convolutions:
-            raise TrainingError(
-                f"the INT8 plan has a layer {layer.name}; this generator has {', '.join(convolutions)}. "
-                "Take the checkpoint that the bundle was exported from as start_from."
-            )
-        _quantize_layer(convolutions[layer.name], layer, form)
+        _quantize_layer(modules, layer, form)
     return teacher.requires_grad_(False)
 
 
-def _quantize_layer(conv: nn.Conv1d | nn.ConvTranspose1d, layer: LayerPlan, form: Int8Form) -> None:
-    phases = conv.stride[0] if isinstance(conv, nn.ConvTranspose1d) else 1
-    expected = {"weight_scales": conv.out_channels * phases, "input_factors": conv.in_channels, "output_factors": conv.out_channels}
+def _quantize_layer(modules: Mapping[str, nn.Module], layer: LayerPlan, form: Int8Form) -> None:
+    """Quantize one convolution, or the two of a residual block that INT8 merges into one over [h; x] with one rounded sum."""
+    block = layer.name.removesuffix(MERGED)
+    merged = block != layer.name
+    owner = modules.get(block)
+    convolutions = [getattr(owner, part, None) for part in ("pointwise", "shortcut")] if merged else [owner]
+    parts = [conv for conv in convolutions if isinstance(conv, nn.Conv1d | nn.ConvTranspose1d)]
+    if owner is None or len(parts) < len(convolutions):
+        known = ", ".join(name for name, module in modules.items() if isinstance(module, nn.Conv1d | nn.ConvTranspose1d))
+        raise TrainingError(
+            f"the INT8 plan has a layer {layer.name}; this generator has {known}. "
+            "Take the checkpoint that the bundle was exported from as start_from."
+        )
+    _check_channels(layer, parts)
+    width = len(layer.input_factors) // len(parts)
+    weights = [_FakeQuantizedWeight(layer, layer.input_factors[i * width : (i + 1) * width], conv) for i, conv in enumerate(parts)]
+    for conv, weight, other in zip(parts, weights, reversed(weights), strict=True):
+        factors = weight.input_factors
+        weight.others = (other,) if merged else ()
+        parametrize.register_parametrization(conv, "weight", weight)
+        conv.add_module("rounded_input", _FakeQuantizedActivation(layer.input, factors, form))
+        conv.register_forward_pre_hook(lambda module, inputs: (module.rounded_input(inputs[0]), *inputs[1:]))
+    if form == "cpu":
+        owner.add_module("rounded_output", _FakeQuantizedActivation(layer.output, layer.output_factors, form))
+        owner.register_forward_hook(lambda module, _, output: module.rounded_output(output))
+
+
+def _check_channels(layer: LayerPlan, parts: Sequence[nn.Conv1d | nn.ConvTranspose1d]) -> None:
+    """Raise an error if the plan has another number of values for a layer than the layer has channels."""
+    conv = parts[0]
+    expected = {
+        "weight_scales": conv.out_channels * _phases(conv), "input_factors": conv.in_channels * len(parts),
+        "output_factors": conv.out_channels,
+    }  # fmt: skip
     for name, channels in expected.items():
         given = len(getattr(layer, name))
         if given != channels and (given or name == "weight_scales"):
@@ -62,14 +89,10 @@ def _quantize_layer(conv: nn.Conv1d | nn.ConvTranspose1d, layer: LayerPlan, form
                 f"the INT8 plan has {given} {name} for {layer.name}, which has {channels} such channels. "
                 "Take the checkpoint that the bundle was exported from as start_from."
             )
-    parametrize.register_parametrization(
-        conv, "weight", _FakeQuantizedWeight(layer, phases if isinstance(conv, nn.ConvTranspose1d) else None)
-    )
-    conv.add_module("rounded_input", _FakeQuantizedActivation(layer.input, layer.input_factors, form))
-    conv.register_forward_pre_hook(lambda module, inputs: (module.rounded_input(inputs[0]), *inputs[1:]))
-    if form == "cpu":
-        conv.add_module("rounded_output", _FakeQuantizedActivation(layer.output, layer.output_factors, form))
-        conv.register_forward_hook(lambda module, _, output: module.rounded_output(output))
+
+
+def _phases(conv: nn.Conv1d | nn.ConvTranspose1d) -> int:
+    return conv.stride[0] if isinstance(conv, nn.ConvTranspose1d) else 1
 
 
 class _FakeQuantizedActivation(nn.Module):
@@ -96,28 +119,47 @@ class _FakeQuantizedActivation(nn.Module):
 class _FakeQuantizedWeight(nn.Module):
     """Rounds a weight to the values that its bytes can represent.
 
-    Each output channel of the deploy graph has a scale of its own, which follows the channel's largest weight.
+    Each output channel of the deploy graph has a scale of its own, which follows the channel's largest weight. The two convolutions of a
+    merged one share this scale.
     """
 
     factors: Tensor
 
-    def __init__(self, layer: LayerPlan, phases: int | None) -> None:
+    def __init__(self, layer: LayerPlan, input_factors: Sequence[float], conv: nn.Conv1d | nn.ConvTranspose1d) -> None:
         super().__init__()
-        self.phases = phases
-        input_factors, output_factors = (torch.tensor(factors or [1.0]) for factors in (layer.input_factors, layer.output_factors))
-        factors = input_factors / output_factors[:, None] if phases is None else (input_factors[:, None] / output_factors)[:, :, None]
+        self.input_factors = tuple(input_factors)
+        self.phases = _phases(conv) if isinstance(conv, nn.ConvTranspose1d) else None
+        self.float_weight = partial(_float_weight, conv)
+        self.others: tuple[_FakeQuantizedWeight, ...] = ()
+        by_input, by_output = (torch.tensor(factors or [1.0]) for factors in (self.input_factors, layer.output_factors))
+        factors = by_input / by_output[:, None] if self.phases is None else (by_input[:, None] / by_output)[:, :, None]
         self.register_buffer("factors", factors[..., None], persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
         value = weight.detach()
-        if self.phases is None:
-            grouped, axes = value, (1, 2)  # (C_out, C_in, K)
-        else:
-            grouped, axes = value.reshape(*value.shape[:2], 2, self.phases), (0, 2)  # a scale for each channel and phase
-        equalized = grouped * self.factors
-        scale = equalized.abs().amax(axes, keepdim=True).clamp(min=1e-8) / SIGNED_MAX
+        equalized = self._equalized(value)
+        scale = self._largest(equalized)
+        for other in self.others:
+            scale = torch.maximum(scale, other._largest(other._equalized(other.float_weight().detach())))
+        scale = scale.clamp(min=1e-8) / SIGNED_MAX
         rounded = (equalized / scale).round() * scale / self.factors
         return weight + (rounded.reshape(value.shape) - value)
+
+    def _equalized(self, value: Tensor) -> Tensor:
+        """Return the weight of the equalized network, (C_out, C_in, K) or, if transposed, (C_in, C_out, 2, phases)."""
+        return (value if self.phases is None else value.reshape(*value.shape[:2], 2, self.phases)) * self.factors
+
+    def _largest(self, equalized: Tensor) -> Tensor:
+        """Return the largest weight of each output channel of the deploy graph."""
+        return equalized.abs().amax((1, 2) if self.phases is None else (0, 2), keepdim=True)
+
+
+def _float_weight(conv: nn.Conv1d | nn.ConvTranspose1d) -> Tensor:
+    """Return the weight of a fake-quantized convolution before it is rounded."""
+    if not parametrize.is_parametrized(conv, "weight"):
+        return conv.weight
+    chain = cast(parametrize.ParametrizationList, cast(nn.ModuleDict, conv.parametrizations)["weight"])
+    return cast(Tensor, chain[0](chain.original0, chain.original1) if hasattr(chain, "original0") else chain.original)
 
 
 class DistillationLoss:
