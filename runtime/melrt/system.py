@@ -10,11 +10,24 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+# Flags of Linux for units that multiply a type faster than float32.
+_UNITS = {"bfloat16": ("amx_bf16", "avx512_bf16"), "INT8": ("amx_int8", "avx512_vnni", "avx_vnni")}
+
 
 def cpu_name() -> str:
     """Return the model name of the processor as Linux reports it."""
+    return _cpu_fact("model name") or os.uname().machine
+
+
+def arithmetic(kind: str) -> tuple[str, ...]:
+    """Return the flags of this processor's units for `bfloat16` or `INT8`, the fastest first; empty if it has none, or is not an x86."""
+    flags = _cpu_fact("flags").split()
+    return tuple(unit for unit in _UNITS[kind] if unit in flags)
+
+
+def _cpu_fact(name: str) -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), os.uname().machine)
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name), "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +104,7 @@ class _Capability:
 RTX_UNSUPPORTED = ("8.7", "9.0", "10.0")
 _CAPABILITIES = (
     _Capability("synthesis on the CPU", ("onnxruntime|onnxruntime-gpu",), "cpu"),
+    _Capability("synthesis on the CPU in bfloat16", ("openvino",), "openvino"),
     _Capability("synthesis on a GPU, ONNX Runtime", ("onnxruntime-gpu",), "gpu"),
     _Capability("TensorRT engines for data-center GPUs", ("tensorrt|tensorrt-cu12", "polygraphy", "cuda-core"), "tensorrt"),
     _Capability(
@@ -107,7 +121,8 @@ _CAPABILITIES = (
 
 def examine() -> Iterator[Finding]:
     """Yield the processor, the GPU, and every capability in turn."""
-    yield Finding("CPU", True, f"{cpu_name()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores usable", "")
+    units = "; ".join(f"multiplies {kind}: {', '.join(arithmetic(kind)) or 'no'}" for kind in _UNITS)
+    yield Finding("CPU", True, f"{cpu_name()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores usable; {units}", "")
     gpu = find_gpu()
     found = "none, or no driver (libcuda.so.1)"
     if gpu is not None:

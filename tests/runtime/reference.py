@@ -13,6 +13,7 @@ from melrt.planning.windows import Policy
 FP32_MAX_ABS = 2e-5
 POLICIES = {
     "dynamic": Policy(40, static=False, batch=1, workers=2),
+    "multiples": Policy(40, static=False, batch=1, workers=2, multiple=8),
     "static": Policy(40, static=True, batch=4, workers=1),
     "static, two workers": Policy(33, static=True, batch=3, workers=2),
 }

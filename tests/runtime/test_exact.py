@@ -24,26 +24,33 @@ def bundle(tiny_bundle_path: Path) -> Bundle:
     return Bundle.open(tiny_bundle_path)
 
 
+@pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
+def backend(request: pytest.FixtureRequest) -> str:
+    pytest.importorskip(request.param, reason=f"needs the extra of {request.param}")
+    return request.param
+
+
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
-def test_every_way_gives_pytorch_audio(bundle: Bundle, policy: Policy) -> None:
+def test_every_way_gives_pytorch_audio(bundle: Bundle, backend: str, policy: Policy) -> None:
     """One mel has the audio of melgan-neurips's code, and the other that of melrt's generator in PyTorch."""
     case = np.load(DATA / "checkpoints" / "descript" / "case.npz")
     probe_mel, probe_audio = (batch[0] for batch in bundle.probe())
     mels, expected = [case["mel"], probe_mel], [case["audio"].reshape(-1), probe_audio]
-    check_every_way(bundle, policy, mels, expected)
+    check_every_way(bundle, backend, policy, mels, expected)
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
-def test_every_way_is_exact_at_any_length(bundle: Bundle, policy: Policy) -> None:
+def test_every_way_is_exact_at_any_length(bundle: Bundle, backend: str, policy: Policy) -> None:
     smallest = bundle.manifest.receptive_field.smallest_input
     mels = [speech_mel(bundle, frames, frames) for frames in (smallest, smallest + 1, 17, 39, 40, 41, 80, 81, 203)]
-    check_every_way(bundle, policy, mels, [whole_audio(bundle, mel) for mel in mels])
+    check_every_way(bundle, backend, policy, mels, [whole_audio(bundle, mel) for mel in mels])
 
 
-def check_every_way(bundle: Bundle, policy: Policy, mels: list[np.ndarray], expected: list[np.ndarray]) -> None:
+def check_every_way(bundle: Bundle, backend: str, policy: Policy, mels: list[np.ndarray], expected: list[np.ndarray]) -> None:
     noise = np.random.default_rng(1)
     assert np.abs(expected[-1]).max() > 0.05
-    with Vocoder.load(bundle, options=Options(policy=policy)) as vocoder:
+    with Vocoder.load(bundle, precision="fp32", backend=backend, options=Options(policy=policy)) as vocoder:
+        assert vocoder.backend.name == backend
         for mel, reference, batched in zip(mels, expected, vocoder.batch(iter(mels)), strict=True):
             assert np.abs(batched - reference).max() < FP32_MAX_ABS
             assert np.abs(vocoder(mel) - reference).max() < FP32_MAX_ABS
@@ -51,9 +58,9 @@ def check_every_way(bundle: Bundle, policy: Policy, mels: list[np.ndarray], expe
                 assert np.abs(stream_audio(vocoder, mel, size, noise) - reference).max() < FP32_MAX_ABS
 
 
-def test_requests_of_many_threads_are_exact(bundle: Bundle) -> None:
+def test_requests_of_many_threads_are_exact(bundle: Bundle, backend: str) -> None:
     options = Options(policy=Policy(48, static=True, batch=8, workers=2))
-    with Vocoder.load(bundle, options=options) as vocoder:
+    with Vocoder.load(bundle, precision="fp32", backend=backend, options=options) as vocoder:
         mels = [speech_mel(bundle, 20 + 23 * seed, seed) for seed in range(16)]
         found: dict[int, list[np.ndarray]] = {}
 

@@ -30,7 +30,7 @@ WAITING = (10, 1_000, 10_000)
 class FreeBackend:
     """Backend that computes nothing: like an engine it takes windows into its own memory and lends silence, checked elsewhere."""
 
-    name, device, machine, precision = "free", "cpu", "none", "fp32"
+    name, device, machine, precision, reason = "free", "cpu", "none", "fp32", ""
 
     def __init__(self, policy: Policy, hop: int) -> None:
         self.policy = policy

@@ -1,1 +1,1 @@
-"""Inference engines behind one interface: ONNX Runtime and TensorRT."""
+"""Inference engines behind one interface: ONNX Runtime, OpenVINO and TensorRT."""

@@ -10,21 +10,23 @@ from melrt.planning.edges import Edges
 from melrt.planning.windows import GraphKind, Policy, Window
 from melrt.types import Audio, Mel
 
-BACKENDS = ("tensorrt", "onnxruntime")
-PRECISIONS = ("fp32", "tf32", "fp16", "int8")
+BACKENDS = ("tensorrt", "onnxruntime", "openvino")
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8")
 
 
 class Backend(Protocol):
     """A voice's two graphs, loaded on one device. Safe to call from several threads."""
 
     name: str
-    """`tensorrt` or `onnxruntime`."""
+    """`tensorrt`, `onnxruntime` or `openvino`."""
     device: str
     """`cpu`, `cuda:0`, ..."""
     machine: str
     """Name of the processor or GPU."""
     precision: str
     """Precision of the artifacts."""
+    reason: str
+    """Sentence that says why `auto` took this precision on a CPU; empty if the caller named it, or on a GPU."""
     policy: Policy
     """Default windows, used until `melrt tune` has measured this machine."""
     candidates: tuple[Policy, ...]

@@ -84,6 +84,7 @@ class OnnxRuntime:
     """
 
     name = "onnxruntime"
+    reason = ""
 
     def __init__(self, models: Mapping[GraphKind, bytes], precision: str, device: str, threads: int | None = None) -> None:
         """Load both graphs.

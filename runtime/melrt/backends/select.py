@@ -7,15 +7,17 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 
 from melrt.backends.base import BACKENDS, PRECISIONS, Backend
+from melrt.backends.cpu_choice import cpu_choices
 from melrt.bundle import Artifact, Bundle
 from melrt.bundle.trust import is_trusted
 from melrt.checks import Rule, check_fields, flag, one_of, optional, whole
 from melrt.errors import BackendError, ConfigError, MelrtError, MissingExtraError
 from melrt.files.audio import SAMPLE_FORMATS, SampleFormat
 from melrt.planning.windows import GraphKind
-from melrt.system import find_gpu
+from melrt.system import arithmetic, find_gpu
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +30,9 @@ _DEVICE_RULE = Rule(
 _THREADS_RULE = optional(whole(1, MAX_THREADS))._replace(
     allowed=f"a whole number from 1 to {MAX_THREADS}; the default is one for each usable core"
 )
-# A CPU has no half-precision convolutions: there the half graph is the float32 graph with casts around it, and slower.
-_AUTO_PRECISIONS = {"cuda": ("fp16", "tf32", "fp32"), "cpu": ("fp32",)}
+_GPU_PRECISIONS = ("fp16", "tf32", "fp32")
+# ONNX Runtime has no bfloat16 convolution on a CPU. Its half graph is the float32 graph with casts around it, and slower.
+_CPU_BACKENDS = {"bf16": ("openvino",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +42,9 @@ class BackendChoice:
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, ..., or `auto`: CUDA if it works."""
     precision: str = "auto"
-    """`fp32`, `tf32`, `fp16`, `int8`, or `auto`: the fastest that keeps the voice's quality on the device."""
+    """`fp32`, `tf32`, `fp16`, `bf16`, `int8`, or `auto`: the fastest that keeps the voice's quality on the device."""
     backend: str = "auto"
-    """`tensorrt`, `onnxruntime`, or `auto`: an engine if the bundle has one for this GPU."""
+    """`tensorrt`, `onnxruntime`, `openvino`, or `auto`: an engine if the bundle has one for this GPU."""
     threads: int | None = None
     """CPU threads in all; one per usable core if None."""
     sample_format: SampleFormat = "float32"
@@ -73,6 +76,8 @@ class _Candidate:
 
     description: str
     open: Callable[[], Backend]
+    reason: str = ""
+    """The reason why `auto` takes it rather than FP32."""
 
 
 def open_backend(bundle: Bundle, choice: BackendChoice) -> Backend:
@@ -92,6 +97,9 @@ def open_backend(bundle: Bundle, choice: BackendChoice) -> Backend:
             continue
         if skipped:
             logger.warning("%s is used. Skipped: %s.", candidate.description, "; ".join(line.rstrip(".") for line in _reasons(skipped)))
+        if candidate.reason:
+            backend.reason = candidate.reason
+            logger.info("%s is used: %s.", candidate.description, candidate.reason)
         return backend
     if len(errors) == 1:
         raise errors[0]
@@ -108,11 +116,11 @@ def _reasons(skipped: dict[str, list[str]]) -> Iterator[str]:
 
 def _engines(bundle: Bundle, choice: BackendChoice) -> Iterator[_Candidate]:
     """Yield pairs of engines, one for each graph, by precision and then by flavor, the newest first."""
-    if choice.backend == "onnxruntime" or choice.kind == "cpu":
+    if choice.backend in ("onnxruntime", "openvino") or choice.kind == "cpu":
         return
     if (choice.backend, choice.kind) == ("auto", "auto") and find_gpu() is None:
         return  # the caller did not ask for a GPU, so its absence deserves no warning
-    for precision in _wanted(choice, "cuda"):
+    for precision in _on_gpu(choice):
         pairs: dict[tuple[str, ...], dict[GraphKind, Artifact]] = {}
         for artifact in bundle.find("engine", precision=precision):
             made_for = tuple(str(artifact.target.get(key)) for key in ("flavor", "version", "compute_capability"))
@@ -147,28 +155,56 @@ def _open_engines(bundle: Bundle, artifacts: dict[GraphKind, Artifact], choice: 
 
 def _models(bundle: Bundle, choice: BackendChoice) -> Iterator[_Candidate]:
     """Yield ONNX models: on the GPU if ONNX Runtime can use it, then on the CPU."""
-    if choice.backend == "tensorrt":
-        return
+    tried = choice.kind == "cuda" or (choice.kind == "auto" and choice.precision != "bf16" and _cuda_is_usable())
+    if tried and choice.backend in ("auto", "onnxruntime"):
+        for precision in _on_gpu(choice):
+            yield from _pair(bundle, choice, "onnxruntime", precision, f"cuda:{choice.index}")
+    if choice.kind != "cuda":
+        for backend, precision, reason in _on_cpu(bundle, choice):
+            if choice.backend in ("auto", backend):
+                yield from _pair(bundle, choice, backend, precision, "cpu", reason)
+
+
+def _on_gpu(choice: BackendChoice) -> tuple[str, ...]:
+    return _GPU_PRECISIONS if choice.precision == "auto" else (choice.precision,)
+
+
+def _on_cpu(bundle: Bundle, choice: BackendChoice) -> Iterator[tuple[str, str, str]]:
+    """Yield backend, precision and reason of each way to run on the CPU, the best first."""
+    precision = "fp32" if choice.precision == "auto" else choice.precision
+    if choice.precision == "auto":
+        yield from ((way.backend, way.precision, way.reason) for way in cpu_choices(bundle) if way.usable and way.precision != "fp32")
+    for backend in _CPU_BACKENDS.get(precision, ("onnxruntime", "openvino")):
+        # a backend that the caller did not name, and that is not installed, deserves no warning
+        if backend == "onnxruntime" or choice.precision == "bf16" or choice.backend == backend or find_spec(backend):
+            yield backend, precision, ""
+
+
+def _pair(bundle: Bundle, choice: BackendChoice, backend: str, precision: str, device: str, reason: str = "") -> Iterator[_Candidate]:
+    """Yield the candidate that runs both graphs of a precision, if the bundle has them."""
+    edge, interior = (bundle.find("onnx", graph=graph, precision=precision) for graph in ("edge", "interior"))
+    if edge and interior:
+        models: dict[GraphKind, Artifact] = {"edge": edge[0], "interior": interior[0]}
+        name = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}[backend]
+        opened = partial(_open_models, bundle, models, backend, device, choice.threads)
+        yield _Candidate(f"{precision} in {name} on {device}", opened, reason)
+
+
+def _cuda_is_usable() -> bool:
     from melrt.backends.onnxruntime import usable_devices
 
-    for kind in usable_devices() if choice.kind == "auto" else (choice.kind,):
-        for precision in _wanted(choice, kind):
-            edge, interior = (bundle.find("onnx", graph=graph, precision=precision) for graph in ("edge", "interior"))
-            if edge and interior:
-                device = f"cuda:{choice.index}" if kind == "cuda" else "cpu"
-                models: dict[GraphKind, Artifact] = {"edge": edge[0], "interior": interior[0]}
-                yield _Candidate(f"{precision} in ONNX Runtime on {device}", partial(_open_models, bundle, models, device, choice.threads))
+    return find_spec("onnxruntime") is not None and "cuda" in usable_devices()
 
 
-def _open_models(bundle: Bundle, models: dict[GraphKind, Artifact], device: str, threads: int | None) -> Backend:
+def _open_models(bundle: Bundle, models: dict[GraphKind, Artifact], backend: str, device: str, threads: int | None) -> Backend:
     from melrt.backends.onnxruntime import OnnxRuntime
+    from melrt.backends.openvino import OpenVino
 
+    contents = {graph: bundle.read(artifact) for graph, artifact in models.items()}
     precision = models["edge"].precision
-    return OnnxRuntime({graph: bundle.read(artifact) for graph, artifact in models.items()}, precision, device, threads)
-
-
-def _wanted(choice: BackendChoice, kind: str) -> tuple[str, ...]:
-    return _AUTO_PRECISIONS[kind] if choice.precision == "auto" else (choice.precision,)
+    if precision == "bf16" and not arithmetic("bfloat16"):
+        raise BackendError("this processor does not multiply bfloat16 (`melrt doctor` shows what it multiplies); take another precision.")
+    return OpenVino(contents, precision, threads) if backend == "openvino" else OnnxRuntime(contents, precision, device, threads)
 
 
 def _nothing_fits(bundle: Bundle, choice: BackendChoice) -> str:
@@ -176,5 +212,7 @@ def _nothing_fits(bundle: Bundle, choice: BackendChoice) -> str:
     asked = "" if choice.precision == "auto" else f"{choice.precision} "
     if choice.backend == "tensorrt":
         return f"{bundle.path} has no {asked}engines of both graphs; it has {available}. `melrt build` makes them."
+    if bundle.find("onnx", precision=choice.precision if asked else ""):
+        return f"{asked}does not run in {choice.backend} on {choice.device}: OpenVINO runs on a CPU only, and bf16 in OpenVINO only."
     remedy = "`melrt calibrate` makes it." if choice.precision == "int8" else "Export it with `--precision`."
     return f"{bundle.path} has no {asked}artifact; it has {available}. {remedy}"

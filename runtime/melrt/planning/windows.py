@@ -9,7 +9,7 @@ inside the convolutions; that padding affects only the window's context, which i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from melrt.checks import check_fields, flag, whole
@@ -64,10 +64,14 @@ class Policy:
     """Largest number of windows of one shape in one run."""
     workers: int
     """Number of runs at the same time."""
+    multiple: int = 1
+    """Windows that are cut evenly are widened to a multiple of this length where the utterance allows it, so that few lengths occur."""
 
     def __post_init__(self) -> None:
-        counts = dict.fromkeys(("frames", "batch", "workers"), whole(1, MOST))
+        counts = dict.fromkeys(("frames", "batch", "workers", "multiple"), whole(1, MOST))
         check_fields(self, {**counts, "static": flag()}, "window policy")
+        if self.frames % self.multiple:
+            raise ConfigError(f"window policy: frames is {self.frames}; it must be a multiple of {self.multiple}.")
 
     def check(self, field: ReceptiveField) -> None:
         """Raise ConfigError if a window of this length would leave nothing of this network's output after its context is discarded."""
@@ -115,7 +119,7 @@ def ready(received: int, ended: bool, field: ReceptiveField) -> int:
 
 def look_back(field: ReceptiveField, policy: Policy) -> int:
     """Return how many frames before the next one to compute a later window may still begin with."""
-    return max(field.left, field.edge, policy.frames if policy.static else 0)
+    return max(field.left, field.edge, policy.frames if policy.static else 0) + policy.multiple - 1
 
 
 def plan(span: Span, field: ReceptiveField, policy: Policy) -> Iterator[Window]:
@@ -142,7 +146,7 @@ def _even(span: Span, field: ReceptiveField, policy: Policy) -> Iterator[Window]
         keep_start = span.start + frames * index // count
         keep_stop = span.start + frames * (index + 1) // count
         if keep_start < keep_stop:
-            yield _around(keep_start, keep_stop, span, field)
+            yield _widened(_around(keep_start, keep_stop, span, field), span, policy.multiple)
 
 
 def _static(span: Span, field: ReceptiveField, policy: Policy) -> Iterator[Window]:
@@ -180,3 +184,11 @@ def _around(keep_start: int, keep_stop: int, span: Span, field: ReceptiveField) 
     if at_end:
         start = max(min(start, stop - field.edge), 0)
     return Window("edge", start, stop, keep_start, keep_stop)
+
+
+def _widened(window: Window, span: Span, multiple: int) -> Window:
+    """Return the window with more context, so that its length is a multiple; shorter if the utterance has no more frames."""
+    missing = -window.frames % multiple
+    if window.start:
+        return replace(window, start=max(window.start - missing, 0))
+    return replace(window, stop=min(window.stop + missing, span.received))

@@ -15,8 +15,10 @@ def networks(draw: st.DrawFn) -> tuple[ReceptiveField, Policy]:
     left, right = draw(st.integers(0, 14)), draw(st.integers(0, 14))
     field = ReceptiveField(left, right, draw(st.integers(1, 9)), draw(st.integers(max(left, right) + 1, left + right + 1)))
     least = max(left + right + 1, field.edge)
-    frames = draw(st.integers(least, least + 80))
-    return field, Policy(frames, static=draw(st.booleans()), batch=draw(st.integers(1, 8)), workers=draw(st.integers(1, 5)))
+    multiple = draw(st.sampled_from((1, 1, 4, 8)))
+    frames = -(-draw(st.integers(least, least + 80)) // multiple) * multiple
+    static = multiple == 1 and draw(st.booleans())
+    return field, Policy(frames, static=static, batch=draw(st.integers(1, 8)), workers=draw(st.integers(1, 5)), multiple=multiple)
 
 
 def check(window: Window, span: Span, field: ReceptiveField, policy: Policy) -> None:
@@ -29,6 +31,7 @@ def check(window: Window, span: Span, field: ReceptiveField, policy: Policy) -> 
         assert left
         assert right
         assert window.frames == policy.frames if policy.static else window.frames <= policy.frames
+        assert window.frames % policy.multiple == 0 or window.start == 0
     else:
         assert left or window.start == 0
         assert right or (span.ended and window.stop == span.received)
@@ -93,10 +96,14 @@ def test_windows_of_the_published_generator() -> None:
     free = Policy(frames=64, static=False, batch=1, workers=2)
     assert list(plan(Span(0, 60, 60, True), field, free)) == [Window("edge", 0, 60, 0, 60)]
     assert list(plan(Span(0, 100, 100, True), field, free)) == [Window("edge", 0, 56, 0, 50), Window("edge", 44, 100, 50, 100)]
+    widened = Policy(frames=64, static=False, batch=1, workers=1, multiple=16)
+    assert [window.frames for window in plan(Span(0, 130, 130, True), field, widened)] == [64, 64, 64]
 
 
 def test_windows_that_keep_no_frame_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"windows of 12 frames leave nothing.*at least 13"):
         Policy(12, static=True, batch=1, workers=1).check(ReceptiveField(6, 6, 4, 7))
+    with pytest.raises(ConfigError, match="frames is 100; it must be a multiple of 8"):
+        Policy(100, static=False, batch=1, workers=1, multiple=8)
     with pytest.raises(ConfigError, match="workers is 0"):
         Policy(64, static=True, batch=1, workers=0)

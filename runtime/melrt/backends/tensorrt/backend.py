@@ -32,6 +32,7 @@ class TensorRT:
     """A voice's two engines on one GPU. Every run uses an execution slot of its own; there are as many slots as workers."""
 
     name = "tensorrt"
+    reason = ""
 
     def __init__(self, bundle: Bundle, artifacts: Mapping[GraphKind, Artifact], index: int = 0, *, int16: bool = False) -> None:
         """Open both engines, and capture the CUDA graphs of the window.
