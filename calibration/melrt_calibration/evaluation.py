@@ -13,10 +13,11 @@ import onnx
 
 from melrt.backends.onnxruntime import OnnxModel
 from melrt.checks import check_fields, number
+from melrt.mel.features import mel_distance
 from melrt.mel.spec import MelSpec
 from melrt.types import FloatAudio
 from melrt_calibration.data import Piece
-from melrt_calibration.metrics import mel_distance, silence_energy
+from melrt_calibration.metrics import silence_energy
 
 T = TypeVar("T")
 # Smallest speedup that counts: two runs of one graph can differ by less.

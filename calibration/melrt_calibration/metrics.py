@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from melrt.files.audio import resample
-from melrt.mel.features import mel_from_audio, stft
+from melrt.mel.features import mel_distance, mel_from_audio, stft
 from melrt.mel.spec import MelSpec
 from melrt.types import FloatAudio, Mel
 
@@ -54,13 +54,6 @@ def log_mel_error(recording: FloatAudio, audio: FloatAudio, spec: MelSpec) -> fl
         spec: Mel convention of both.
     """
     return mel_distance(mel_from_audio(recording, spec), audio, spec)
-
-
-def mel_distance(mel: Mel, audio: FloatAudio, spec: MelSpec) -> float:
-    """Return `log_mel_error` from the recording's frames (M, T)."""
-    output = mel_from_audio(audio, spec)
-    frames = min(output.shape[1], mel.shape[1])
-    return float(np.abs(output[:, :frames] - mel[:, :frames]).mean())
 
 
 def silence_level_db(recording: FloatAudio, audio: FloatAudio, spec: MelSpec) -> float:

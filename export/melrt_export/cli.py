@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from melrt.backends.cpu_choice import LOG_MEL
 from melrt.bundle import Artifact, Bundle
 from melrt.cli.progress import Steps
 from melrt.errors import ConfigError
@@ -32,19 +33,19 @@ Voice = Annotated[Path, typer.Argument(metavar="VOICE.melrt", help="The voice bu
 def export(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A checkpoint file, or the folder that contains it.")],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="VOICE.melrt", help="The bundle to write.")],
-    precision: Annotated[list[str] | None, typer.Option(help="fp32 or fp16. Give the option twice for both, the default.")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="fp32, fp16 or bf16; once for each. The default is fp32 and fp16.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the voice. The default is the checkpoint's name.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
 ) -> None:
-    """Export a checkpoint as a verified bundle with ONNX graphs in FP32 and FP16.
+    """Export a checkpoint as a verified bundle with ONNX graphs in FP32 and FP16, and in bfloat16 if asked.
 
     `melrt export runs/best_netG.pt -o voice.melrt` reads the config file next to the checkpoint. If there is none, it finds the shape of
     the network from the weights. It folds weight norm and compares every graph with PyTorch. If a graph's output differs too much, it
     writes nothing and the exit code is 1.
     """
-    from melrt_export.export import PRECISIONS, ExportOptions, export_voice
+    from melrt_export.export import DEFAULT_PRECISIONS, ExportOptions, export_voice
 
-    options = ExportOptions(tuple(precision or PRECISIONS), name, force)  # type: ignore[arg-type]  # ExportOptions checks them
+    options = ExportOptions(tuple(precision or DEFAULT_PRECISIONS), name, force)  # type: ignore[arg-type]  # ExportOptions checks them
     with Steps(options.steps) as steps:
         bundle = export_voice(source, out, options, steps)
     _print(f'Exported the voice "{bundle.manifest.name}" to {out}. Each graph was compared with PyTorch:')
@@ -58,7 +59,8 @@ def _quality(entry: Artifact) -> str:
         return f"by at most {entry.quality[f'{prefix}max_abs']:.1e} of full scale (SNR {entry.quality[f'{prefix}snr_db']:.1f} dB)"
 
     half = f"; if every layer rounds to FP16, as on a GPU, {difference('half_')}" if "half_snr_db" in entry.quality else ""
-    return f"differs {difference('')}{half}"
+    speech = f"; log-mel error on speech {entry.quality[LOG_MEL]:+.1%} against FP32" if LOG_MEL in entry.quality else ""
+    return f"differs {difference('')}{half}{speech}"
 
 
 def verify(

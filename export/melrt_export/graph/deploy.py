@@ -25,9 +25,10 @@ from onnx import TensorProto, helper, numpy_helper
 from melrt.planning.windows import GraphKind
 from melrt_export.generator.config import GeneratorConfig
 from melrt_export.generator.mrf import MrfConfig
+from melrt_export.graph.bfloat16 import to_bfloat16
 
 Weights = Mapping[str, np.ndarray]
-GraphPrecision = Literal["fp32", "fp16"]
+GraphPrecision = Literal["fp32", "fp16", "bf16"]
 
 # Opset 19 is the first with half-precision Q/DQ scales. TensorRT 10.12, ONNX Runtime 1.17 and later versions can read it.
 OPSET = 19
@@ -47,7 +48,8 @@ def deploy_graph(
     Args:
         config: The generator's shape.
         weights: Folded float32 weights, named as `config.tensors()` names them.
-        precision: `fp16` computes in half precision between float32 input and output; the tanh stays in float32.
+        precision: `fp16` computes in half precision between float32 input and output; the tanh stays in float32. `bf16` computes in
+            bfloat16 except for a few layers (`melrt_export.graph.bfloat16`).
         graph: `edge` pads like the trained network. `interior` pads with zeros inside the convolutions, and is exact except for the
             receptive field at both ends.
         metadata: Entries for `metadata_props`, so that a single file still states its mel convention.
@@ -75,7 +77,8 @@ def deploy_graph(
     if config.pqmf_taps:
         x = builder.filter_bank("pqmf", x)
     builder.node("Reshape", x, builder.integers("audio_shape", [0, -1]), name="audio", output="audio")
-    return _model(builder, config, metadata or {})
+    model = _model(builder, config, metadata or {})
+    return to_bfloat16(model, config) if precision == "bf16" else model
 
 
 def initializer(name: str, value: np.ndarray) -> onnx.TensorProto:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from melrt.backends.cpu_choice import cpu_choices
 from melrt.backends.select import BackendChoice, open_backend
 from melrt.bundle import Bundle, Manifest
 from melrt.bundle.trust import trust_engines
@@ -39,9 +40,9 @@ Item = TypeVar("Item")
 
 Voice = Annotated[Path, typer.Argument(metavar="VOICE.melrt", help="The voice bundle.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto: CUDA if it works, otherwise the CPU.")]
-Precision = Annotated[str, typer.Option(help="fp32, tf32, fp16, int8, or auto: the fastest that keeps the voice's quality on this device.")]
+Precision = Annotated[str, typer.Option(help="fp32, tf32, fp16, bf16, int8, or auto: the fastest that keeps the voice's quality here.")]
 BackendName = Annotated[
-    str, typer.Option("--backend", help="tensorrt, onnxruntime, or auto: TensorRT if the bundle has engines for this GPU.")
+    str, typer.Option("--backend", help="tensorrt, onnxruntime, openvino, or auto: TensorRT if the bundle has engines for this GPU.")
 ]
 Threads = Annotated[int | None, typer.Option(help="Number of CPU threads; the default is one for each usable core.")]
 
@@ -59,6 +60,8 @@ def info(voice: Voice) -> None:
     for entry in bundle.manifest.artifacts:
         kind = " ".join(filter(None, (entry.kind, entry.graph, entry.precision)))
         _print(f"{entry.file:<{width}}  {entry.size / 1e6:6.2f} MB  {kind}{_quality(entry.quality)}")
+    for way in cpu_choices(bundle):
+        _print(f"on this CPU    {'auto may take' if way.usable else 'auto does not take'} {way}")
     if damage := list(_damage(bundle)):
         raise BundleError("\n".join(damage))
 

@@ -44,6 +44,13 @@ def mel_from_audio(audio: FloatAudio, spec: MelSpec) -> Mel:
     return np.asarray(spec.normalization.apply(mel.astype(np.float64)) if spec.normalization else mel, np.float32)
 
 
+def mel_distance(mel: Mel, audio: FloatAudio, spec: MelSpec) -> float:
+    """Return the log-mel error of audio (N,): its mean absolute difference from frames (M, T), in the convention's logarithm."""
+    output = mel_from_audio(audio, spec)
+    frames = min(output.shape[1], mel.shape[1])
+    return float(np.abs(output[:, :frames] - mel[:, :frames]).mean())
+
+
 def stft(signal: FloatAudio, n_fft: int, hop: int, win_length: int) -> NDArray[np.complex64]:
     """Compute the short-time Fourier transform of a signal; frame t begins at sample t * hop, nothing is padded.
 
