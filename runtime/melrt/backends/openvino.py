@@ -24,6 +24,7 @@ WINDOWS = (48, 64, 96, 128, 192, 256, 384)
 MULTIPLE = 8
 # A graph of one shape saves 1 to 2 ms per run, 5 to 10 % in bfloat16, and takes 20 to 35 MB for the published generator.
 MOST_SHAPES = 8
+_first_use = threading.Lock()
 
 
 class OpenVinoModel:
@@ -145,4 +146,7 @@ def _openvino() -> Any:
         import openvino
     except ImportError as error:
         raise MissingExtraError("running a voice in OpenVINO", "openvino", "openvino") from error
+    with _first_use:
+        # OpenVINO 2026.4 makes its tables of numpy types at their first use; two threads that use them first can wait for each other
+        _ = openvino.Type.f32.to_dtype(), openvino.Tensor(np.zeros(1, np.float32)).data
     return openvino
