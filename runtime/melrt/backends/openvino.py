@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
@@ -142,11 +143,23 @@ class OpenVino:
 
 
 def _openvino() -> Any:
+    with _first_use:
+        openvino = _import_without_telemetry()
+        # OpenVINO 2026.4 makes its tables of numpy types at their first use; two threads that use them first can wait for each other
+        _ = openvino.Type.f32.to_dtype(), openvino.Tensor(np.zeros(1, np.float32)).data
+    return openvino
+
+
+def _import_without_telemetry() -> Any:
+    """Import OpenVINO without the package through which its import would start a thread and report the use to its makers."""
+    absent = "openvino_telemetry" not in sys.modules
+    if absent:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # Python's way to make an import fail
     try:
         import openvino
     except ImportError as error:
         raise MissingExtraError("running a voice in OpenVINO", "openvino", "openvino") from error
-    with _first_use:
-        # OpenVINO 2026.4 makes its tables of numpy types at their first use; two threads that use them first can wait for each other
-        _ = openvino.Type.f32.to_dtype(), openvino.Tensor(np.zeros(1, np.float32)).data
+    finally:
+        if absent:
+            del sys.modules["openvino_telemetry"]
     return openvino

@@ -99,6 +99,18 @@ vocoder.submit(numpy.zeros((80, 20000), numpy.float32))  # the interpreter exits
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+@installed
+def test_loading_starts_no_telemetry(tiny_bundle_path: Path) -> None:
+    code = f"""
+import sys, threading
+from melrt import Vocoder
+Vocoder.load({str(tiny_bundle_path)!r}, backend="openvino", precision="fp32")
+assert "openvino_telemetry" not in sys.modules
+assert threading.enumerate() == [threading.main_thread()], threading.enumerate()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 def test_missing_openvino_names_its_extra(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingExtraError, match=r'needs openvino, .*pip install "melrt\[openvino\]"'):
