@@ -32,6 +32,11 @@ def test_engine_is_added_to_the_bundle(tiny_bundle: Bundle, precision: str, grap
     assert entry.target["source"] == source.sha256
     frames = (4, 32, 256) if graph == "edge" else (256, 256, 256)
     assert entry.target["profile"] == [[batch, 80, length] for batch, length in zip((1, 4, 16), frames, strict=True)]
+    plan = bundle.read(entry)
+    batches = (1, 2, 4, 8, 16) if graph == "interior" else ()
+    assert entry.target["profiles"] == ([[[batch, 80, 256]] * 3 for batch in batches] or [entry.target["profile"]])
+    assert plan.count(b"corrltn={") % max(1, len(batches)) == 0, "the plan holds a program for each batch"
+    assert (b"memset" not in plan) == bool(batches), "a static program prepares nothing at run time"
     assert (entry.target["flavor"], entry.target["compute_capability"]) == ("tensorrt_rtx", "portable")
     assert seen
     assert all(0 <= done <= total for _, done, total in seen)

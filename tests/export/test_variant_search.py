@@ -51,15 +51,15 @@ def gpu_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "build_plan", fake_plan)
 
 
-def fake_plan(trt: object, model: bytes, profile: list[list[int]], options: EngineOptions, on_progress: object) -> bytes:
-    variant, frames = options.variant, profile[1][2]
+def fake_plan(trt: object, model: bytes, profiles: list[list[list[int]]], options: EngineOptions, on_progress: object) -> bytes:
+    variant, frames = options.variant, profiles[0][1][2]
     if variant.time_axis == "height":
         raise EngineBuildError("no kernel for this")
     if variant.shortcut == "merged":
         model = louder(model)
     seconds = {"polyphase": 0.04, "cropped": 0.02, "transposed": 0.08}[variant.upsampling]
     seconds *= {128: 0.1, 512: 5}.get(frames, 1)
-    return engine_bytes(model, tuple(profile[0]), tuple(profile[2]), seconds=seconds)
+    return engine_bytes(model, tuple(profiles[0][0]), tuple(profiles[-1][2]), profiles=profiles, seconds=seconds)
 
 
 def louder(model: bytes) -> bytes:

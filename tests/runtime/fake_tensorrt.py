@@ -72,6 +72,8 @@ def add_engines(bundle: Bundle, **facts: object) -> Bundle:
         (model,) = bundle.find("onnx", graph=graph, precision="fp32")
         target = TARGET | {"source": model.sha256} | {key: value for key, value in facts.items() if key in TARGET}
         options = {key: value for key, value in facts.items() if key not in TARGET}
+        profiles = options.pop("interior_profiles", None)
+        options["profiles"] = profiles if graph == "interior" else None
         data = engine_bytes(bundle.read(model), (1, 80, smallest), (BATCH, 80, WINDOW), **options)
         bundle.add(sign(Artifact.of(f"{graph}.fp32.engine", data, "engine", graph=graph, precision="fp32", target=target)), data)
     return Bundle.open(bundle.path)
@@ -84,6 +86,7 @@ class Context:
         self.addresses: dict[str, int] = {}
         self.scratch: tuple[int, int] | None = None
         self.changes = 0
+        self.profile = 0
         self.launches = 0
         self.specialization = ""
 
@@ -92,10 +95,15 @@ class Context:
         self.scratch = (memory, size)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        low, _, high = self.engine.header["profile"]
+        low, _, high = self.engine.profiles[self.profile]
         self.changes += 1
         self.shape = tuple(shape)
         return name == "mel" and all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
+
+    def set_optimization_profile_async(self, index: int, handle: int) -> bool:
+        self.changes += 1
+        self.shape, self.profile = None, index
+        return index < len(self.engine.profiles)
 
     def infer_shapes(self) -> list[str]:
         return [] if self.shape else ["mel"]
@@ -162,10 +170,12 @@ class EngineFake:
         self.onnx = data[start + size :]
         self.model = OnnxModel(self.onnx)
         self.device_memory_size_v2 = self.header["scratch"]
+        self.profiles = self.header.get("profiles") or [self.header["profile"]]
+        self.num_optimization_profiles = len(self.profiles)
         self.contexts: weakref.WeakSet[Context] = weakref.WeakSet()
 
     def serialize(self) -> bytes:
-        return engine_bytes(self.onnx, *self.header["profile"][::2])
+        return engine_bytes(self.onnx, *self.header["profile"][::2], profiles=self.profiles)
 
     def get_tensor_name(self, index: int) -> str:
         return self.header.get("names", ["mel", "audio"])[index]
@@ -174,7 +184,7 @@ class EngineFake:
         return "float"
 
     def get_tensor_profile_shape(self, name: str, index: int) -> list[list[int]]:
-        return self.header["profile"]
+        return self.profiles[index]
 
     def create_runtime_config(self) -> RuntimeConfig:
         return RuntimeConfig(self.gpu)

@@ -93,14 +93,15 @@ def build_unsaved_engine(bundle: Bundle, options: EngineOptions, on_progress: Pr
     """
     source, onnx = source_graph(bundle, options)
     profile = _profile(bundle, options)
+    profiles = _static_profiles(profile) or [profile]
     flavor = _choose_flavor(options.flavor)
     options.check_flavor(flavor)
     target = _find_target(flavor, options.portable)
-    cache = _cache_file(target, onnx, profile, options)
+    cache = _cache_file(target, onnx, profiles, options)
     plan = cache.load() if options.cached else None
     cached = plan is not None
     if plan is None:
-        plan = _build(target.trt, onnx, profile, options, on_progress)
+        plan = _build(target.trt, onnx, profiles, options, on_progress)
     audited = audit_plan(plan, onnx, options.precision)
     if audited == "network" and not target.portable:  # opening a plan needs a GPU, which a portable build may not have
         audited = audit_engine(target.trt, plan, options.precision)
@@ -108,7 +109,7 @@ def build_unsaved_engine(bundle: Bundle, options: EngineOptions, on_progress: Pr
         cache.save(plan)
     facts = {
         "flavor": flavor, "version": target.trt.__version__, "compute_capability": target.compute_capability, "gpu": target.gpu,
-        "profile": profile, "source": source.sha256, "audited": audited, "compatible": options.compatible,
+        "profile": profile, "profiles": profiles, "source": source.sha256, "audited": audited, "compatible": options.compatible,
         "refittable": options.refittable, "variant": options.variant.to_dict(),
     }  # fmt: skip
     name = f"{options.graph}.{options.precision}.{target.label}.engine"
@@ -146,16 +147,28 @@ def _profile(bundle: Bundle, options: EngineOptions) -> list[list[int]]:
     return [[b, bundle.manifest.spec.n_mels, t] for b, t in zip(options.batch, frames, strict=True)]
 
 
-def _build(trt: ModuleType, onnx: bytes, profile: list[list[int]], options: EngineOptions, on_progress: Progress) -> bytes:
+def _static_profiles(profile: list[list[int]]) -> list[list[list[int]]]:
+    """Return an optimization profile for each batch 1, 2, 4, ... of a window of one length; none for several lengths.
+
+    A kernel for a fixed shape computes no addresses at run time, and its plan has no shape copies.
+    """
+    (smallest, bands, least), _, (largest, _, most) = profile
+    if least != most:
+        return []
+    batches = {smallest, largest, *(1 << power for power in range(largest.bit_length()) if smallest < 1 << power < largest)}
+    return [[[batch, bands, most]] * 3 for batch in sorted(batches)]
+
+
+def _build(trt: ModuleType, onnx: bytes, profiles: list[list[list[int]]], options: EngineOptions, on_progress: Progress) -> bytes:
     with polygraphy_for(trt.__name__) as messages:
-        plan = build_plan(trt, onnx, profile, options, on_progress)
+        plan = build_plan(trt, onnx, profiles, options, on_progress)
         if messages:
             logger.warning("the builder finished, but reported errors: %s", " · ".join(dict.fromkeys(messages)))
     return plan
 
 
-def _cache_file(target: _Target, onnx: bytes, profile: list[list[int]], options: EngineOptions) -> CachedEngine:
-    settings = [profile, options.precision, options.optimization_level, options.workspace, options.compatible, options.refittable]
+def _cache_file(target: _Target, onnx: bytes, profiles: list[list[list[int]]], options: EngineOptions) -> CachedEngine:
+    settings = [profiles, options.precision, options.optimization_level, options.workspace, options.compatible, options.refittable]
     driver = "" if target.portable else driver_version()
     return CachedEngine.locate(onnx, settings, target.trt.__name__, target.trt.__version__, target.gpu, driver)
 

@@ -56,13 +56,13 @@ class _Collector(logging.Handler):
         self.messages.append(record.getMessage().strip())
 
 
-def build_plan(trt: Any, onnx: bytes, profile: list[list[int]], options: EngineOptions, on_progress: Progress) -> bytes:
+def build_plan(trt: Any, onnx: bytes, profiles: list[list[list[int]]], options: EngineOptions, on_progress: Progress) -> bytes:
     """Parse the graph, audit its network, and build the engine. Call this inside `polygraphy_for(trt.__name__)`.
 
     Args:
         trt: Module of the flavor.
         onnx: The graph.
-        profile: Smallest, best and largest shape (B, M, T) of the input.
+        profiles: Smallest, best and largest shape (B, M, T) of the input, for each optimization profile.
         options: Options of the build.
         on_progress: Called with the name of a phase, its steps done and their number.
 
@@ -81,7 +81,7 @@ def build_plan(trt: Any, onnx: bytes, profile: list[list[int]], options: EngineO
     builder, network, parser = NetworkFromOnnxBytes(onnx, strongly_typed=flagged)()
     audit_network(trt, network, options.precision)
     monitor = _progress_monitor(trt, on_progress)
-    create, cache = _configuration(trt, profile, options, monitor)
+    create, cache = _configuration(trt, profiles, options, monitor)
 
     def configure(builder: Any, network: Any) -> Any:
         config = create(builder, network)
@@ -97,12 +97,14 @@ def build_plan(trt: Any, onnx: bytes, profile: list[list[int]], options: EngineO
         raise
 
 
-def _configuration(trt: Any, profile: list[list[int]], options: EngineOptions, monitor: Any) -> tuple[Callable[..., Any], str | None]:
+def _configuration(
+    trt: Any, profiles: list[list[list[int]]], options: EngineOptions, monitor: Any
+) -> tuple[Callable[..., Any], str | None]:
     """Return Polygraphy's loader of the builder's configuration, and the file of the timing cache if the flavor has one."""
     from polygraphy.backend.trt import CreateConfig, Profile
 
     common = {
-        "profiles": [Profile().add("mel", *profile)],
+        "profiles": [Profile().add("mel", *profile) for profile in profiles],
         "builder_optimization_level": options.optimization_level,
         "progress_monitor": monitor,
         "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,  # makes the inspector state each layer's type

@@ -189,14 +189,28 @@ def test_the_callers_context_stays_current(gpu: Gpu, voice: Bundle, monkeypatch:
 
 def test_a_full_gpu_falls_back_and_keeps_no_memory(gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("melrt.backends.select.find_gpu", lambda: "a GPU")
-    gpu.allocations_left = 15  # in the third slot
+    gpu.allocations_left = 12  # two slots
     with Vocoder.load(voice, precision="fp32") as vocoder:
         assert vocoder.backend.name == "onnxruntime"
+        assert not gpu.memory
     with pytest.raises(BackendError, match="CUDA_ERROR_OUT_OF_MEMORY"):
         load(voice)
     gpu.allocations_left = 1 << 30
     with load(voice) as vocoder:
         assert vocoder(speech_mel(voice, 30)).any()
+
+
+def test_each_batch_runs_in_its_static_profile(gpu: Gpu, tiny_bundle: Bundle) -> None:
+    profiles = [[(batch, 80, WINDOW)] * 3 for batch in (1, 2, BATCH)]
+    voice = add_engines(tiny_bundle, interior_profiles=profiles)
+    mels = np.stack([speech_mel(voice, WINDOW, seed) for seed in range(BATCH)])
+    with load(voice) as vocoder, Vocoder.load(voice, device="cpu") as cpu:
+        assert vocoder.policy.batch == BATCH
+        for batch in (1, 2, 3, 4):
+            audio, expected = vocoder.backend.run("interior", mels[:batch]), cpu.backend.run("interior", mels[:batch])
+            assert np.abs(audio - expected).max() < FP32_MAX_ABS
+        contexts = vocoder.backend.engines["interior"]._engine.contexts
+        assert {(context.profile, context.shape[0]) for context in contexts} == {(0, 1), (1, 2), (2, 4)}
 
 
 def test_a_run_that_is_refused_is_an_error_and_the_next_works(gpu: Gpu, voice: Bundle) -> None:

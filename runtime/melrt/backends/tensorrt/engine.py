@@ -42,9 +42,13 @@ class Profile:
         """Window length in frames if the engine takes only one; otherwise None."""
         return self.largest[2] if self.smallest[2] == self.largest[2] else None
 
+    def has(self, shape: tuple[int, ...]) -> bool:
+        """Return whether a shape is within the profile."""
+        return all(low <= size <= high for low, size, high in zip(self.smallest, shape, self.largest, strict=True))
+
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise BackendError for a shape outside the profile."""
-        if any(not low <= size <= high for low, size, high in zip(self.smallest, shape, self.largest, strict=True)):
+        if not self.has(shape):
             raise BackendError(f"a mel of shape {shape} is outside this engine's profile, {self.smallest} to {self.largest}.")
 
 
@@ -76,7 +80,11 @@ class Engine:
         self._engine = self._runtime.deserialize_cuda_engine(data)
         if self._engine is None:
             raise BackendError(f"{artifact.file} cannot be opened by {artifact.target['flavor']} {trt.__version__}. {rebuild}")
-        self.profile = self._profile(artifact, bands)
+        self._profiles = self._read_profiles(artifact, bands)
+        smallest = zip(*(profile.smallest for profile in self._profiles), strict=True)
+        largest = zip(*(profile.largest for profile in self._profiles), strict=True)
+        self.profile = Profile(tuple(map(min, smallest)), tuple(map(max, largest)))
+        """Shapes that the engine takes, over all its optimization profiles."""
         self.scratch_bytes = int(self._engine.device_memory_size_v2)
         self._cache_file = user_cache() / f"{artifact.sha256[:16]}-{_plain(gpu.name)}.runtime-cache"
         self._config = self._runtime_config()
@@ -110,15 +118,30 @@ class Engine:
         except OSError as error:  # a service may run without a writable home
             logger.info("the runtime cache %s was not written: %s", self._cache_file, error)
 
-    def _profile(self, artifact: Artifact, bands: int) -> Profile:
+    def profile_index(self, shape: tuple[int, ...]) -> int:
+        """Return the index of the tightest optimization profile for a shape.
+
+        Raises:
+            BackendError: No profile has the shape.
+        """
+        self.profile.check(shape)
+        fitting = [(profile.largest, index) for index, profile in enumerate(self._profiles) if profile.has(shape)]
+        if not fitting:
+            raise BackendError(f"a mel of shape {shape} is in none of this engine's profiles, {self._profiles}.")
+        return min(fitting)[1]
+
+    def _read_profiles(self, artifact: Artifact, bands: int) -> list[Profile]:
         engine, trt = self._engine, self._trt
         names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
         if names != {"mel", "audio"} or any(engine.get_tensor_dtype(name) != trt.DataType.FLOAT for name in names):
             raise BackendError(f"{artifact.file} has tensors {sorted(names)}; a voice's engine has a float32 mel and audio.")
-        smallest, _, largest = (tuple(int(size) for size in shape) for shape in engine.get_tensor_profile_shape("mel", 0))
-        if len(largest) != 3 or largest[1] != bands:
-            raise BackendError(f"{artifact.file} takes mels of shape {largest}; this voice's have {bands} bands.")
-        return Profile(smallest, largest)
+        profiles = []
+        for index in range(engine.num_optimization_profiles):
+            smallest, _, largest = (tuple(int(size) for size in shape) for shape in engine.get_tensor_profile_shape("mel", index))
+            if len(largest) != 3 or largest[1] != bands:
+                raise BackendError(f"{artifact.file} takes mels of shape {largest}; this voice's have {bands} bands.")
+            profiles.append(Profile(smallest, largest))
+        return profiles
 
     def _runtime_config(self) -> Any:
         """Configure TensorRT-RTX: kernels are compiled in the background and kept between processes; melrt captures the graphs."""

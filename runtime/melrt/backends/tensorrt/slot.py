@@ -140,7 +140,7 @@ class PreparedShape:
 
     def __init__(self, slot: ExecutionSlot, graph: GraphKind, shape: Shape) -> None:
         engine = slot.engines[graph]
-        engine.profile.check(shape)
+        profile = engine.profile_index(shape)
         self._slot = slot
         self._places = shape[0]
         self._samples = shape[0] * shape[2] * slot.hop
@@ -148,7 +148,8 @@ class PreparedShape:
         self.mel, self.host_mel = _part(slot.mel, mel_bytes), _part(slot.host_mel.buffer, mel_bytes)
         self.result, self.host_result = slot.result_part(self._samples), slot.result_part(self._samples, host=True)
         self._context = engine.context(slot.scratch)
-        if not self._context.set_input_shape("mel", shape) or self._context.infer_shapes():
+        chosen = self._context.set_optimization_profile_async(profile, int(slot.stream.handle))
+        if not chosen or not self._context.set_input_shape("mel", shape) or self._context.infer_shapes():
             raise BackendError(f"the {graph} engine rejects a mel of shape {shape}.")
         audio_shape = tuple(int(size) for size in self._context.get_tensor_shape("audio"))
         if int(np.prod(audio_shape)) != self._samples:  # or the engine would write outside its buffer
