@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,10 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from melrt.backends.onnxruntime_capture import CapturedWindow
 from melrt.errors import BackendError, MissingExtraError
 from melrt.planning.windows import GraphKind, Policy
 from melrt.system import cpu_name, find_gpu
 from melrt.types import FloatAudio, Mel
+
+logger = logging.getLogger(__name__)
 
 _ERRORS_ONLY = 3
 # Measured per kept frame (docs/windows.md): shorter windows recompute more context, longer ones exceed the cache.
@@ -56,6 +60,7 @@ class OnnxModel:
         options.intra_op_num_threads = threads
         if not blocked:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        self._window: CapturedWindow | None = None
         try:
             self._session = ort.InferenceSession(model, options, providers=_providers(device))
         except Exception as error:  # ONNX Runtime's exceptions have no common base
@@ -63,12 +68,35 @@ class OnnxModel:
         if device != "cpu" and self._session.get_providers()[0] != "CUDAExecutionProvider":
             raise BackendError("ONNX Runtime found no usable CUDA device; `melrt doctor` shows what is missing.")
 
+    def capture(self, model: bytes, device: str, frames: int, batch: int) -> None:
+        """Capture the runs of one window length as CUDA graphs, for batches 1, 2, 4, ... up to `batch`.
+
+        A provider that does not know CUDA graphs or cannot capture this model is logged, and every run stays as it was.
+
+        Args:
+            model: The model that this session runs.
+            device: `cuda:0`, ...
+            frames: Length of the window.
+            batch: Largest batch.
+        """
+        try:
+            self._window = CapturedWindow(_onnxruntime(), model, _providers(device, capture=True), frames, batch)
+        except Exception as error:  # an old provider refuses the option; a node that is not on the GPU, or a call of another library
+            logger.info("ONNX Runtime does not capture CUDA graphs of this model, so its kernels are launched one by one: %s", error)
+
     def run(self, mel: Mel) -> FloatAudio:
         """Run mel frames (B, M, T) through the model; the output's shape is the model's.
 
         Raises:
             BackendError: ONNX Runtime failed.
         """
+        window = self._window
+        if window is not None and window.takes(mel):
+            try:
+                return window.run(mel)
+            except Exception as error:  # the same
+                logger.warning("a captured CUDA graph failed, so kernels are launched one by one from now on: %s", error)
+                self._window = None
         try:
             (audio,) = self._session.run(None, {"mel": mel})
         except Exception as error:  # the same
@@ -109,6 +137,7 @@ class OnnxRuntime:
             gpu = find_gpu()
             self.machine = gpu.name if gpu else "unknown GPU"
             self.policy = Policy(frames=CUDA_WINDOW, static=True, batch=CUDA_BATCH, workers=1)
+            self._models["interior"].capture(models["interior"], device, CUDA_WINDOW, CUDA_BATCH)
             self.candidates = tuple(replace(self.policy, frames=f, batch=b) for f in CUDA_WINDOWS for b in CUDA_BATCHES)
 
     def run(self, graph: GraphKind, mel: Mel) -> FloatAudio:
@@ -118,12 +147,14 @@ class OnnxRuntime:
         self._models.clear()
 
 
-def _providers(device: str) -> list[Any]:
+def _providers(device: str, *, capture: bool = False) -> list[Any]:
     if device == "cpu":
         return ["CPUExecutionProvider"]
     # The default search, EXHAUSTIVE, tunes every new input shape for hundreds of milliseconds. HEURISTIC asks cuDNN once.
     # TF32 is on by default, and is not FP32: it rounds what is multiplied to 10 bits.
     options = {"device_id": device.partition(":")[2], "cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
+    if capture:
+        return [("CUDAExecutionProvider", options | {"enable_cuda_graph": "1"})]  # a node on the CPU could not be captured
     return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]
 
 

@@ -42,6 +42,11 @@ class Profile:
         """Window length in frames if the engine takes only one; otherwise None."""
         return self.largest[2] if self.smallest[2] == self.largest[2] else None
 
+    @property
+    def spread(self) -> int:
+        """Sum of the differences between the largest and the smallest size; 0 for a profile of one shape."""
+        return sum(self.largest) - sum(self.smallest)
+
     def has(self, shape: tuple[int, ...]) -> bool:
         """Return whether a shape is within the profile."""
         return all(low <= size <= high for low, size, high in zip(self.smallest, shape, self.largest, strict=True))
@@ -125,7 +130,7 @@ class Engine:
             BackendError: No profile has the shape.
         """
         self.profile.check(shape)
-        fitting = [(profile.largest, index) for index, profile in enumerate(self._profiles) if profile.has(shape)]
+        fitting = [(profile.spread, index) for index, profile in enumerate(self._profiles) if profile.has(shape)]
         if not fitting:
             raise BackendError(f"a mel of shape {shape} is in none of this engine's profiles, {self._profiles}.")
         return min(fitting)[1]
