@@ -189,10 +189,13 @@ class EngineFake:
     def create_runtime_config(self) -> RuntimeConfig:
         return RuntimeConfig(self.gpu)
 
-    def create_execution_context(self, config: RuntimeConfig) -> Context:
-        assert config.strategy == "USER_MANAGED"
+    def create_execution_context(self, config: RuntimeConfig | str) -> Context:
         context = Context(self)
-        context.specialization = config.dynamic_shapes_kernel_specialization_strategy
+        if isinstance(config, str):  # the flavor `tensorrt` takes the strategy itself
+            assert config == "USER_MANAGED"
+        else:
+            assert config.strategy == "USER_MANAGED"
+            context.specialization = config.dynamic_shapes_kernel_specialization_strategy
         self.contexts.add(context)
         return context
 
@@ -246,6 +249,15 @@ class OnnxParserRefitter:
 def _refitter(engine: EngineFake, log: object) -> EngineFake:
     engine.refit_cuda_engine = lambda: True
     return engine
+
+
+def plain_tensorrt_module(gpu: Gpu) -> types.SimpleNamespace:
+    """The flavor `tensorrt`: no runtime cache, no runtime configuration, no check of an engine before it is opened."""
+    module = tensorrt_module(gpu)
+    module.__name__ = "tensorrt"
+    del module.IRuntimeCache, module.EngineValidity, module.CudaGraphStrategy, module.DynamicShapesKernelSpecializationStrategy
+    del module.Runtime.get_engine_validity
+    return module
 
 
 def tensorrt_module(gpu: Gpu) -> types.SimpleNamespace:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tests.runtime.fake_gpu import Gpu, install_cupy
-from tests.runtime.fake_tensorrt import BATCH, VERSION, WINDOW, add_engines, install
+from tests.runtime.fake_tensorrt import BATCH, VERSION, WINDOW, add_engines, install, plain_tensorrt_module
 from tests.runtime.reference import FP32_MAX_ABS, speech_mel
 
 from melrt import Vocoder
@@ -70,6 +71,17 @@ def test_windows_and_recurring_shapes_run_as_cuda_graphs(gpu: Gpu, voice: Bundle
         before = gpu.syncs
         vocoder.backend.run("interior", np.zeros((3, 80, WINDOW), np.float32))
         assert gpu.syncs == before + 1
+
+
+def test_the_tensorrt_flavor(gpu: Gpu, tiny_bundle: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", plain_tensorrt_module(gpu))  # type: ignore[arg-type]
+    voice = add_engines(tiny_bundle, flavor="tensorrt")
+    mel = speech_mel(voice, WINDOW + 40)
+    with load(voice) as vocoder, Vocoder.load(voice, device="cpu") as cpu:
+        for _ in range(4 * vocoder.policy.workers):
+            assert np.abs(vocoder(mel) - cpu(mel)).max() < FP32_MAX_ABS
+        assert gpu.captures > 3 * vocoder.policy.workers, "the ends are captured at once: no kernels are compiled in the background"
+    assert not list(cache.glob("*.runtime-cache")), "only TensorRT-RTX has compiled kernels to keep"
 
 
 def test_failed_capture_leaves_the_slot_usable(gpu: Gpu, tiny_bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
