@@ -5,13 +5,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 TRITON := .triton
 
-.PHONY: demo test check triton release clean
+.PHONY: demo test check mutants triton release clean
 
 demo: $(VENV)/.installed
 	$(BIN)/melrt demo
 
 test: $(VENV)/.installed triton
 	$(BIN)/python -m pytest
+
+# Plants faults one at a time, and reports those that no test finds; half an hour.
+mutants: $(VENV)/.installed
+	$(BIN)/python tests/mutants.py
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,0 +1,64 @@
+"""The objective of one training step: the signs of its terms, the precision it computes in, and the learning rate."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from melrt.files.audio import read_audio
+from melrt_export.assets import RECORDING
+from melrt_export.generator.config import GeneratorConfig
+from melrt_export.training.config import DataConfig, DiscriminatorConfig, LossConfig, MachineConfig, OptimizerConfig, TrainingConfig
+from melrt_export.training.distributed import ProcessGroup
+from melrt_export.training.losses import adversarial_loss, feature_matching_loss
+from melrt_export.training.step import AdversarialStep
+from melrt_export.training.voice import create_voice
+
+
+@pytest.fixture(scope="module")
+def segments() -> torch.Tensor:
+    audio = read_audio(RECORDING, 22050)
+    return torch.from_numpy(np.ascontiguousarray(audio[:16384].reshape(2, 8192)))
+
+
+def small_step(precision: str = "float32", optimizer: OptimizerConfig | None = None) -> AdversarialStep:
+    config = TrainingConfig(
+        "", DataConfig(""), generator=GeneratorConfig(channels=32), discriminator=DiscriminatorConfig(channels=4, layers=2),
+        losses=LossConfig(adversarial=2.0, feature_matching=10.0, mel=1.0), optimizer=optimizer or OptimizerConfig(),
+        machine=MachineConfig(precision=precision),  # type: ignore[arg-type]
+    )  # fmt: skip
+    return AdversarialStep(config, create_voice(config), ProcessGroup(torch.device("cpu")), {})
+
+
+def test_the_generator_minimizes_each_term_with_its_weight(segments: torch.Tensor) -> None:
+    values = small_step()(segments, 0)
+    expected = 2 * values["adversarial"] + 10 * values["feature_matching"] + values["mel"]
+    assert float(values["generator"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_better_scores_and_closer_features_lower_the_losses() -> None:
+    low, high = ([[torch.ones(2, 4), torch.full((2, 1), score)]] * 3 for score in (-1.0, 1.0))
+    assert adversarial_loss(high) < adversarial_loss(low)
+    real, near, far = ([[torch.full((2, 4), x)] * 4] for x in (1.0, 1.1, 2.0))
+    assert 0 < feature_matching_loss(real, near, "neurips") < feature_matching_loss(real, far, "neurips")
+
+
+def test_a_lower_precision_computes_in_it(segments: torch.Tensor) -> None:
+    for precision, expected in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        step = small_step(precision)
+        types: list[torch.dtype] = []
+        for network in (step.generator.first, step.discriminator):
+            layer = next(m for m in network.modules() if isinstance(m, torch.nn.Conv1d))
+            layer.register_forward_hook(lambda module, inputs, output, types=types: types.append(output.dtype))
+        step(segments, 0)
+        assert set(types) == {expected}
+        assert len(types) > 2, "generator and discriminator"
+
+
+def test_the_learning_rate_falls(segments: torch.Tensor) -> None:
+    step = small_step(optimizer=OptimizerConfig(1e-3, 2e-3, decay_from=10, half_life=20))
+    for at, factor in ((0, 1.0), (10, 1.0), (50, 0.25)):
+        step(segments, at)
+        assert step.generator_optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * factor)
+        assert step.discriminator_optimizer.param_groups[0]["lr"] == pytest.approx(2e-3 * factor)

@@ -1,0 +1,84 @@
+"""Plant one fault at a time in a copy of the packages, and run the tests that should fail: `make mutants`. Not part of `make test`.
+
+Usage: python tests/mutants.py [PART OF A FILE NAME]
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("runtime", "export", "calibration", "benchmarks")
+CAL, TRAIN, PLAN, QUEUE = (
+    "calibration/melrt_calibration/", "export/melrt_export/training/", "runtime/melrt/planning/", "runtime/melrt/scheduling/",
+)  # fmt: skip
+DECIDE, RANGES, QDQ = "tests/calibration/test_decisions.py", "tests/calibration/test_ranges.py", "tests/calibration/test_qdq.py"
+CALIBRATE, METRICS, OBJECTIVE = "tests/calibration/test_calibrate.py", "tests/calibration/test_metrics.py", "tests/export/training"
+WINDOWS, WAITING = "tests/runtime/planning/test_windows.py", "tests/runtime/scheduling"
+
+# File, text, its faulty replacement, tests that must fail.
+MUTANTS = (
+    (CAL + "bias_correction.py", "means[layer.name] - scale", "-means[layer.name] + scale", DECIDE),
+    (CAL + "bias_correction.py", "replace(network, repairs=Repairs(dict(shifts)))", "replace(network, repairs=Repairs())", DECIDE),
+    (CAL + "evaluation.py", "error <= share * self.log_mel and", "True or", DECIDE),
+    (CAL + "evaluation.py", "if not budget.allows(int8, fp32):", "if False:", DECIDE),
+    (CAL + "evaluation.py", "float(np.nan_to_num(self.silence_db - reference.silence_db))", "0.0", DECIDE),
+    (CAL + "evaluation.py", "speedup < MIN_SPEEDUP", "speedup < 1", DECIDE),
+    (CAL + "evaluation.py", "(0.025, 0.975)", "(0.25, 0.75)", DECIDE),
+    (CAL + "search.py", "/ (row.float_seconds - row.int8_seconds)", "* -1", DECIDE),
+    (CAL + "search.py", "min(_within(budget, sets)", "max(_within(budget, sets)", DECIDE),
+    (CAL + "sensitivity.py", "quality, best = min(", "quality, best = max(", DECIDE),
+    (CAL + "ranges.py", "share = min(SHARES, key=lambda share: _divergence", "share = max([1.0], key=lambda share: _divergence", RANGES),
+    (CAL + "ranges.py", "p[-1] += histogram", "p[-1] += 0 * histogram", RANGES),
+    (CAL + "metrics.py", "float(np.median(levels))", "float(10 * np.log10((10 ** (levels / 10)).mean()))", METRICS),
+    (CAL + "data.py", "[p for p in pieces if id(p) not in held_out]", "list(pieces)", CALIBRATE),
+    (CAL + "data.py", "piece.recording if len(whole) > 1 else piece.name", "piece.name", CALIBRATE),
+    (CAL + "qdq.py", "if self._equal(known.scale, scale) and self._equal(known.zero, zero):", "if False:", QDQ),
+    (CAL + "network.py", "grids.get(layer.name, layer.output)", "layer.output", QDQ),
+    (CAL + "equalization.py", "factors = factors * levels[name] /", "factors = factors if levels else levels[name] /", RANGES),
+    (TRAIN + "losses.py", "[-scale[-1].float().mean()", "[scale[-1].float().mean()", OBJECTIVE),
+    (TRAIN + "step.py", "(losses.feature_matching, feature", "(-losses.feature_matching, feature", OBJECTIVE),
+    (TRAIN + "step.py", 'if precision == "float32":', "if True:", OBJECTIVE),
+    (TRAIN + "step.py", "rate * factor", "rate", OBJECTIVE),
+    (PLAN + "windows.py", "keep_stop + field.right", "keep_stop + field.right - 1", WINDOWS),
+    (PLAN + "windows.py", "max(keep_start - field.left, 0)", "keep_start", WINDOWS),
+    (PLAN + "windows.py", "received - field.right, 0)", "received, 0)", WINDOWS),
+    (QUEUE + "waiting.py", "heap = min(self._heaps.values()", "heap = max(self._heaps.values()", WAITING),
+    (QUEUE + "waiting.py", "len(jobs) < batch", "len(jobs) <= batch", WAITING),
+)  # fmt: skip
+
+
+def main() -> int:
+    """Print one line for each fault, and return 1 if one survived."""
+    chosen = [mutant for mutant in MUTANTS if all(part in mutant[0] for part in sys.argv[1:])]
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for package in PACKAGES:
+            shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+        killed = [_is_killed(copy, *mutant) for mutant in chosen]
+    print(f"{sum(killed)} of {len(killed)} faults were found.")
+    return 0 if all(killed) else 1
+
+
+def _is_killed(copy: Path, file: str, old: str, new: str, tests: str) -> bool:
+    text = (copy / file).read_text(encoding="utf-8")
+    if old not in text:
+        sys.exit(f"{file} no longer holds {old!r}; change the table in {Path(__file__).name}.")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(copy / package) for package in PACKAGES), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", tests]
+    (copy / file).write_text(text.replace(old, new), encoding="utf-8")
+    try:
+        code = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False).returncode
+    finally:
+        (copy / file).write_text(text, encoding="utf-8")
+    print("found   " if code == 1 else f"SURVIVED ({code})", file, "|", new, flush=True)
+    return code == 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
