@@ -11,7 +11,7 @@ from melrt.errors import CalibrationError
 from melrt_calibration import timing
 from melrt_calibration.bundle_graphs import FloatGraphs, write_int8
 from melrt_calibration.data import CalibrationData, Sampling, load_data, read_pieces
-from melrt_calibration.evaluation import Budget, Evaluator, Quality, decide
+from melrt_calibration.evaluation import Budget, Evaluator, Quality, decide, perceptual_facts
 from melrt_calibration.network import Network
 from melrt_calibration.progress import OnProgress, ProgressReporter
 from melrt_calibration.repairs import Repair, choose_equalization, repair
@@ -110,7 +110,8 @@ def calibrate(
     steps.begin("evaluating and timing INT8 against FP32")
     evaluated = _evaluate(final, network, chosen.names, tensorrt=("edge", "tensorrt") in graphs.models)
     speedup = timing.measure_speedup(network.model((), "interior"), network.model(chosen.names, "interior"), window)
-    pays, verdict = decide(evaluated, options.budget, speedup, found=best is not None)
+    perceptual = perceptual_facts(final, network.model(()), network.model(chosen.names))
+    pays, verdict = decide(evaluated, options.budget, speedup, found=best is not None, perceptual=perceptual)
     written = pays or options.force
     steps.begin("writing the results")
     if written:

@@ -43,6 +43,8 @@ class Piece:
     name: str
     mel: Mel
     """Log-mel frames, (M, T)."""
+    recording: str
+    """Path of the file."""
 
     @property
     def digest(self) -> bytes:
@@ -57,7 +59,7 @@ class CalibrationData:
     windows: tuple[Mel, ...]
     """Observed windows, (M, 64) each or shorter."""
     held_out: tuple[Piece, ...]
-    """Pieces for measuring quality. Nothing of them is observed."""
+    """Pieces for measuring quality. Nothing of their recordings is observed."""
     seconds: float
     """Duration of all pieces in seconds."""
     kinds: dict[str, int]
@@ -108,11 +110,21 @@ def load_data(paths: Sequence[Path], manifest: Manifest, sampling: Sampling) -> 
             "The speech has only %.0f s. That is enough for the scales, but quality is measured on a fifth of it; give at least a minute.",
             seconds,
         )
-    order = np.random.default_rng(sampling.seed).permutation(len(pieces))
-    count = max(1, round(HELD_OUT_SHARE * len(pieces)))
-    held_out = tuple(pieces[i] for i in sorted(order[:count]))
-    windows, kinds = _sample_windows([pieces[i] for i in sorted(order[count:])], spec, sampling)
+    held_out, observed = _divide(pieces, sampling.seed)
+    windows, kinds = _sample_windows(observed, spec, sampling)
     return CalibrationData(windows, held_out, seconds, kinds, frozenset(piece.digest for piece in pieces))
+
+
+def _divide(pieces: Sequence[Piece], seed: int) -> tuple[tuple[Piece, ...], list[Piece]]:
+    """Return the held-out fifth and the other pieces. No recording is in both parts, unless there is only one recording."""
+    whole = {piece.recording for piece in pieces}
+    groups: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        groups.setdefault(piece.recording if len(whole) > 1 else piece.name, []).append(piece)
+    order = np.random.default_rng(seed).permutation(list(groups))
+    count = max(1, round(HELD_OUT_SHARE * len(groups)))
+    held_out = {id(piece) for name in order[:count] for piece in groups[str(name)]}
+    return tuple(p for p in pieces if id(p) in held_out), [p for p in pieces if id(p) not in held_out]
 
 
 def read_pieces(paths: Sequence[Path], manifest: Manifest, peak: float | None) -> list[Piece]:
@@ -182,8 +194,8 @@ def _cut(path: Path, mel: Mel, manifest: Manifest) -> list[Piece]:
     count = -(-mel.shape[1] // longest)
     parts = np.array_split(mel, count, axis=1)
     if count == 1:
-        return [Piece(path.stem, mel)]
-    return [Piece(f"{path.stem} {i + 1}/{count}", np.ascontiguousarray(part)) for i, part in enumerate(parts)]
+        return [Piece(path.stem, mel, str(path))]
+    return [Piece(f"{path.stem} {i + 1}/{count}", np.ascontiguousarray(part), str(path)) for i, part in enumerate(parts)]
 
 
 def _sample_windows(pieces: Sequence[Piece], spec: MelSpec, sampling: Sampling) -> tuple[tuple[Mel, ...], dict[str, int]]:

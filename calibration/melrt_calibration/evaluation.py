@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from melrt.backends.onnxruntime import OnnxModel
 from melrt.checks import check_fields, number
@@ -17,11 +18,13 @@ from melrt.mel.features import mel_distance
 from melrt.mel.spec import MelSpec
 from melrt.types import FloatAudio
 from melrt_calibration.data import Piece
-from melrt_calibration.metrics import silence_energy
+from melrt_calibration.metrics import perceptual_metrics, silence_levels
 
 T = TypeVar("T")
 # Smallest speedup that counts: two runs of one graph can differ by less.
 MIN_SPEEDUP = 1.05
+# Resamples of the recordings for an interval; its ends then vary by about a hundredth of its width.
+RESAMPLES = 4000
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +34,21 @@ class Quality:
     log_mel_error: float
     """Log-mel error against the recordings in the convention's logarithm, mean over pieces."""
     silence_db: float
-    """Level in dB of full scale where the recordings are silent; NaN if they never are."""
+    """Median level in dB of full scale of the frames where the recordings are silent; NaN if they never are."""
+    errors: tuple[float, ...] = ()
+    """Log-mel error of each recording, mean over its pieces."""
 
     def error_increase(self, reference: Quality) -> float:
         """Return the relative increase of the log-mel error over the reference's; 0.02 is 2 %."""
         return self.log_mel_error / reference.log_mel_error - 1
+
+    def increase_interval(self, reference: Quality) -> tuple[float, float]:
+        """Return the 95 % interval of `error_increase` over recordings, by a percentile bootstrap (Efron 1979) with a fixed seed."""
+        errors, references = np.array(self.errors), np.array(reference.errors)
+        drawn = np.random.default_rng(0).integers(len(errors), size=(RESAMPLES, len(errors)))
+        increases = errors[drawn].sum(axis=1) / references[drawn].sum(axis=1) - 1
+        low, high = np.quantile(increases, (0.025, 0.975))
+        return float(low), float(high)
 
     def silence_increase(self, reference: Quality) -> float:
         """Return the increase of the silence level over the reference's in dB; 0 if nothing is silent."""
@@ -71,16 +84,20 @@ class Evaluator:
     def quality(self, model: onnx.ModelProto) -> Quality:
         """Measure the quality of a graph."""
         rows = self._map(model, self._measure)
-        silence, count = sum(row[1] for row in rows), sum(row[2] for row in rows)
-        level = float(10 * np.log10(silence / count + 1e-20)) if count else float("nan")
-        return Quality(float(np.mean([row[0] for row in rows])), level)
+        recordings: dict[str, list[float]] = {}
+        for piece, (error, _) in zip(self.pieces, rows, strict=True):
+            recordings.setdefault(piece.recording, []).append(error)
+        levels = np.concatenate([levels for _, levels in rows])
+        silence = float(np.median(levels)) if len(levels) else float("nan")
+        errors = tuple(float(np.mean(one)) for one in recordings.values())
+        return Quality(float(np.mean([error for error, _ in rows])), silence, errors)
 
     def audio(self, model: onnx.ModelProto) -> list[FloatAudio]:
         """Synthesize each piece, (N,) each."""
         return self._map(model, lambda piece, audio: audio)
 
-    def _measure(self, piece: Piece, audio: FloatAudio) -> tuple[float, float, int]:
-        return (mel_distance(piece.mel, audio, self.spec), *silence_energy(piece.mel, audio, self.spec))
+    def _measure(self, piece: Piece, audio: FloatAudio) -> tuple[float, NDArray[np.float64]]:
+        return mel_distance(piece.mel, audio, self.spec), silence_levels(piece.mel, audio, self.spec)
 
     def _map(self, model: onnx.ModelProto, function: Callable[[Piece, FloatAudio], T]) -> list[T]:
         session = OnnxModel(model.SerializeToString(), threads=1)
@@ -88,7 +105,15 @@ class Evaluator:
             return list(pool.map(lambda piece: function(piece, session.run(piece.mel[None])[0]), self.pieces))
 
 
-def decide(qualities: Mapping[str, Quality], budget: Budget, speedup: float, *, found: bool) -> tuple[bool, str]:
+def perceptual_facts(evaluator: Evaluator, fp32: onnx.ModelProto, int8: onnx.ModelProto) -> str:
+    """Return the mean STOI and wideband PESQ of INT8's audio against FP32's as text for the verdict; empty if neither is installed."""
+    rate = evaluator.spec.sample_rate
+    pairs = zip(evaluator.audio(fp32), evaluator.audio(int8), strict=True)
+    rows = [perceptual_metrics(reference, output, rate) for reference, output in pairs]
+    return "".join(f", {name.upper()} {np.mean([row[name] for row in rows]):.3f} against FP32" for name in rows[0])
+
+
+def decide(qualities: Mapping[str, Quality], budget: Budget, speedup: float, *, found: bool, perceptual: str = "") -> tuple[bool, str]:
     """Decide whether INT8 pays.
 
     Args:
@@ -96,14 +121,17 @@ def decide(qualities: Mapping[str, Quality], budget: Budget, speedup: float, *, 
         budget: Allowed loss of quality.
         speedup: FP32's time over INT8's.
         found: Whether the search found a set of layers within the budget.
+        perceptual: Text of `perceptual_facts`, for the sentence.
 
     Returns:
         The decision, and a sentence with its reason.
     """
     fp32, int8 = qualities["fp32"], qualities["int8"]
+    low, high = (100 * end for end in int8.increase_interval(fp32))
     facts = (
-        f"{speedup:.2f} times FP32's speed on this CPU, log-mel error {100 * int8.error_increase(fp32):+z.1f} %, "
-        f"silence {int8.silence_increase(fp32):+z.1f} dB"
+        f"{speedup:.2f} times FP32's speed on this CPU, mean log-mel error {100 * int8.error_increase(fp32):+z.1f} % (the figure that the "
+        f"budget limits; 95 % interval over {len(fp32.errors)} recordings {low:+z.1f} to {high:+z.1f} %), "
+        f"median silent frame {int8.silence_increase(fp32):+z.1f} dB{perceptual}"
     )
     if not found:
         return False, f"No set of INT8 layers is faster than FP32 within the budget. All layers in INT8: {facts}."

@@ -57,23 +57,27 @@ def log_mel_error(recording: FloatAudio, audio: FloatAudio, spec: MelSpec) -> fl
 
 
 def silence_level_db(recording: FloatAudio, audio: FloatAudio, spec: MelSpec) -> float:
-    """Return the level of the synthesis where the recording is silent, in dB of full scale; NaN if the recording is never silent.
+    """Return the median level of the synthesis where the recording is silent, in dB of full scale; NaN if it is never silent.
 
     Args:
         recording: Samples of the reference, shape (N,), which determine where silence is.
         audio: Samples of the synthesis, shape (N,).
         spec: Mel convention, for its frames.
     """
-    energy, count = silence_energy(mel_from_audio(recording, spec), audio, spec)
-    return float(10 * np.log10(energy / count + _TINY)) if count else float("nan")
+    levels = silence_levels(mel_from_audio(recording, spec), audio, spec)
+    return float(np.median(levels)) if len(levels) else float("nan")
 
 
-def silence_energy(mel: Mel, audio: FloatAudio, spec: MelSpec) -> tuple[float, int]:
-    """Return the sum of squares and the number of the samples where these frames (M, T) are silent."""
+def silence_levels(mel: Mel, audio: FloatAudio, spec: MelSpec) -> NDArray[np.float64]:
+    """Return the level in dB of full scale of every frame of the synthesis where the recording's frames (M, T) are silent.
+
+    The median of these levels is the level of silence: their mean energy is that of the few loudest frames, at the ends of words, and
+    can stay the same while all other frames become much louder.
+    """
     silent = silent_frames(mel, spec)
     frames = min(len(silent), len(audio) // spec.hop)
     samples = audio[: frames * spec.hop].reshape(frames, spec.hop)[silent[:frames]].astype(np.float64)
-    return float((samples**2).sum()), samples.size
+    return np.asarray(10 * np.log10((samples**2).mean(axis=1) + _TINY), np.float64)
 
 
 def silent_frames(mel: Mel, spec: MelSpec) -> NDArray[np.bool_]:

@@ -2,7 +2,8 @@
 
 - min-max: clips nothing.
 - percentile: clips 1 in 100,000 values (Wu et al. 2020, "Integer Quantization for Deep Learning Inference", 4.2: 99.999 %).
-- entropy: minimizes the Kullback-Leibler divergence of the quantized histogram over shares of the range (Migacz 2017, TensorRT).
+- entropy: minimizes the Kullback-Leibler divergence of the quantized histogram over shares of the range (Migacz 2017, "8-bit Inference
+  with TensorRT"). Values outside a range count in its outermost bins, in the reference alone, so that clipping has a price.
 - mean-squared error: minimizes the squared error of rounding and clipping together, over clipped shares of the range.
 """
 
@@ -61,17 +62,23 @@ def rounding_error(histogram: Histogram, chosen: Range) -> float:
 
 
 def _divergence(histogram: Histogram, chosen: Range) -> float:
-    """Return the Kullback-Leibler divergence of the histogram from its quantized form; clipped values fall into the outermost bins."""
+    """Return the Kullback-Leibler divergence of the clipped histogram from its quantized form."""
     scale, zero = chosen.affine
     index = np.clip(np.rint(histogram.centers / scale) + zero, 0, UNSIGNED_MAX).astype(np.int64)
-    seen = histogram.counts > 0
-    inside = seen & (histogram.centers >= chosen.low) & (histogram.centers <= chosen.high)
-    per_byte = np.bincount(index[inside], weights=histogram.counts[inside], minlength=UNSIGNED_MAX + 1)
-    bins = np.bincount(index[inside], minlength=UNSIGNED_MAX + 1)
-    expected = np.where(inside, (per_byte / np.maximum(bins, 1))[index], 0.0)
-    p = histogram.counts / histogram.counts.sum()
-    q = expected / max(expected.sum(), 1e-300)
-    return float((p[seen] * np.log(p[seen] / np.maximum(q[seen], 1e-12))).sum())
+    inside = np.flatnonzero((histogram.centers >= chosen.low) & (histogram.centers <= chosen.high))
+    if not len(inside):
+        return float("inf")
+    first, last = inside[0], inside[-1]
+    counts, index = histogram.counts[first : last + 1].astype(np.float64), index[first : last + 1]
+    seen = counts > 0
+    per_byte = np.bincount(index, weights=counts, minlength=UNSIGNED_MAX + 1)
+    bins = np.bincount(index, weights=seen, minlength=UNSIGNED_MAX + 1)
+    q = np.where(seen, (per_byte / np.maximum(bins, 1))[index], 0.0)
+    p = counts.copy()
+    p[0] += histogram.counts[:first].sum()
+    p[-1] += histogram.counts[last + 1 :].sum()
+    p, q, filled = p / p.sum(), q / max(q.sum(), 1e-300), p > 0
+    return float((p[filled] * np.log(p[filled] / np.maximum(q[filled], 1e-12))).sum())
 
 
 def weight_scales(weight: NDArray[np.floating]) -> NDArray[np.float64]:

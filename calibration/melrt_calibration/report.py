@@ -49,7 +49,8 @@ def figures_json(result: CalibrationResult, options: CalibrationOptions) -> str:
         "settings": asdict(options),
         "data": {"seconds": round(result.data.seconds, 1), "windows": result.data.kinds, "held_out": [p.name for p in result.data.held_out],
                  "evaluated_on": [p.name for p in result.evaluator.pieces]},
-        "evaluated": {name: asdict(quality) | {"above_fp32": quality.error_increase(fp32)} for name, quality in result.evaluated.items()},
+        "evaluated": {name: asdict(q) | {"above_fp32": q.error_increase(fp32), "interval": q.increase_interval(fp32)}
+                      for name, q in result.evaluated.items()},
         "signal": _signal_metrics(_audio(result), result.evaluator.spec.sample_rate),
         "speedup_one_window_one_thread": result.speedup,
         "equalization": result.powers,
@@ -99,10 +100,11 @@ def _sections(result: CalibrationResult, options: CalibrationOptions) -> Iterato
 def _quality_table(result: CalibrationResult) -> str:
     fp32 = result.evaluated["fp32"]
     rows = [
-        (name, f"{q.log_mel_error:.4f}", f"{100 * q.error_increase(fp32):+z.2f} %", f"{q.silence_db:z.1f}")
+        (name, f"{q.log_mel_error:.4f}", f"{100 * q.error_increase(fp32):+z.2f} %",
+         " to ".join(f"{100 * end:+z.2f} %" for end in q.increase_interval(fp32)), f"{q.silence_db:z.1f}")
         for name, q in result.evaluated.items()
-    ]
-    return _table(("graph", "log-mel error", "above FP32", "silence, dB"), rows)
+    ]  # fmt: skip
+    return _table(("graph", "log-mel error", "above FP32", "95 % interval over recordings", "median silent frame, dB"), rows)
 
 
 def _signal_table(signal: Mapping[str, Mapping[str, float]]) -> str:

@@ -15,7 +15,7 @@ from melrt_calibration import timing
 from melrt_calibration.bundle_graphs import FLOAT_PRECISIONS, INT8_PRECISIONS, FloatGraphs, write_int8
 from melrt_calibration.calibrate import CalibrationOptions
 from melrt_calibration.data import read_pieces
-from melrt_calibration.evaluation import Evaluator, Quality, decide
+from melrt_calibration.evaluation import Evaluator, Quality, decide, perceptual_facts
 from melrt_calibration.network import Network
 from melrt_calibration.progress import OnProgress, ProgressReporter
 from melrt_export.checkpoints import Checkpoint, load_checkpoint
@@ -74,7 +74,8 @@ def requantize(
     steps.begin("timing INT8 against FP32")
     window = timing.cut_window(max(evaluator.pieces, key=lambda piece: piece.mel.shape[1]).mel)
     speedup = timing.measure_speedup(graphs.models["interior", "cpu"], network.model(plan.names, "interior"), window)
-    pays, verdict = decide(qualities, options.budget, speedup, found=True)
+    perceptual = perceptual_facts(evaluator, graphs.models["edge", "cpu"], network.model(plan.names))
+    pays, verdict = decide(qualities, options.budget, speedup, found=True, perceptual=perceptual)
     written = pays or options.force
     steps.begin("writing the results")
     if written:

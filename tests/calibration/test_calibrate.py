@@ -95,6 +95,8 @@ def test_int8_is_added_to_the_bundle(bundle: Bundle, speech: Path, tmp_path: Pat
     plan = Int8Plan.loads(bundle.read(bundle.find("plan")[0]))
     assert plan == result.plan
     assert plan.names == result.chosen.names
+    for row in result.layers:
+        assert row.errors[row.method] == round(row.alone.log_mel_error, 6) == min(row.errors.values()), "the best ranges are kept"
     assert all(row.passed for row in verify(bundle))
 
     mel = np.load(speech / "3.npy")
@@ -186,6 +188,24 @@ def test_the_same_seed_gives_the_same_data(bundle: Bundle, speech: Path) -> None
     assert all(np.array_equal(a, b) for a, b in zip(one.windows, same.windows, strict=True))
     assert not all(np.array_equal(a, b) for a, b in zip(one.windows, other.windows, strict=True))
     assert one.kinds["silent"] > 0, "pauses are observed"
+    assert {p.recording for p in one.held_out} != {p.recording for p in other.held_out}, "the seed chooses the held-out recordings"
+    assert not any(occurs(window, piece.mel) for window in one.windows for piece in one.held_out), "nothing held out is observed"
+
+
+def occurs(window: np.ndarray, mel: np.ndarray) -> bool:
+    frames = range(mel.shape[1] - window.shape[1] + 1)
+    return any(np.array_equal(mel[:, at : at + window.shape[1]], window) for at in frames)
+
+
+def test_a_recording_is_held_out_whole(bundle: Bundle, tmp_path: Path) -> None:
+    """Three recordings of 40 s give twelve pieces; a fifth of the pieces would be parts of two recordings."""
+    spec = bundle.manifest.spec
+    for seed in range(3):
+        np.save(tmp_path / f"{seed}.npy", probe_mel(spec, 40 * spec.sample_rate // spec.hop, seed)[:, :-1] - np.float32(2))
+    data = load_data([tmp_path], bundle.manifest, Sampling(windows=16))
+    (recording,) = {piece.recording for piece in data.held_out}
+    assert len(data.held_out) == 4
+    assert not any(occurs(window, np.load(recording)) for window in data.windows)
 
 
 def _speech_of(folder: Path, count: int = 1, rate: int = 22050, gain: float = 1.0, reverse: bool = False) -> list[Path]:

@@ -31,6 +31,14 @@ def test_silence_level_of_known_noise() -> None:
     assert np.isnan(silence_level_db(0.1 * noise, noise, SPEC)), "a recording without silence has no silence level"
 
 
+def test_a_few_loud_frames_do_not_hide_silence_that_became_louder() -> None:
+    noise = np.random.default_rng(0).standard_normal(22050 * 2).astype(np.float32)
+    recording = np.where(np.arange(len(noise)) < 22050, 0.1, 1e-5).astype(np.float32) * noise
+    click = np.where(np.arange(len(noise)) >= 2 * 22050 - 1000, np.float32(0.05), np.float32(0)) * noise
+    quiet, louder = (silence_level_db(recording, recording + click + np.float32(gain) * noise, SPEC) for gain in (1e-4, 2.5e-4))
+    assert louder - quiet == pytest.approx(20 * np.log10(2.5), abs=0.5)
+
+
 def test_signal_metrics_of_known_noise() -> None:
     """Noise is 30 dB below speech. A changed gain lowers SNR but not SI-SNR, and +6 dB everywhere is a log-spectral distance of 6 dB."""
     audio = read_audio(RECORDING, SPEC.sample_rate)

@@ -35,6 +35,10 @@ def test_each_method_minimizes_its_own_measure(noise: np.random.Generator) -> No
     assert chosen["percentile"].high < chosen["minmax"].high
     assert errors["mse"] == min(errors.values())
     assert errors["mse"] < 0.8 * errors["minmax"]
+    assert chosen["entropy"].high < 0.9 * chosen["minmax"].high, "a few outliers do not decide"
+    uniform = Histogram()
+    uniform.add(noise.uniform(0, 1, 200_000).astype(np.float32))
+    assert METHODS["entropy"](uniform).high > 0.95 * uniform.high, "clipping has a price"
 
 
 def test_equalization_changes_ranges_but_not_the_output(tiny_bundle: Bundle) -> None:
@@ -48,6 +52,8 @@ def test_equalization_changes_ranges_but_not_the_output(tiny_bundle: Bundle) -> 
     unequal, equalized = (_spread(one, "stages.1.upsample") for one in (network, equal))
     assert equalized == pytest.approx(1, abs=1e-3)
     assert unequal > 1.2
+    h, x = np.split(np.asarray(equal.statistics["stages.1.blocks.0.merged"].peaks), 2)
+    assert h.max() == pytest.approx(x.max(), rel=1e-3), "both halves of [h; x] fill one grid"
 
 
 def _spread(network: Network, name: str) -> float:
