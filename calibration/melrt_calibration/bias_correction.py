@@ -20,19 +20,24 @@ from melrt_calibration.qdq import Repairs
 from melrt_calibration.statistics import session_with_intermediates
 from melrt_export.graph.rewrites import merge_shortcuts
 
+# Observed windows that shifts are measured on, spread over all kinds. Both networks run on the same windows, so few suffice, and each
+# layer needs a run of its own.
+WINDOWS = 16
+
 
 def correct_biases(network: Network, names: Iterable[str]) -> Network:
     """Return the network with corrected biases for these layers, for the graph in which exactly these layers are in INT8."""
     plan = network.selected(names)
+    windows = network.windows[:: -(-len(network.windows) // WINDOWS)]
     float_graph = merge_shortcuts(network.graphs["edge", "cpu"], plan.merged_blocks)
     outputs = {node.name: node.output[0] for node in float_graph.graph.node if node.name in plan.names}
-    means = dict(zip(outputs, channel_means(float_graph, list(outputs.values()), network.windows), strict=True))
+    means = dict(zip(outputs, channel_means(float_graph, list(outputs.values()), windows), strict=True))
     shifts: dict[str, NDArray[np.float32]] = {}
     for layer in plan.layers:
         model = replace(network, repairs=Repairs(dict(shifts))).model(plan.names)
         tensor = f"{layer.name}.output.bytes"
         scale, zero = layer.output.affine
-        (rounded,) = channel_means(_truncated(model, tensor), [tensor], network.windows)
+        (rounded,) = channel_means(_truncated(model, tensor), [tensor], windows)
         shifts[layer.name] = (means[layer.name] - scale * (rounded - zero)).astype(np.float32)
     return replace(network, repairs=Repairs(shifts))
 
