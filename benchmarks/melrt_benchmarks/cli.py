@@ -30,8 +30,8 @@ MEMORY = {"windows": (30.0, 1800.0), "whole": (30.0, 60.0, 120.0)}
 def bench(
     voice: Annotated[Path | None, typer.Argument(metavar="VOICE.melrt", help="The bundle.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Its checkpoint. PyTorch, plain ONNX, OpenVINO and others need it.")] = None,
-    precisions: Annotated[str, typer.Option(help="Precisions of melrt, comma-separated: fp32, tf32, fp16, int8.")] = "fp32",
-    backends: Annotated[str, typer.Option(help="Backends of melrt, comma-separated: onnxruntime, tensorrt.")] = "onnxruntime",
+    precisions: Annotated[str, typer.Option(help="Precisions of melrt, comma-separated: fp32, tf32, fp16, bf16, int8.")] = "fp32",
+    backends: Annotated[str, typer.Option(help="Backends of melrt, comma-separated: onnxruntime, openvino, tensorrt.")] = "onnxruntime",
     seconds: Annotated[str, typer.Option(help="Lengths of audio in seconds, comma-separated.")] = "1,4,10",
     batch: Annotated[str, typer.Option(help="Numbers of utterances in one call, comma-separated.")] = "1",
     concurrency: Annotated[str, typer.Option(help="Numbers of concurrent callers, comma-separated. Default: not measured.")] = "",

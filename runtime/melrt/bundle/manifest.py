@@ -46,7 +46,7 @@ class Artifact:
     graph: str = ""
     """Graph that it computes: `edge` is the network as trained, `interior` has zero padding (`melrt.planning.windows`)."""
     precision: str = ""
-    """`fp32`, `tf32`, `fp16` or `int8`."""
+    """`fp32`, `tf32`, `fp16`, `bf16` or `int8`."""
     target: Mapping[str, Any] = field(default_factory=dict)
     """Platform that it runs on; for an engine its flavor, version, compute capability and profile."""
     quality: Mapping[str, float] = field(default_factory=dict)

@@ -43,6 +43,7 @@ def set_machine(monkeypatch: pytest.MonkeyPatch, units: tuple[str, ...], install
         ({LOG_MEL: 0.021}, ("amx_bf16",), True, "+2.1% against FP32, and auto accepts 2%"),
         ({}, ("amx_bf16",), True, "does not state their log-mel error"),
         ({LOG_MEL: 0.003}, (), True, "does not multiply bfloat16"),
+        ({LOG_MEL: 0.003}, ("avx512_bf16",), True, "without AMX, its units (avx512_bf16) were slower"),
         ({LOG_MEL: 0.003}, ("amx_bf16",), False, 'pip install "melrt[openvino]"'),
     ],
 )
@@ -54,7 +55,7 @@ def test_auto_needs_everything_that_bfloat16_needs(
     set_machine(monkeypatch, units, installed)
     bf16, fp32 = cpu_choices(bundle)
     assert reason in bf16.reason
-    assert bf16.usable is (quality in ({LOG_MEL: 0.003}, {LOG_MEL: 0.02}) and bool(units) and installed)
+    assert bf16.usable is (quality in ({LOG_MEL: 0.003}, {LOG_MEL: 0.02}) and "amx_bf16" in units and installed)
     assert (fp32.backend, fp32.precision, fp32.usable) == ("onnxruntime", "fp32", True)
     worse = replace(bundle.find("onnx", graph="edge", precision="bf16")[0], quality={LOG_MEL: 0.5})
     bundle.add(worse, bundle.read(worse))
