@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -62,7 +63,10 @@ class OnnxModel:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         self._window: CapturedWindow | None = None
         try:
-            self._session = ort.InferenceSession(model, options, providers=_providers(device))
+            with tempfile.TemporaryDirectory(prefix="melrt-") as empty:
+                # Weights outside the model are not verified: they are looked for in this folder, and not in the working directory.
+                options.add_session_config_entry("session.model_external_initializers_file_folder_path", empty)
+                self._session = ort.InferenceSession(model, options, providers=_providers(device))
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise BackendError(f"ONNX Runtime {ort.__version__} rejected the model: {error}") from error
         if device != "cpu" and self._session.get_providers()[0] != "CUDAExecutionProvider":

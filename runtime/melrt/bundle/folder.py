@@ -118,9 +118,9 @@ class Bundle:
         """Write the new files, then the manifest that lists them; after a failure remove the files that it does not list."""
         try:
             for entry, data in files:
-                with atomic_write(self.path / entry.file) as temporary:
+                with atomic_write(self.path / entry.file, follow=False) as temporary:
                     temporary.write_bytes(data)
-            with atomic_write(self.path / MANIFEST) as temporary:
+            with atomic_write(self.path / MANIFEST, follow=False) as temporary:
                 temporary.write_bytes(manifest.dumps())
         except BaseException:
             listed = Bundle.open(self.path).manifest.artifacts  # the new ones, if only the folder's sync failed
@@ -176,7 +176,7 @@ class Bundle:
             return np.asarray(values, np.float32)
         except BundleError:
             raise
-        except (ValueError, EOFError, MemoryError, SyntaxError) as error:
+        except Exception as error:  # a damaged file can fail anywhere in numpy's reader
             raise BundleError(f"{self.path / name} is not a numpy array: {error}") from error
 
 
@@ -189,8 +189,14 @@ def _with_free_name(entry: Artifact, taken: set[str]) -> Artifact:
 
 
 def _read_bounded(file: Path, limit: int) -> bytes:
-    with file.open("rb") as stream:
-        data = stream.read(limit + 1)
+    try:
+        # A link is refused: a bundle holds its own files. A pipe must not block, and is then not a file.
+        handle = os.open(file, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with open(handle, "rb") as stream:  # noqa: PTH123  # a handle has no path
+            data = stream.read(limit + 1)
+    except OSError as error:
+        reason = "is a link; a bundle holds its own files" if file.is_symlink() else f"cannot be read: {error.strerror or error}"
+        raise BundleError(f"{file} {reason}. Copy the bundle again, or export it again.") from error
     if len(data) > limit:
         raise BundleError(f"{file} is larger than {limit} bytes.")
     return data

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from melrt.checks import Rule, check_fields, number, text, whole
+from melrt.checks import Rule, check_fields, number, whole
 from melrt.errors import BundleError
 from melrt.mel.level_check import Levels
 from melrt.mel.normalization import Normalization
@@ -25,7 +26,24 @@ _REPLACEMENT = re.compile(r"\+[0-9a-f]{8}(?=\.[^.]*$)")
 _SIGNATURE = re.compile(r"(?:[0-9a-f]{64})?")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,120}")
 _SIGNED = Rule(lambda value: isinstance(value, str) and bool(_SIGNATURE.fullmatch(value)), "64 hexadecimal digits, or empty")
+MAX_DEPTH = 20
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    """Return whether a JSON value can be printed and written again: text without control characters, finite numbers, few levels."""
+    if isinstance(value, Mapping):
+        return depth < MAX_DEPTH and all(_is_plain(one, depth + 1) for one in (*value, *value.values()))
+    if isinstance(value, list | tuple):
+        return depth < MAX_DEPTH and all(_is_plain(one, depth + 1) for one in value)
+    return value.isprintable() if isinstance(value, str) else not isinstance(value, float) or math.isfinite(value)
+
+
+_PRINTABLE = Rule(lambda value: isinstance(value, str) and _is_plain(value), "text without control characters")
 _OBJECT = Rule(lambda value: isinstance(value, dict), "an object")
+_PLAIN = Rule(
+    lambda value: isinstance(value, dict) and _is_plain(value),
+    f"an object of finite numbers and of text without control characters, at most {MAX_DEPTH} levels deep",
+)
 _PLAIN_NAME = Rule(
     lambda value: isinstance(value, str) and bool(_FILE_NAME.fullmatch(value)) and value != MANIFEST, "a plain file name within the bundle"
 )
@@ -55,11 +73,12 @@ class Artifact:
     """Signature of an engine's entry (`melrt.bundle.trust`); empty if nobody vouches for it."""
 
     def __post_init__(self) -> None:
-        rules = {"file": _PLAIN_NAME, "size": whole(0, MAX_ARTIFACT_BYTES), "target": _OBJECT, "quality": _OBJECT, "signature": _SIGNED}
-        texts = dict.fromkeys(("kind", "sha256", "graph", "precision"), text())
+        rules = {"file": _PLAIN_NAME, "size": whole(0, MAX_ARTIFACT_BYTES), "target": _PLAIN, "quality": _OBJECT, "signature": _SIGNED}
+        texts = dict.fromkeys(("kind", "sha256", "graph", "precision"), _PRINTABLE)
         check_fields(self, {**rules, **texts}, "artifact", BundleError)
-        if odd := [f"{k} {v!r}" for k, v in self.quality.items() if type(v) not in (int, float) or not -1e300 < v < 1e300]:
-            raise BundleError(f"artifact {self.file}: quality {odd[0]:.80}; it must be a finite number.")
+        finite = number(-1e300, 1e300)
+        if odd := [f"{ascii(k)[1:-1]} {v!r}" for k, v in self.quality.items() if not (finite.accepts(v) and _is_plain(k))]:
+            raise BundleError(f"artifact {self.file}: quality {odd[0]:.80}; it must be a finite number under a plain name.")
 
     @property
     def name(self) -> str:
@@ -101,7 +120,7 @@ class Manifest:
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("parameters", "flop_per_second"), number(0, 1e18))
-        check_fields(self, {"name": text(), "architecture": _OBJECT, "provenance": _OBJECT, **counts}, error=BundleError)
+        check_fields(self, {"name": _PRINTABLE, "architecture": _PLAIN, "provenance": _PLAIN, **counts}, error=BundleError)
         names = [entry.file for entry in self.artifacts]
         if len(set(names)) != len(names):
             raise BundleError(f"a file is listed twice: {sorted(names)}.")
@@ -132,7 +151,7 @@ class Manifest:
             )
         try:
             return cls(**_fields(values))
-        except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise BundleError(f"{MANIFEST} is damaged: {error}") from error
 
 

@@ -98,7 +98,7 @@ def _quality(quality: Mapping[str, float]) -> str:
         "max_abs": "largest difference from PyTorch {:.1e}", "snr_db": "SNR {:.1f} dB", "half_max_abs": "with FP16 layers {:.1e}",
         "half_snr_db": "SNR {:.1f} dB", "log_mel_above_fp32": "log-mel error {:+.1%} against FP32",
     }  # fmt: skip
-    return "".join(", " + texts.get(key, f"{key} {{:g}}").format(value) for key, value in quality.items())
+    return "".join(", " + (texts[key].format(value) if key in texts else f"{key} {value:g}") for key, value in quality.items())
 
 
 def _damage(bundle: Bundle) -> Iterator[str]:

@@ -15,25 +15,29 @@ from melrt.errors import ConfigError
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, *, follow: bool = True) -> Iterator[Path]:
     """Yield a temporary path in the same folder and with the same suffix as `path`, for the caller to write to.
 
-    On success the temporary file is synced and renamed to `path`; on failure it is removed. If `path` is a link, its target is replaced.
-    If it is a device or a pipe, the whole content is written into it.
+    On success the temporary file is synced and renamed to `path`; on failure it is removed. If `path` is a device or a pipe, the whole
+    content is written into it.
+
+    Args:
+        path: The file.
+        follow: Replace the target of a link. Otherwise the link itself is replaced, so that nothing outside its folder is written.
 
     Raises:
         OSError: The file cannot be written; the error names `path`, not the temporary path.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if follow and path.exists() and not path.is_file() and not path.is_dir():
         with tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder) / path.name
             yield temporary
             with temporary.open("rb") as content, path.open("wb") as target:
                 shutil.copyfileobj(content, target)
         return
-    if path.is_dir():
+    if path.is_dir() and (follow or not path.is_symlink()):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    given, path = path, path.resolve() if path.is_symlink() else path
+    given, path = path, path.resolve() if follow and path.is_symlink() else path
     temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
     with _errors_name(given, temporary):
         made = _make_parents(path)

@@ -76,6 +76,12 @@ def edit(bundle: Bundle, change) -> Path:
         (lambda m: m["spec"].update(f_max=10**400), "damaged"),
         (lambda m: m["artifacts"][0].update(quality={"snr_db": float("nan")}), "quality snr_db nan"),
         (lambda m: m["artifacts"][0].update(quality={"snr_db": "[red]"}), "finite number"),
+        (lambda m: m.update(name="\x1b[31mred"), "name is .*without control characters"),
+        (lambda m: m["provenance"].update(source="\x1b]0;x\x07"), "provenance is .*without control characters"),
+        (lambda m: m["provenance"].update(source="\ud800"), "provenance is .*without control characters"),
+        (lambda m: m.update(architecture={"x": float("-inf")}), "architecture is .*finite"),
+        (lambda m: m.update(architecture={"x": json.loads("[" * 200 + "]" * 200)}), "architecture is .*levels deep"),
+        (lambda m: m["artifacts"][0].update(quality={"\x1b[2J": 1.0}), "under a plain name"),
         (lambda m: m.update(name=7), "name is 7; it must be text"),
         (lambda m: m.update(architecture=[]), "architecture is"),
         (lambda m: m["artifacts"][0].update(quality=None), "quality is None; it must be an object"),
@@ -189,3 +195,21 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def test_links_in_a_bundle_write_and_read_nothing_outside_it(bundle: Bundle, tmp_path: Path) -> None:
+    """A bundle from a stranger may hold links in place of the files that a command is going to write."""
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    (bundle.path / "policy.json").symlink_to(victim)
+    bundle.add(Artifact.of("policy.json", b"new", "policy"), b"new")
+    assert victim.read_bytes() == b"precious"
+    again = Bundle.open(bundle.path)
+    assert again.read(again.find("policy")[0]) == b"new"
+    other = tmp_path / "other.json"
+    (bundle.path / MANIFEST).rename(other)
+    (bundle.path / MANIFEST).symlink_to(other)
+    before = other.read_bytes()
+    with pytest.raises(BundleError, match=f"{MANIFEST} is a link"):
+        bundle.add(Artifact.of("b", b"b", "policy"), b"b")
+    assert other.read_bytes() == before
