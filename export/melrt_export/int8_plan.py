@@ -145,7 +145,7 @@ class Int8Plan:
             schema = values["schema"]
             layers = tuple(_layer(value) for value in values["layers"]) if schema == SCHEMA else ()
             repairs = tuple(map(str, values["repairs"]))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise CalibrationError(f"not an INT8 plan: {error!r}") from error
         if schema != SCHEMA:
             raise CalibrationError(

@@ -12,6 +12,7 @@ import pickle
 import shutil
 import sys
 import tarfile
+import time
 import types
 import zipfile
 from pathlib import Path
@@ -240,3 +241,105 @@ def test_small_files_that_expand_in_memory(tmp_path: Path) -> None:
         archive.infolist()[0].file_size = 1 << 40
     with pytest.raises(CheckpointError, match=r"netG.pt unpacks to"):
         load_checkpoint(file)
+
+
+class _Forged:
+    """Array whose pickle gives these bytes as its values, under a dtype with a forged state."""
+
+    def __init__(self, code: str, flags: int) -> None:
+        self.code, self.flags = code, flags
+
+    def __reduce__(self):
+        state = (1, (1,), _Kind(self.code, self.flags), False, b"\x41" * 8)
+        return _reconstruct, (np.ndarray, (0,), b"b"), state
+
+
+class _Kind:
+    def __init__(self, code: str, flags: int) -> None:
+        self.code, self.flags = code, flags
+
+    def __reduce__(self):
+        return np.dtype, (self.code, False, True), (3, "|", None, None, None, -1, -1, self.flags)
+
+
+_reconstruct = np.zeros(1).__reduce__()[0]
+
+
+@pytest.mark.parametrize(("code", "flags"), [("O8", 63), ("V8", 63), ("S8", 63)])
+def test_pickled_statistics_dereference_no_pointers(tmp_path: Path, code: str, flags: int) -> None:
+    """With numpy's own dtype the bytes of the file become object pointers: a segmentation fault, or the content of a chosen address."""
+    file = tmp_path / "scale_stats.npy"
+    np.save(file, np.array({"mel_mean": _Forged(code, flags)}, dtype=object), allow_pickle=True)
+    with pytest.raises(CheckpointError, match=r"scale_stats.npy (holds values of type|cannot be read)"):
+        read_npy_dict(file)
+
+
+def test_pickled_statistics_are_numbers(tmp_path: Path) -> None:
+    given = {"mel_mean": np.arange(6.0).reshape(2, 3).T, "mel_std": np.arange(3, dtype=">f4"), "n": np.float32(2.5), "none": None}
+    np.save(tmp_path / "x.npy", np.array(given, dtype=object), allow_pickle=True)
+    found = read_npy_dict(tmp_path / "x.npy")
+    assert found["none"] is None
+    assert all(np.array_equal(found[name], given[name]) for name in ("mel_mean", "mel_std", "n"))
+
+
+def test_small_settings_do_not_take_long(tmp_path: Path) -> None:
+    """Each of these texts took 15 seconds or more."""
+    started = time.process_time()
+    merges = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 25))
+    with pytest.raises(CheckpointError, match="merge"):
+        parse_yaml(merges, tmp_path)
+    with pytest.raises(CheckpointError, match=r"a value of \d+ characters"):
+        parse_yaml("a: 1" + ":1" * 60_000, tmp_path)
+    (tmp_path / "x.json").write_text('{"a": 1' + '"' + '\\"' * 60_000)
+    with pytest.raises(CheckpointError, match="is not JSON"):
+        read_json(tmp_path / "x.json")
+    assert time.process_time() - started < 2
+
+
+def test_small_hdf5_files_do_not_grow(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "links.h5", "w") as file:
+        for level in range(11):
+            group = file.create_group(f"g{level}")
+            for name in range(10):
+                if level:
+                    group[f"n{name}"] = file[f"g{level - 1}"]
+    with h5py.File(tmp_path / "fill.h5", "w") as file:
+        file.create_dataset("k", (100_000_000,), "f4", fillvalue=1.0)
+    with h5py.File(tmp_path / "pieces.h5", "w") as file:
+        file.create_dataset("k", (4_000_000,), "f4", chunks=(10,), fillvalue=1.0)
+    started = time.process_time()
+    for name, message in (("links", "more than the 10000"), ("fill", "400000000 bytes"), ("pieces", "pieces of 40 bytes")):
+        with pytest.raises(CheckpointError, match=message):
+            hdf5.read_hdf5(tmp_path / f"{name}.h5")
+    assert time.process_time() - started < 5
+
+
+def test_odd_names_and_weights_are_refused(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    (tmp_path / ".zip").write_bytes(b"PK")
+    good = tiny_checkpoint / "best_netG.pt"
+    state = torch.load(good, weights_only=True)
+    with zipfile.ZipFile(good) as source, zipfile.ZipFile(tmp_path / "deflated.pt", "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    torch.save(state | {"model.1.bias": torch.zeros(64, device="meta")}, tmp_path / "meta.pt")
+    torch.save(state | {"x": torch.zeros(1).expand(1 << 24)}, tmp_path / "expanded.pt")
+    for name, message in ((".zip", "archive"), ("deflated.pt", "not compressed"), ("meta.pt", "meta.pt"), ("expanded.pt", "tensors of")):
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(tmp_path / name)
+    with tarfile.open(tmp_path / "folders.tar", "w") as tar:
+        for i in range(1001):
+            entry = tarfile.TarInfo(f"d{i}")
+            entry.type = tarfile.DIRTYPE
+            tar.addfile(entry)
+    with pytest.raises(CheckpointError, match="more than 1000 entries"):
+        load_checkpoint(tmp_path / "folders.tar")
+
+
+def test_receptive_field_is_bounded_before_anything_is_built(tmp_path: Path) -> None:
+    """Dilations of 31 ** j: export of such a voice would take 10 GB."""
+    from tests.torch_voices import random_voice
+
+    from melrt_export.generator.config import GeneratorConfig
+
+    with pytest.raises(CheckpointError, match=r"(sees \d+ frames|receptive field)"):
+        random_voice(GeneratorConfig(8, channels=8, upsample_scales=(2, 2), stacks=4, stack_kernel_size=31, padding_mode="zeros"), tmp_path)

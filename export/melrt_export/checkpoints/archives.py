@@ -15,7 +15,10 @@ from melrt.errors import CheckpointError
 from melrt_export.checkpoints.reading import MAX_WEIGHTS_BYTES
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
+# Files, folders and links together.
 MAX_MEMBERS = 1000
+MAX_RATIO = 20
+FREE_BYTES = 64 << 20
 
 
 def is_archive(path: Path) -> bool:
@@ -34,9 +37,10 @@ def unpack_archive(path: Path) -> Iterator[Path]:
         CheckpointError: The archive is damaged, unpacks to too much, or holds two files of one name.
     """
     with tempfile.TemporaryDirectory(prefix="melrt-") as name:
-        folder = Path(name) / path.name.split(".")[0]
+        folder = Path(name) / (path.name.split(".")[0] or "checkpoint")
         folder.mkdir()
-        remaining = MAX_WEIGHTS_BYTES
+        # Weights hardly shrink when they are compressed.
+        remaining = min(MAX_WEIGHTS_BYTES, FREE_BYTES + MAX_RATIO * path.stat().st_size)
         try:
             for count, (member, stream) in enumerate(_members(path)):
                 if count >= MAX_MEMBERS:
@@ -62,7 +66,9 @@ def _members(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
                         yield entry.filename, stream
         return
     with tarfile.open(path) as archive:
-        for member in archive:
+        for count, member in enumerate(archive):
+            if count >= MAX_MEMBERS:
+                raise CheckpointError(f"{path} holds more than {MAX_MEMBERS} entries. Unpack it, and give the checkpoint's path.")
             if member.isreg() and (content := archive.extractfile(member)) is not None:
                 yield member.name, content
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,11 @@ from melrt.errors import CheckpointError
 from melrt_export.checkpoints.reading import MAX_WEIGHTS_BYTES, check_file_size
 
 MAX_DEPTH = 16
-MAX_ARRAYS = 10_000
-MAX_ARRAY_BYTES = 512 << 20
+# Groups and arrays together. A group that several names lead to counts each time.
+MAX_NODES = 10_000
+# Keras stores its weights uncompressed. A small file must not describe large arrays by fill values or by compression.
+MAX_RATIO = 10
+FREE_BYTES = 16 << 20
 
 
 def read_hdf5(path: Path) -> dict[str, np.ndarray]:
@@ -29,14 +35,19 @@ def read_hdf5(path: Path) -> dict[str, np.ndarray]:
     check_file_size(path, MAX_WEIGHTS_BYTES)
     try:
         with h5py.File(path, "r", locking=False) as file:
-            return {name: _read_dataset(file, name, path) for name in _dataset_paths(file, "", path, 0)}
+            remaining = FREE_BYTES + MAX_RATIO * path.stat().st_size
+            arrays = {}
+            for name in _dataset_paths(file, "", path, 0, itertools.count(1)):
+                arrays[name] = _read_dataset(file, name, path, remaining)
+                remaining -= arrays[name].nbytes
+            return arrays
     except CheckpointError:
         raise
     except Exception as error:  # a damaged file can fail anywhere in the reader
         raise CheckpointError(f"{path} cannot be read as HDF5; it is truncated or not HDF5 ({str(error)[:200]}).") from error
 
 
-def _dataset_paths(group: Any, prefix: str, path: Path, depth: int) -> list[str]:
+def _dataset_paths(group: Any, prefix: str, path: Path, depth: int, nodes: Iterator[int]) -> list[str]:
     """List the paths of the arrays below a group, in the order that Keras stored in its attributes if there is one."""
     import h5py
 
@@ -46,20 +57,28 @@ def _dataset_paths(group: Any, prefix: str, path: Path, depth: int) -> list[str]
     ordered = [name.decode() if isinstance(name, bytes) else str(name) for key in keys for name in group.attrs[key]]
     found: list[str] = []
     for name in dict.fromkeys(name for name in ordered or group if name in group):
+        if next(nodes) > MAX_NODES:
+            raise CheckpointError(f"{path} holds more than the {MAX_NODES} groups and arrays that are read.")
         parts = name.strip("/").split("/")
         if not all(isinstance(group.get("/".join(parts[: i + 1]), getlink=True), h5py.HardLink) for i in range(len(parts))):
             raise CheckpointError(f"{path}: {prefix}{name} is a link; only data inside the file itself is read.")
         child = group[name]
-        found += [f"{prefix}{name}"] if isinstance(child, h5py.Dataset) else _dataset_paths(child, f"{prefix}{name}/", path, depth + 1)
-        if len(found) > MAX_ARRAYS:
-            raise CheckpointError(f"{path} holds more than the {MAX_ARRAYS} arrays that are read.")
+        if isinstance(child, h5py.Dataset):
+            found.append(f"{prefix}{name}")
+        else:
+            found += _dataset_paths(child, f"{prefix}{name}/", path, depth + 1, nodes)
     return found
 
 
-def _read_dataset(file: Any, name: str, path: Path) -> np.ndarray:
+def _read_dataset(file: Any, name: str, path: Path, most: int) -> np.ndarray:
     data = file[name]
     if data.external or data.is_virtual:
         raise CheckpointError(f"{path}: {name} is stored in other files; only data inside the file itself is read.")
-    if data.dtype.kind not in "fiub" or data.nbytes > MAX_ARRAY_BYTES:
-        raise CheckpointError(f"{path}: {name} has dtype {data.dtype} and {data.nbytes} bytes; expected real numbers, at most half a GB.")
+    if data.dtype.kind not in "fiub" or data.nbytes > most:
+        raise CheckpointError(
+            f"{path}: {name} has dtype {data.dtype} and {data.nbytes} bytes; expected real numbers, at most {most} bytes."
+        )
+    chunk = math.prod(data.chunks or ()) * data.dtype.itemsize
+    if chunk > most or (data.chunks and -(-data.nbytes // max(chunk, 1)) > MAX_NODES):
+        raise CheckpointError(f"{path}: {name} has pieces of {chunk} bytes; expected at most {MAX_NODES} pieces of at most {most} bytes.")
     return np.asarray(data[()])

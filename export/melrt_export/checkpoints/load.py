@@ -8,11 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from melrt.errors import CheckpointError
+from melrt.errors import CheckpointError, ConfigError, MelrtError
 from melrt_export.checkpoints import coqui, hifigan, native, neurips, parallel_wavegan, seungwonpark, tensorflow_tts
 from melrt_export.checkpoints.archives import is_archive, unpack_archive
 from melrt_export.checkpoints.checkpoint import Checkpoint, sha256_of
 from melrt_export.checkpoints.reading import PICKLE_SUFFIXES, CheckpointFile
+from melrt_export.generator.receptive_field import receptive_field
+
+# The widest published network sees 60 frames. Export and verification compute several times the context at once.
+MAX_CONTEXT = 1000
 
 
 class ProjectReader(Protocol):
@@ -50,10 +54,15 @@ def load_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     path = Path(source)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist. Give a checkpoint file, or the folder that contains it.")
-    if is_archive(path):
-        with unpack_archive(path) as folder:
-            return replace(_load(folder, shown=path), source=path, sha256=sha256_of(path))
-    return _load(path, shown=path)
+    try:
+        if is_archive(path):
+            with unpack_archive(path) as folder:
+                return replace(_load(folder, shown=path), source=path, sha256=sha256_of(path))
+        return _load(path, shown=path)
+    except MelrtError:
+        raise
+    except Exception as error:  # a damaged file can fail anywhere in its project's reader
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {str(error)[:200]}") from error
 
 
 def _load(path: Path, shown: Path) -> Checkpoint:
@@ -67,7 +76,14 @@ def _load(path: Path, shown: Path) -> Checkpoint:
         several = " and ".join(f"{file.path.name} ({reader.NAME})" for reader, file in matches[:6])
         raise CheckpointError(f"{shown} holds more than one checkpoint: {several}. Give the path of the file to export.")
     reader, file = matches[0]
-    return reader.load(file)
+    checkpoint = reader.load(file)
+    try:
+        context = receptive_field(checkpoint.config).context
+    except ConfigError as error:
+        raise CheckpointError(f"{shown}: {error}") from error
+    if context > MAX_CONTEXT:
+        raise CheckpointError(f"{shown}: the network sees {context} frames around each frame; at most {MAX_CONTEXT} are supported.")
+    return checkpoint
 
 
 def _candidates(path: Path) -> list[Path]:

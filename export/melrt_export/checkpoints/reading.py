@@ -22,7 +22,9 @@ from melrt.errors import CheckpointError
 
 # The largest published generator has 13 M weights, 53 MB; with optimizer states and discriminators it has under 1 GB.
 MAX_WEIGHTS_BYTES = 4 << 30
-MAX_CONFIG_BYTES = 1 << 20
+# Published configs have below 10 kB. PyYAML reads about 100 kB a second.
+MAX_CONFIG_BYTES = 128 << 10
+MAX_VALUE_LENGTH = 4096
 MAX_STATISTICS_BYTES = 16 << 20
 MAX_SETTINGS = 100_000
 MAX_SETTINGS_DEPTH = 50
@@ -64,9 +66,7 @@ def read_pickle(path: Path) -> Any:
 
     check_file_size(path, MAX_WEIGHTS_BYTES)
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if (size := sum(member.file_size for member in archive.infolist())) > MAX_WEIGHTS_BYTES:
-                raise CheckpointError(f"{path} unpacks to {size} bytes; at most {MAX_WEIGHTS_BYTES} are read.")
+        _check_stored(path)
     try:
         with torch.serialization.safe_globals([(OrderedDict, name) for name in _ATTRIBUTE_DICTIONARIES]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -75,6 +75,18 @@ def read_pickle(path: Path) -> Any:
     except Exception as error:  # a damaged file can fail anywhere in the reader
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise CheckpointError(f"{path} cannot be read as a PyTorch checkpoint; it is truncated or not a checkpoint ({reason}).") from error
+
+
+def _check_stored(path: Path) -> None:
+    """Check that a zip file is not compressed, which `torch.save` never does, so that it takes no more memory than its size."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except Exception as error:  # a damaged file can fail anywhere in the reader
+        raise CheckpointError(f"{path} cannot be read as a PyTorch checkpoint; it is truncated or not a checkpoint ({error}).") from error
+    size = sum(member.file_size for member in members)
+    if size > path.stat().st_size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise CheckpointError(f"{path} unpacks to {size} bytes; a PyTorch checkpoint is not compressed. Save it again with torch.save.")
 
 
 def _pickle_reason(path: Path, text: str) -> str:
@@ -99,15 +111,22 @@ def to_arrays(path: Path, state: Any) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{path} holds {_describe(state)}; expected a state dict, a dictionary of tensors by name.")
 
     def is_real(value: Any) -> bool:
-        return isinstance(value, torch.Tensor) and value.is_floating_point() and value.layout == torch.strided
+        return (
+            isinstance(value, torch.Tensor)
+            and value.is_floating_point()
+            and (value.layout, value.device.type) == (torch.strided, "cpu")
+            and not value.is_quantized
+        )
 
     odd = [f"{name!r} ({_describe(value)})" for name, value in state.items() if not (isinstance(name, str) and is_real(value))]
     if odd:
         raise CheckpointError(f"{path} is not a bare state dict of real tensors; it also holds {', '.join(odd[:6])}.")
     # an expanded tensor needs a few bytes in the file and many in memory
-    if (size := sum(value.numel() for value in state.values()) * 4) > MAX_WEIGHTS_BYTES:
-        raise CheckpointError(f"{path} holds tensors of {size} bytes; at most {MAX_WEIGHTS_BYTES} are read.")
-    return {name: value.to(torch.float64 if value.dtype == torch.float64 else torch.float32).numpy() for name, value in state.items()}
+    if (size := sum(value.numel() * value.element_size() for value in state.values())) > path.stat().st_size:
+        raise CheckpointError(f"{path} holds tensors of {size} bytes; expected at most the file's {path.stat().st_size} bytes.")
+    return {
+        name: value.detach().to(torch.float64 if value.dtype == torch.float64 else torch.float32).numpy() for name, value in state.items()
+    }
 
 
 def _describe(value: object) -> str:
@@ -137,8 +156,34 @@ def parse_yaml(text: str, path: Path) -> list[Any]:
     """
     import yaml
 
+    if len(text) > MAX_CONFIG_BYTES:
+        raise CheckpointError(f"{path} has a config of {len(text)} characters; at most {MAX_CONFIG_BYTES} are read.")
+    try:
+        documents = list(yaml.load_all(text, _plain_loader(path)))  # safe: a SafeLoader that gives plain content for more tags
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged file can fail anywhere in the reader
+        raise CheckpointError(
+            f"{path} is not the YAML of a training config: {str(error).splitlines()[0] if str(error) else error!r}"
+        ) from error
+    check_settings_size(documents, path)
+    return documents
+
+
+def _plain_loader(path: Path) -> Any:
+    """Return a class that loads YAML and takes every tag of Python objects for its plain content."""
+    import yaml
+
     class PlainLoader(yaml.SafeLoader):  # type: ignore[misc]
         """Loader that reads every tagged node as a plain mapping, list or text."""
+
+        def flatten_mapping(self, node: yaml.MappingNode) -> None:
+            """Leave merge keys (<<) alone, which refuses them: nested ones double with each level. No training config has them."""
+
+        def construct_scalar(self, node: yaml.Node) -> Any:
+            if isinstance(node, yaml.ScalarNode) and len(node.value) > MAX_VALUE_LENGTH:  # base 60 takes the square of the length
+                raise CheckpointError(f"{path} has a value of {len(node.value)} characters; at most {MAX_VALUE_LENGTH} are read.")
+            return super().construct_scalar(node)
 
     def plain(loader: yaml.SafeLoader, _suffix: str, node: yaml.Node) -> Any:
         if isinstance(node, yaml.MappingNode):
@@ -148,16 +193,7 @@ def parse_yaml(text: str, path: Path) -> list[Any]:
         return loader.construct_scalar(node)
 
     PlainLoader.add_multi_constructor("tag:yaml.org,2002:python/", plain)
-    if len(text) > MAX_CONFIG_BYTES:
-        raise CheckpointError(f"{path} has a config of {len(text)} characters; at most {MAX_CONFIG_BYTES} are read.")
-    try:
-        documents = list(yaml.load_all(text, PlainLoader))  # safe: a SafeLoader that gives plain content for more tags
-    except Exception as error:  # a damaged file can fail anywhere in the reader
-        raise CheckpointError(
-            f"{path} is not the YAML of a training config: {str(error).splitlines()[0] if str(error) else error!r}"
-        ) from error
-    check_settings_size(documents, path)
-    return documents
+    return PlainLoader
 
 
 def check_settings_size(values: Any, path: Path) -> None:
@@ -185,7 +221,8 @@ def check_settings_size(values: Any, path: Path) -> None:
 
 
 # A string, which is kept because it may contain two slashes, or a comment.
-_COMMENT = re.compile(r'("(?:\\.|[^"\\])*")|//[^\n]*')
+# A string without an end is taken whole, or every quotation mark in it would be searched again.
+_COMMENT = re.compile(r'("(?:\\.|[^"\\])*"?)|//[^\n]*')
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -243,31 +280,71 @@ def read_npy_dict(path: Path) -> dict[str, Any]:
         stream = io.BytesIO(path.read_bytes())
         version = np.lib.format.read_magic(stream)
         shape, _, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(stream)
-        values = _ArrayUnpickler(stream).load().item() if dtype.hasobject and shape == () else None
+        stored = _ArrayUnpickler(stream).load().value if dtype.hasobject and shape == () else None
     except CheckpointError as error:
         raise CheckpointError(f"{path} {error}") from error
     except Exception as error:  # a damaged file can fail anywhere in the reader
         raise CheckpointError(f"{path} cannot be read as pickled statistics: {str(error)[:200]}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds {_describe(values)}; expected a dictionary of statistics.")
-    return values
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"{path} holds {_describe(stored)}; expected a dictionary of statistics.")
+    return {name: value.value if isinstance(value, _StoredArray) else value for name, value in stored.items() if isinstance(name, str)}
 
 
-_ARRAY_MAKERS = (
-    "numpy.core.multiarray._reconstruct", "numpy.core.multiarray.scalar", "numpy.ndarray", "numpy.dtype", "_codecs.encode",
-)  # fmt: skip
+class _StoredType:
+    """numpy dtype in a pickle: only a plain numeric code is taken, and of the pickled state only the byte order."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        if not isinstance(code, str) or not re.fullmatch(r"[<>|=]?([fiu][1248]|b1|O8?)", code):
+            raise CheckpointError(f"holds values of type {code!r:.40}; expected real numbers.")
+        self.code = code
+
+    def __setstate__(self, state: Any) -> None:
+        if state[1] in ("<", ">"):
+            self.code = state[1] + self.code.lstrip("<>|=")
+
+
+class _StoredArray:
+    """numpy array in a pickle. Its values are copied from the pickled bytes, so they are never taken for pointers."""
+
+    def __init__(self, *_: object) -> None:
+        self.value: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, kind, fortran, data = state
+        if isinstance(data, list):  # an array of objects; numpy writes its elements as pickled values
+            self.value = data[0] if len(data) == 1 else data
+        else:
+            self.value = np.frombuffer(data, kind.code).reshape(shape, order="F" if fortran else "C")
+
+
+def _stored_number(kind: _StoredType, data: bytes) -> Any:
+    return np.frombuffer(data, kind.code)[0]
+
+
+def _latin_bytes(text: str, encoding: str) -> bytes:
+    """Return the bytes that Python 3 writes as text into pickles of protocol 2."""
+    if encoding != "latin1":
+        raise CheckpointError(f"holds text in {encoding!r:.40}; expected latin1.")
+    return text.encode(encoding)
+
+
+# Replacements for numpy's own functions, which trust the pickle: a forged dtype makes numpy dereference pointers from the file.
+_STORED: dict[str, Any] = {
+    "numpy.core.multiarray._reconstruct": _StoredArray, "numpy.ndarray": _StoredArray, "numpy.dtype": _StoredType,
+    "numpy.core.multiarray.scalar": _stored_number, "_codecs.encode": _latin_bytes,
+}  # fmt: skip
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickler that builds numpy arrays, dtypes and numbers, and refuses every other name."""
+    """Unpickler that builds arrays and numbers with melrt's own functions, and refuses every other name."""
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module.replace('numpy._core', 'numpy.core')}.{name}"
         if full in _ATTRIBUTE_DICTIONARIES or full == "collections.OrderedDict":
             return OrderedDict
-        if full not in _ARRAY_MAKERS:
+        if full not in _STORED:
             raise CheckpointError(f"holds more than arrays ({full}). Reading this would execute its code, so melrt executed nothing.")
-        return super().find_class(module, name)
+        return _STORED[full]
 
 
 def check_file_size(path: Path, limit: int) -> None:
