@@ -26,7 +26,7 @@ from melrt.planning.edges import Edges
 from melrt.planning.windows import Policy, ReceptiveField
 from melrt.scheduling.limits import Limits
 from melrt.scheduling.policy_tuning import recorded_policy
-from melrt.scheduling.queue import RequestQueue
+from melrt.scheduling.queue import CLOSE_TIMEOUT, RequestQueue
 from melrt.scheduling.request import OutputFormat
 from melrt.scheduling.stats import Stats
 from melrt.scheduling.stream import OpenStreams, Stream, StreamPace, stream, stream_async
@@ -162,8 +162,8 @@ class Vocoder:
             BackendError: The backend failed.
         """
         requests, device_audio = self._synthesizer.utterances(mel)
-        alone = np.ndim(mel) == 2 if device_audio is None else len(device_audio.shape) == 1
-        pieces = list(self._in_order(self.queue.submit(request, run_here=alone) for request in requests))
+        here = self.queue.inside or (np.ndim(mel) == 2 if device_audio is None else len(device_audio.shape) == 1)
+        pieces = list(self._in_order(self.queue.submit(request, run_here=here) for request in requests))
         if device_audio is not None:
             return device_audio  # type: ignore[no-any-return]  # an array of the caller's library
         return pieces[0] if np.ndim(mel) == 2 else np.stack(pieces)
@@ -203,11 +203,13 @@ class Vocoder:
         Raises:
             QueueFullError: `Limits.max_streams` streams are open.
         """
+        self.queue.check_process()
         return self._streams.add(Stream(self._synthesizer, pace or self.options.pace))
 
     @property
     def open_streams(self) -> int:
         """Number of open streams."""
+        self.queue.check_process()
         return len(self._streams)
 
     def stream(self, source: Iterable[ArrayLike], pace: StreamPace | None = None) -> Iterator[Audio]:
@@ -222,9 +224,17 @@ class Vocoder:
         """Return counters for a service's monitoring."""
         return self.queue.stats()
 
-    def close(self, *, drain: bool = True) -> None:
-        """Close the vocoder: after the queue is empty, or (not `drain`) with ClosedError for the requests that wait."""
-        self.queue.close(drain=drain, then=self.backend.close)
+    def close(self, *, drain: bool = True, timeout: float = CLOSE_TIMEOUT) -> None:
+        """Close the vocoder: after the queue is empty, or (not `drain`) with ClosedError for the requests that wait.
+
+        Args:
+            drain: Complete the waiting requests first.
+            timeout: Longest wait in seconds for the end of any one run of the backend.
+
+        Raises:
+            BackendError: No run ended for `timeout` seconds. Every request has ended with this error; the memory is not freed.
+        """
+        self.queue.close(drain=drain, then=self.backend.close, timeout=timeout)
 
     def __enter__(self) -> Self:
         return self

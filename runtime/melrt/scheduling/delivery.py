@@ -31,12 +31,20 @@ class Delivery:
         self._lock = lock
         self._counters = counters
         self._remove = remove
+        self._running: dict[int, list[Job]] = {}
 
     def run(self, jobs: list[Job]) -> None:
         """Run a batch and deliver. If it fails, each window runs alone, so that only the request at fault fails."""
         jobs = self._alive(jobs)
         if not jobs:
             return
+        self._running[id(jobs)] = jobs
+        try:
+            self._run(jobs)
+        finally:
+            del self._running[id(jobs)]
+
+    def _run(self, jobs: list[Job]) -> None:
         start, failure = time.monotonic(), None
         try:
             jobs[0][0].execute(self._backend, jobs)
@@ -63,6 +71,10 @@ class Delivery:
             self._counters.failed += 1
         _notify(request, completed=False)
         _deliver(request.future.set_exception, error)
+
+    def running(self) -> list[Request]:
+        """Return the requests whose windows run now, or whose callbacks do."""
+        return [request for jobs in list(self._running.values()) for request, _ in list(jobs)]
 
     def cancel(self, request: Request | None) -> None:
         """Free the windows of a cancelled request and wake the waiters of its future; None if nothing refers to the request any more."""

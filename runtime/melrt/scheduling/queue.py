@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import logging
 import os
 import threading
 import time
@@ -28,10 +29,14 @@ from melrt.scheduling.request import Job, Request
 from melrt.scheduling.stats import Counters, Stats
 from melrt.scheduling.waiting import WaitingWindows
 
+logger = logging.getLogger(__name__)
+
 # Interval in seconds at which a task looks for room in a full queue; a window takes several times as long on a CPU.
 ROOM_POLL = 0.002
 # Overdue requests are looked for this many times within `Limits.timeout`.
 TIMEOUT_CHECKS = 20
+# Seconds that `close` waits for the end of a run. A run takes below a second on a CPU; engines of the largest profile take less.
+CLOSE_TIMEOUT = 30.0
 
 
 class RequestQueue:
@@ -69,7 +74,7 @@ class RequestQueue:
             ClosedError: The queue was closed.
             BackendError: This process was forked after the vocoder was loaded.
         """
-        self._check_process()
+        self.check_process()
         self._watch_cancellation(request)
         inside = self.inside
         if inside and run_here:
@@ -83,8 +88,9 @@ class RequestQueue:
                 while not self._try_enqueue(request, notify=not run_here):
                     self._check_room_deadline(until)
                     self._room.wait(None if until is None else until - time.monotonic())
-            if run_here:
-                self._run_here(request)
+                # at once, or a worker that has just started would take it
+                jobs = self._take_own(request) if run_here else []
+            self._run_here(request, jobs)
         except BaseException as error:  # an interrupt must not leave windows or a lane behind
             lane = not inside and threading.get_ident() in self._runners
             if request.waiting or lane:
@@ -96,7 +102,7 @@ class RequestQueue:
 
     async def submit_async(self, request: Request) -> Future[Any]:
         """Queue a request like `submit`, without blocking the event loop while it waits for room."""
-        self._check_process()
+        self.check_process()
         self._watch_cancellation(request)
         until = self._room_deadline()
         while True:
@@ -119,16 +125,21 @@ class RequestQueue:
 
     def stats(self) -> Stats:
         """Return a snapshot of the counters."""
-        self._check_process()
+        self.check_process()
         with self._lock:
             return self._counters.stats(self._waiting.windows, self._waiting.requests, self.policy.batch)
 
-    def close(self, *, drain: bool = True, then: Callable[[], None] = lambda: None) -> None:
+    def close(self, *, drain: bool = True, then: Callable[[], None] = lambda: None, timeout: float = CLOSE_TIMEOUT) -> None:
         """Refuse further requests and end the workers: after the queue is empty, or (not `drain`) with ClosedError for what waits.
 
         Args:
             drain: Complete the waiting requests.
             then: Called once nothing runs any more. In a callback of the queue, this method returns before that.
+            timeout: Longest wait in seconds for the end of any one run.
+
+        Raises:
+            BackendError: No run ended for `timeout` seconds. Every request has ended with this error, and `then` is called if the run
+                ends after all.
         """
         threads = self.stop(drain=drain)
         if self._pid != os.getpid():
@@ -137,12 +148,33 @@ class RequestQueue:
             with self._lock:
                 self._close_later = then
             return
+        if not self._wait_for_runs(timeout):
+            self._give_up(then, timeout)
         for thread in threads:
             thread.join()
-        with self._lock:
-            while self._runners:  # callers that run their own windows
-                self._changed.wait()
         then()
+
+    def _wait_for_runs(self, timeout: float) -> bool:
+        """Wait until no window waits or runs, in a worker or in a caller's thread; return False if no run ends within the time."""
+        with self._lock:
+            while self._runners or self._waiting.windows:
+                if not self._changed.wait(timeout):
+                    return False
+        return True
+
+    def _give_up(self, then: Callable[[], None], timeout: float) -> None:
+        """End the requests of a backend that does not return, and raise BackendError."""
+        error = BackendError(
+            f"{self.backend.name} on {self.backend.device} has not ended a run for {timeout:g} s, or a callback waits. Its memory is not "
+            "freed. If it does not return, end this process."
+        )
+        with self._lock:
+            self._close_later = then
+            requests = [*self._waiting.all(), *self._delivery.running()]
+        _at_exit.discard(self)  # the exit would wait for the same run
+        for request in requests:
+            self._delivery.fail(request, error)
+        raise error
 
     def stop(self, *, drain: bool) -> list[threading.Thread]:
         """Begin to close, and return the workers without waiting for them."""
@@ -157,7 +189,8 @@ class RequestQueue:
             self._delivery.fail(request, ClosedError("the vocoder was closed before this was computed."))
         return self._threads
 
-    def _check_process(self) -> None:
+    def check_process(self) -> None:
+        """Raise BackendError in a forked child. This comes before any lock, which a thread of the parent may have held."""
         if self._pid != os.getpid():
             raise BackendError(f"this vocoder was loaded in process {self._pid}; its threads did not survive the fork. Load one here.")
 
@@ -205,6 +238,7 @@ class RequestQueue:
                 self._delivery.cancel(reference())
 
         request.future.add_done_callback(done)
+        request.future.waits_for_itself = lambda: self.inside
 
     def _start_threads(self) -> None:
         while len(self._threads) < self.policy.workers:
@@ -236,12 +270,13 @@ class RequestQueue:
             self._leave_lane()
         return True
 
-    def _run_here(self, request: Request) -> None:
+    def _run_here(self, request: Request, jobs: list[Job]) -> None:
         """Run windows of a request in this thread while no other request waits and a lane is free; the workers take what is left."""
-        while jobs := self._take_own(request):
+        while jobs:
             self._fail_overdue(self._overdue(jobs))
             self._delivery.run(jobs)
             self._leave_lane()
+            jobs = self._take_own(request)
 
     def _run_inside(self, request: Request) -> None:
         """Run a request within a callback: this thread has a lane, and would wait for itself."""
@@ -317,7 +352,10 @@ _at_exit: weakref.WeakSet[RequestQueue] = weakref.WeakSet()
 def _close_all() -> None:
     """End every worker's run before the interpreter exits: a worker that is killed inside an engine's run aborts the process."""
     for queue in list(_at_exit):
-        queue.close(drain=False)
+        try:
+            queue.close(drain=False)
+        except BackendError as error:
+            logger.warning("%s", error)
 
 
 atexit.register(_close_all)

@@ -28,6 +28,28 @@ class OutputFormat:
     """`float32`, or `int16` with full scale 32767."""
 
 
+class AudioFuture(Future[Any]):
+    """A future that refuses to wait without a limit in a callback of its queue, since that thread may have to compute it."""
+
+    waits_for_itself: Callable[[], bool] | None = None
+    """True in a thread that runs windows of the queue; set by the queue."""
+
+    def result(self, timeout: float | None = None) -> Any:
+        self._check_wait(timeout)
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._check_wait(timeout)
+        return super().exception(timeout)
+
+    def _check_wait(self, timeout: float | None) -> None:
+        if timeout is None and not self.done() and self.waits_for_itself is not None and self.waits_for_itself():
+            raise BackendError(
+                "a callback of this vocoder waits for audio that its own thread may have to compute. Call vocoder(mel), which computes "
+                "it here, or add a callback to this future."
+            )
+
+
 class Request:
     """Windows of one utterance that wait, run or are done. `future` ends with the result."""
 
@@ -51,7 +73,7 @@ class Request:
         self.frames_kept = self.windows[-1].keep_stop - self.keep_start if self.windows else 0
         self.deadline = deadline
         self.arrival = time.monotonic()
-        self.future: Future[Any] = Future()
+        self.future = AudioFuture()
         self.ended = False
         """True once result, error or cancellation is decided. Guarded by the queue's lock."""
         self.on_end: Callable[[Request, bool], None] | None = None

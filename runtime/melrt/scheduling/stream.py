@@ -109,6 +109,7 @@ class Stream:
 
     def _accept(self, frames: ArrayLike) -> HostRequest:
         """Add frames, and make the request for the frames that are ready, which may be none."""
+        self._synthesizer.check_call(frames, self._received)
         self._check_open()
         if self._stop is not None:
             raise ClosedError("the stream is being flushed; flush again for the rest of its audio.")

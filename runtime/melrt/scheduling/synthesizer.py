@@ -49,6 +49,7 @@ class Synthesizer:
         Raises:
             MelError: The mel does not fit this voice, or is in GPU memory.
         """
+        self.check_call(mel)
         frames = self.spec.check(mel, self.fewest_frames)
         if frames.ndim != 2:
             raise self.spec.wrong_axes(frames.shape)
@@ -77,6 +78,7 @@ class Synthesizer:
         Raises:
             MelError: The mel does not fit this voice.
         """
+        self.check_call(mel)
         backend = self.queue.backend
         if not (on_gpu(mel) and isinstance(backend, DeviceBackend)):
             frames = self.spec.check(mel, self.fewest_frames)
@@ -88,6 +90,22 @@ class Synthesizer:
         array, audio = backend.make_audio(view, total * self.output.hop)
         places = (DeviceUtterance(view, audio, index, self.edges) for index in range(batch))
         return (DeviceRequest(place, windows, self._deadline()) for place in places), array
+
+    def check_call(self, mel: ArrayLike, received: int = 0) -> None:
+        """Check what must be known before a lock is taken or frames are converted: the process, and the number of frames.
+
+        Args:
+            mel: Frames that have not been checked.
+            received: Earlier frames of the same utterance.
+
+        Raises:
+            BackendError: This process was forked after the vocoder was loaded.
+            MelError: An array has more frames than `Limits.max_frames`.
+        """
+        self.queue.check_process()
+        shape: tuple[int, ...] = getattr(mel, "shape", ())
+        if len(shape) > 1:
+            self.queue.limits.check_frames(received + shape[-1])
 
     def _plan(self, frames: int) -> Iterator[Window]:
         """Plan a whole utterance of this many frames."""

@@ -119,6 +119,15 @@ def test_too_long_utterance_is_refused_every_way(tiny_bundle_path: Path) -> None
     vocoder.close()
 
 
+def test_too_long_utterance_is_refused_before_it_is_converted(tiny_bundle_path: Path) -> None:
+    vocoder, _ = load_echo(tiny_bundle_path, ONE, max_frames=40)
+    endless = np.broadcast_to(np.float64(-1), (80, 1 << 50))
+    for way in (vocoder, vocoder.submit, lambda mel: list(vocoder.batch([mel])), lambda mel: list(vocoder.stream([mel]))):
+        with pytest.raises(MelError, match="1125899906842624 frames; at most 40"):
+            way(endless)
+    vocoder.close()
+
+
 def test_open_streams_are_counted_and_limited(tiny_bundle_path: Path) -> None:
     vocoder, _ = load_echo(tiny_bundle_path, ONE, max_streams=2)
     flushed, dropped = vocoder.open_stream(), vocoder.open_stream()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import multiprocessing
 import subprocess
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from tests.runtime.echo import BATCHED, ONE, constant, load_echo
 
-from melrt import Vocoder
+from melrt import Stream, Vocoder
 from melrt.bundle import Bundle
 from melrt.errors import BackendError, ClosedError
 from melrt.planning.windows import Policy
@@ -206,12 +207,22 @@ def test_workers_of_a_deleted_vocoder_end(tiny_bundle_path: Path) -> None:
     assert np.concatenate([opened.push(constant(3)), opened.flush()]).shape == (20 * 256,), "an open stream keeps its vocoder"
 
 
-def _in_child(vocoder: Vocoder, answers) -> None:
-    try:
-        vocoder(constant(1))
-    except BackendError as error:
-        vocoder.close()
-        answers.put(str(error))
+def _in_child(vocoder: Vocoder, stream: Stream, answers) -> None:
+    mel = constant(1)
+    calls = (
+        lambda: vocoder(mel), lambda: vocoder.submit(mel), lambda: next(vocoder.batch([mel])), vocoder.open_stream, vocoder.stats,
+        lambda: vocoder.open_streams, lambda: next(vocoder.stream([mel])), lambda: asyncio.run(vocoder.call_async(mel)),
+        lambda: stream.push(mel), stream.flush, lambda: stream.submit(mel),
+    )  # fmt: skip
+    for call in calls:
+        try:
+            call()
+            answers.put("not refused")
+        except BackendError as error:
+            answers.put(str(error))
+    stream.close()
+    vocoder.close()
+    answers.put("end")
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -220,11 +231,12 @@ def test_use_after_a_fork_is_refused(tiny_bundle_path: Path) -> None:
     vocoder(constant(1))
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
-    child = context.Process(target=_in_child, args=(vocoder, answers))
+    stream = vocoder.open_stream()
+    child = context.Process(target=_in_child, args=(vocoder, stream, answers))
     held, forked = threading.Event(), threading.Event()
 
     def hold_the_lock() -> None:
-        with vocoder.queue._changed:
+        with vocoder.queue._lock, vocoder._synthesizer.level_check._lock, vocoder._streams._lock:
             held.set()
             forked.wait(10)
 
@@ -234,7 +246,9 @@ def test_use_after_a_fork_is_refused(tiny_bundle_path: Path) -> None:
     child.start()
     forked.set()
     holder.join()
-    assert "did not survive the fork. Load one here." in answers.get(timeout=20)
+    refused = list(iter(lambda: answers.get(timeout=20), "end"))
+    assert len(refused) == 11
+    assert all("did not survive the fork. Load one here." in answer for answer in refused)
     child.join(20)
     assert child.exitcode == 0
     vocoder.close()
