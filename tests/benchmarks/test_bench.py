@@ -173,7 +173,7 @@ def test_unusable_arguments_are_refused(melrt, tiny_bundle_path: Path, tmp_path:
         (("bench", tiny_bundle_path, "--batch", "0"), "a whole number from 1 to 1024"),
         (("bench", tiny_bundle_path, "--rounds", "2"), "rounds is 2; it must be a whole number from 3"),
         (("bench", tiny_bundle_path, "--only", "nobody,none"), "None has a name that contains nobody or none"),
-        (("bench", tiny_bundle_path, "--precisions", "int3"), "one of fp32, tf32, fp16, int8"),
+        (("bench", tiny_bundle_path, "--precisions", "int3"), "one of fp32, tf32, fp16, bf16, int8"),
         (("bench", "--compare", tmp_path / "none.json", tmp_path / "x.json"), "is missing or larger than 64 MiB"),
         (("bench", "--compare", tmp_path / "old.json", tmp_path / "x.json"), "has schema 2; this melrt reads schema 1"),
         (("bench", "--compare", tmp_path / "x.json", tmp_path / "x.json"), "does not hold a report"),

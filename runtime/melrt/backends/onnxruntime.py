@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -59,6 +61,9 @@ class OnnxModel:
         options = ort.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         options.intra_op_num_threads = threads
+        if device == "cpu":
+            _share_arena(ort)
+            options.add_session_config_entry("session.use_env_allocators", "1")
         if not blocked:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         self._window: CapturedWindow | None = None
@@ -149,6 +154,14 @@ class OnnxRuntime:
 
     def close(self) -> None:
         self._models.clear()
+
+
+@cache
+def _share_arena(ort: Any) -> None:
+    """Make one memory arena for all sessions of the process. Otherwise each keeps an arena of the size of its largest run."""
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    with contextlib.suppress(Exception):  # the application has registered an arena; it serves as well
+        ort.create_and_register_allocator(memory, ort.OrtArenaCfg({"arena_extend_strategy": 1}))
 
 
 def _providers(device: str, *, capture: bool = False) -> list[Any]:
