@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from melrt.backends.onnxruntime import OnnxModel
+from melrt.backends.openvino import compile_first
 from melrt.bundle import Bundle
 from melrt.errors import MelrtError, MissingExtraError
 from melrt.system import find_gpu
@@ -241,7 +242,7 @@ def _openvino(voice: BenchVoice) -> Run:
     core = openvino.Core()
     # On processors with bfloat16 OpenVINO by default rounds everything to it, which is 2e-2 off where fp32 is meant.
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": voice.threads, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = core.compile_model(core.read_model(plain_onnx(_generator(voice))), "CPU", settings)
+    compiled = compile_first(core, core.read_model(plain_onnx(_generator(voice))), settings)
     local = threading.local()  # an inference request serves one caller at a time
 
     def run(mel: Mel) -> FloatAudio:

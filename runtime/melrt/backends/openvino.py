@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -50,7 +51,7 @@ class OpenVinoModel:
         }  # fmt: skip
         try:
             self._model = self._core.read_model(io.BytesIO(model))
-            self._dynamic = self._compile(self._model)
+            self._dynamic = _Compiled(compile_first(self._core, self._model, self._settings))
         except Exception as error:  # OpenVINO raises RuntimeError and others
             raise BackendError(f"OpenVINO {self._openvino.__version__} rejected the model: {error}") from error
         self._shapes = shapes
@@ -82,11 +83,18 @@ class OpenVinoModel:
             if shape not in self._static and len(self._static) < self._shapes:
                 model = self._model.clone()
                 model.reshape(list(shape))
-                self._static[shape] = self._compile(model)
+                self._static[shape] = _Compiled(self._core.compile_model(model, "CPU", self._settings))
             return self._static.get(shape, self._dynamic)
 
-    def _compile(self, model: Any) -> _Compiled:
-        return _Compiled(self._core.compile_model(model, "CPU", self._settings))
+
+def compile_first(core: Any, model: Any, settings: Mapping[str, Any]) -> Any:
+    """Compile the first model of an `openvino.Core` for the CPU, in a thread of its own, and return it.
+
+    OpenVINO gives the thread of the first compilation a signal stack, and frees that stack with the last model, although the thread may
+    still use it; the next signal would then kill the process (https://github.com/openvinotoolkit/openvino/pull/11894).
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(core.compile_model, model, "CPU", settings).result()
 
 
 class _Compiled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 import threading
@@ -37,6 +38,27 @@ def test_damaged_model_and_wrong_mel_are_backend_errors(bundle: Bundle) -> None:
     with pytest.raises(BackendError, match=r"failed on a mel of shape \(1, 40, 20\)"):
         edge.run(mel[None, :40])
     assert np.abs(edge.run(mel[None])[0] - whole_audio(bundle, mel)).max() < FP32_MAX_ABS, "a failed run leaves the model usable"
+
+
+@installed
+@pytest.mark.skipif("sys.platform != 'linux'", reason="alternate signal stacks")
+def test_threads_that_load_models_keep_their_signal_stack(bundle: Bundle) -> None:
+    """OpenVINO's own stack would be freed with the first model, and the next signal would kill the process."""
+    before = signal_stack()
+    first, second = (OpenVinoModel(model(bundle, "edge")) for _ in range(2))
+    assert signal_stack() == before
+    del first, second
+    assert signal_stack() == before
+
+
+class SignalStack(ctypes.Structure):
+    _fields_ = (("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+def signal_stack() -> tuple[int | None, int, int]:
+    stack = SignalStack()
+    assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack)) == 0
+    return stack.address, stack.flags, stack.size
 
 
 @installed
