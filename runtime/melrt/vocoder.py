@@ -31,6 +31,7 @@ from melrt.scheduling.request import OutputFormat
 from melrt.scheduling.stats import Stats
 from melrt.scheduling.stream import OpenStreams, Stream, StreamPace, stream, stream_async
 from melrt.scheduling.synthesizer import Synthesizer
+from melrt.scheduling.workers import Workers
 from melrt.types import Audio
 
 
@@ -56,8 +57,15 @@ class Options:
 class Vocoder:
     """A loaded voice. Every method is safe to call from several threads; all calls share the backend's runs."""
 
-    def __init__(self, bundle: Bundle, backend: Backend, options: Options | None = None) -> None:
-        """Make a vocoder of an opened backend; `Vocoder.load` opens the best one."""
+    def __init__(self, bundle: Bundle, backend: Backend, options: Options | None = None, workers: Workers | None = None) -> None:
+        """Make a vocoder of an opened backend; `Vocoder.load` opens the best one.
+
+        Args:
+            bundle: The voice.
+            backend: Backend with the voice's graphs. It belongs to the vocoder, and is closed with it.
+            options: Windows, queue, ends of utterances and streams.
+            workers: Workers of the device, which other vocoders may use too; None for workers of its own.
+        """
         self.bundle = bundle
         self.backend = backend
         self.options = options or Options()
@@ -69,7 +77,7 @@ class Vocoder:
             output=OutputFormat(manifest.spec.hop, self.options.sample_format),
             field=manifest.receptive_field,
             edges=self.options.edges,
-            queue=RequestQueue(backend, policy, self.options.limits),
+            queue=RequestQueue(backend, policy, self.options.limits, workers),
             level_check=LevelCheck(manifest.spec, manifest.levels, manifest.normalization),
         )
         self._streams = OpenStreams(self.options.limits.max_streams)
@@ -234,7 +242,7 @@ class Vocoder:
         Raises:
             BackendError: No run ended for `timeout` seconds. Every request has ended with this error; the memory is not freed.
         """
-        self.queue.close(drain=drain, then=self.backend.close, timeout=timeout)
+        self.queue.close(drain=drain, timeout=timeout)
 
     def __enter__(self) -> Self:
         return self

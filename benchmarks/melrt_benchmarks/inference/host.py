@@ -127,11 +127,11 @@ def _choose(bundle: Bundle, policy: Policy, waiting: int) -> float:
     """Time the choice alone: a queue whose requests wait, and no worker."""
     spec, field = bundle.manifest.spec, bundle.manifest.receptive_field
     queue = RequestQueue(FreeBackend(policy, spec.hop), policy, Limits(max_windows=1 << 30))
-    queue._start_threads = lambda: None  # type: ignore[method-assign]
+    queue._workers.start_threads = lambda: None  # type: ignore[method-assign]
     mel = np.zeros((spec.n_mels, 86), np.float32)
     windows = list(plan(Span(0, 86, 86, ended=True), field, policy))
     for index in range(waiting):
         queue.submit(HostRequest(mel, 0, windows, OutputFormat(spec.hop), deadline=float(index % 97)))
     count = min(50, waiting // policy.batch or 1)
-    seconds = np.median([_timed(lambda: queue._waiting.take(policy.batch)) for _ in range(count)])
+    seconds = np.median([_timed(queue.take) for _ in range(count)])
     return round(1e6 * float(seconds), 1)

@@ -12,11 +12,9 @@ from __future__ import annotations
 import asyncio
 import atexit
 import logging
-import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -28,6 +26,7 @@ from melrt.scheduling.limits import Limits
 from melrt.scheduling.request import Job, Request
 from melrt.scheduling.stats import Counters, Stats
 from melrt.scheduling.waiting import WaitingWindows
+from melrt.scheduling.workers import Usage, Workers
 
 logger = logging.getLogger(__name__)
 
@@ -40,26 +39,58 @@ CLOSE_TIMEOUT = 30.0
 
 
 class RequestQueue:
-    """The queue and its workers. The threads start with the first request and belong to the process that loaded the voice."""
+    """The requests of one voice. Its windows run on `workers`, which it may share with the queues of other voices."""
 
-    def __init__(self, backend: Backend, policy: Policy, limits: Limits) -> None:
+    def __init__(self, backend: Backend, policy: Policy, limits: Limits, workers: Workers | None = None) -> None:
+        """Make a queue.
+
+        Args:
+            backend: Backend that runs the windows.
+            policy: Windows that the backend runs.
+            limits: Limits on what may wait.
+            workers: Workers of the device; None for workers of its own, which end with the queue.
+        """
         self.backend = backend
         self.policy = policy
         self.limits = limits
+        self.lanes = policy.workers
+        """Largest number of runs at the same time."""
+        self.usage = Usage()
+        """Lane time that the windows have used."""
+        self._shared = workers is not None
+        self._workers = workers or Workers()
         self._counters = Counters()
-        self._pid = os.getpid()
         self._waiting = WaitingWindows()
-        self._runners: list[int] = []  # identifiers of the threads that use a lane; there are `policy.workers` lanes
         self._closing = False
-        self._close_later: Callable[[], None] | None = None
+        self._finisher: int | None = None  # identifier of the thread that closes the backend
+        self.ended = False
+        """True once the queue is closed, nothing runs any more and the backend is closed."""
         self._next_timeout_check = 0.0
-        # `with self._lock` is one step for an interrupt, `with self._changed` would not be
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)  # for workers, and for `close`
-        self._room = threading.Condition(self._lock)  # for callers
-        self._threads: list[threading.Thread] = []
+        self._lock = self._workers.lock
         self._delivery = Delivery(backend, self._lock, self._counters, self._remove)
+        self._workers.add(self)
         _at_exit.add(self)
+
+    @property
+    def windows_waiting(self) -> int:
+        """Number of windows that wait."""
+        return self._waiting.windows
+
+    @property
+    def busy(self) -> bool:
+        """True if a window waits or runs."""
+        with self._lock:
+            return not self._idle
+
+    @property
+    def closed(self) -> bool:
+        """True if requests are refused, since the queue was closed."""
+        return self._closing
+
+    @property
+    def inside(self) -> bool:
+        """True in a thread that runs windows now, so in a callback of the queue; waiting there for others could wait for itself."""
+        return self._workers.inside
 
     def submit(self, request: Request, *, run_here: bool = False) -> Future[Any]:
         """Queue a request, waiting for room as the limits say. Its future ends with the result or an error, and can be cancelled.
@@ -84,19 +115,19 @@ class RequestQueue:
         until = time.monotonic() if inside else self._room_deadline()
         try:
             with self._lock:
-                run_here = run_here and not self._waiting.windows
+                run_here = run_here and not self._workers.busy
                 while not self._try_enqueue(request, notify=not run_here):
                     self._check_room_deadline(until)
-                    self._room.wait(None if until is None else until - time.monotonic())
+                    self._workers.room.wait(None if until is None else until - time.monotonic())
                 # at once, or a worker that has just started would take it
                 jobs = self._take_own(request) if run_here else []
             self._run_here(request, jobs)
         except BaseException as error:  # an interrupt must not leave windows or a lane behind
-            lane = not inside and threading.get_ident() in self._runners
+            lane = not inside and threading.get_ident() in self._workers.runners
             if request.waiting or lane:
                 self._delivery.fail(request, error)
             if lane:
-                self._leave_lane()
+                self._workers.leave_lane()
             raise
         return request.future
 
@@ -113,11 +144,6 @@ class RequestQueue:
             await asyncio.sleep(ROOM_POLL)
         return request.future
 
-    @property
-    def inside(self) -> bool:
-        """True in a thread that runs windows now, so in a callback of the queue; waiting there for others could wait for itself."""
-        return threading.get_ident() in self._runners or threading.current_thread() in self._threads
-
     def count_underrun(self) -> None:
         """Count that a stream's audio came after its playback had run out."""
         with self._lock:
@@ -129,70 +155,115 @@ class RequestQueue:
         with self._lock:
             return self._counters.stats(self._waiting.windows, self._waiting.requests, self.policy.batch)
 
-    def close(self, *, drain: bool = True, then: Callable[[], None] = lambda: None, timeout: float = CLOSE_TIMEOUT) -> None:
-        """Refuse further requests and end the workers: after the queue is empty, or (not `drain`) with ClosedError for what waits.
+    def close(self, *, drain: bool = True, timeout: float = CLOSE_TIMEOUT) -> None:
+        """Refuse further requests and close the backend: after the queue is empty, or (not `drain`) with ClosedError for what waits.
+
+        In a callback of the queue this method returns before the backend is closed.
 
         Args:
             drain: Complete the waiting requests.
-            then: Called once nothing runs any more. In a callback of the queue, this method returns before that.
             timeout: Longest wait in seconds for the end of any one run.
 
         Raises:
-            BackendError: No run ended for `timeout` seconds. Every request has ended with this error, and `then` is called if the run
-                ends after all.
+            BackendError: No run ended for `timeout` seconds. Every request has ended with this error, and the backend is closed if the
+                run ends after all.
         """
-        threads = self.stop(drain=drain)
-        if self._pid != os.getpid():
-            return  # the lock may have been held during the fork
-        if self.inside:
-            with self._lock:
-                self._close_later = then
-            return
+        self.stop(drain=drain)
+        if self._workers.foreign or self.inside or self._finisher == threading.get_ident():
+            return  # in a forked child the lock may be held by a thread of the parent
         if not self._wait_for_runs(timeout):
-            self._give_up(then, timeout)
-        for thread in threads:
-            thread.join()
-        then()
+            self._give_up(timeout)
+        self._finish()
+        with self._lock:
+            while not self.ended:
+                self._workers.changed.wait()
+        if not self._shared:
+            for thread in self._workers.threads:
+                thread.join()
+
+    def stop(self, *, drain: bool) -> None:
+        """Begin to close like `close`, and return without waiting."""
+        if self._workers.foreign:
+            return
+        with self._lock:
+            self._closing = True
+            dropped = [] if drain else self._waiting.all()
+            self._workers.changed.notify_all()
+            self._workers.room.notify_all()
+        for request in dropped:
+            self._delivery.fail(request, ClosedError("the vocoder was closed before this was computed."))
+        self._finish()
+
+    def check_process(self) -> None:
+        """Raise BackendError in a forked child. This comes before any lock, which a thread of the parent may have held."""
+        self._workers.check_process()
+
+    def next_deadline(self) -> float:
+        """Return the deadline of the most urgent window. At least one waits."""
+        return self._waiting.next_deadline()
+
+    def take(self) -> list[Job]:
+        """Remove the windows of one run. The caller holds the lock."""
+        return self._waiting.take(self.policy.batch)
+
+    def run(self, jobs: list[Job]) -> None:
+        """Run windows and deliver their audio. No error of a backend or callback ends the worker."""
+        try:
+            self._fail_overdue(self._overdue(jobs))
+            self._delivery.run(jobs)
+        except BaseException as error:  # such as SystemExit in a backend
+            for request, _ in jobs:
+                self._delivery.fail(request, BackendError(f"{self.backend.name} raised {type(error).__name__}: {error}"))
+
+    def ran(self, seconds: float) -> None:
+        """Count lane time, and complete a closing that waited for the end of this run."""
+        with self._lock:
+            self.usage.add(seconds, time.monotonic())
+        self._finish()
+
+    def _finish(self) -> None:
+        """Close the backend once the queue is closed and nothing of it waits or runs."""
+        with self._lock:
+            if not self._closing or self._finisher is not None or not self._idle:
+                return
+            self._finisher = threading.get_ident()
+            self._workers.remove(self)
+        try:
+            self.backend.close()
+        finally:
+            with self._lock:
+                self.ended = True
+                self._workers.changed.notify_all()
+            if not self._shared:
+                self._workers.end()
 
     def _wait_for_runs(self, timeout: float) -> bool:
         """Wait until no window waits or runs, in a worker or in a caller's thread; return False if no run ends within the time."""
+        begin = time.monotonic()
         with self._lock:
-            while self._runners or self._waiting.windows:
-                if not self._changed.wait(timeout):
+            while not self._idle:
+                left = max(begin, self.usage.last_run) + timeout - time.monotonic()
+                if left <= 0:
                     return False
+                self._workers.changed.wait(left)
         return True
 
-    def _give_up(self, then: Callable[[], None], timeout: float) -> None:
+    def _give_up(self, timeout: float) -> None:
         """End the requests of a backend that does not return, and raise BackendError."""
         error = BackendError(
             f"{self.backend.name} on {self.backend.device} has not ended a run for {timeout:g} s, or a callback waits. Its memory is not "
             "freed. If it does not return, end this process."
         )
         with self._lock:
-            self._close_later = then
             requests = [*self._waiting.all(), *self._delivery.running()]
         _at_exit.discard(self)  # the exit would wait for the same run
         for request in requests:
             self._delivery.fail(request, error)
         raise error
 
-    def stop(self, *, drain: bool) -> list[threading.Thread]:
-        """Begin to close, and return the workers without waiting for them."""
-        if self._pid != os.getpid():
-            return []  # the workers, and perhaps a held lock, belong to the parent process
-        with self._lock:
-            self._closing = True
-            dropped = [] if drain else self._waiting.all()
-            self._changed.notify_all()
-            self._room.notify_all()
-        for request in dropped:
-            self._delivery.fail(request, ClosedError("the vocoder was closed before this was computed."))
-        return self._threads
-
-    def check_process(self) -> None:
-        """Raise BackendError in a forked child. This comes before any lock, which a thread of the parent may have held."""
-        if self._pid != os.getpid():
-            raise BackendError(f"this vocoder was loaded in process {self._pid}; its threads did not survive the fork. Load one here.")
+    @property
+    def _idle(self) -> bool:
+        return not self._waiting.windows and not self._workers.runs(self)
 
     def _room_deadline(self) -> float | None:
         """Return the time until which a caller waits for room; None for no limit."""
@@ -214,15 +285,20 @@ class RequestQueue:
         if request.windows:
             if self._waiting.windows >= self.limits.max_windows:
                 return False
-            self._start_threads()  # first, so that nothing is queued if a thread cannot start
+            self._workers.start_threads()  # first, so that nothing is queued if a thread cannot start
             self._waiting.add(request)
+            self._workers.update(self)
             if notify:
-                self._changed.notify_all()
-        else:
+                self._workers.changed.notify_all()
+        self._count(request)
+        return True
+
+    def _count(self, request: Request) -> None:
+        """Count an admitted request, and end one without windows. The caller holds the lock."""
+        self._counters.requests += 1
+        if not request.windows:
             request.ended = True
             request.future.set_result(request.result)
-        self._counters.requests += 1
-        return True
 
     def _check_open(self) -> None:
         if self._closing:
@@ -234,92 +310,37 @@ class RequestQueue:
         reference = weakref.ref(request)
 
         def done(future: Future[Any]) -> None:
-            if future.cancelled() and self._pid == os.getpid():
+            if future.cancelled() and not self._workers.foreign:
                 self._delivery.cancel(reference())
 
         request.future.add_done_callback(done)
         request.future.waits_for_itself = lambda: self.inside
 
-    def _start_threads(self) -> None:
-        while len(self._threads) < self.policy.workers:
-            thread = threading.Thread(target=self._work, name=f"melrt-{len(self._threads)}", daemon=True)
-            thread.start()
-            self._threads.append(thread)
-
-    def _work(self) -> None:
-        while self._work_once():
-            pass  # between two runs a worker refers to no request, whose frames and audio it would keep alive
-        self._finish_closing()
-
-    def _work_once(self) -> bool:
-        with self._lock:
-            while not self._waiting.windows or len(self._runners) >= self.policy.workers:
-                if self._closing and not self._waiting.windows:
-                    return False
-                self._changed.wait()
-            jobs = self._take()
-            overdue = self._overdue(jobs)
-        try:
-            self._fail_overdue(overdue)
-            self._delivery.run(jobs)
-        except BaseException as error:  # such as SystemExit in a backend: it must not end the worker
-            for request, _ in jobs:
-                self._delivery.fail(request, BackendError(f"{self.backend.name} raised {type(error).__name__}: {error}"))
-        finally:
-            jobs.clear()
-            self._leave_lane()
-        return True
-
     def _run_here(self, request: Request, jobs: list[Job]) -> None:
-        """Run windows of a request in this thread while no other request waits and a lane is free; the workers take what is left."""
+        """Run windows of a request in this thread while no other request waits and a lane is free; the workers take the others."""
         while jobs:
+            start = time.monotonic()
             self._fail_overdue(self._overdue(jobs))
             self._delivery.run(jobs)
-            self._leave_lane()
-            jobs = self._take_own(request)
+            self._workers.leave_lane(time.monotonic() - start)
+            with self._lock:
+                jobs = self._take_own(request)
 
     def _run_inside(self, request: Request) -> None:
         """Run a request within a callback: this thread has a lane, and would wait for itself."""
         with self._lock:
             self._check_open()
-            self._counters.requests += 1
+            self._count(request)
         for window in request.windows:
             self._delivery.run([(request, window)])
-        if not request.windows:
-            request.future.set_result(request.result)
 
     def _take_own(self, request: Request) -> list[Job]:
-        with self._lock:
-            alone = request.waiting and request.waiting == self._waiting.windows
-            jobs = self._take() if alone and len(self._runners) < self.policy.workers else []
-            if request.waiting:
-                self._changed.notify_all()
-            return jobs
-
-    def _take(self) -> list[Job]:
-        """Take a lane, and the windows of one run. The caller holds the lock."""
-        self._runners.append(threading.get_ident())
-        jobs = self._waiting.take(self.policy.batch)
-        self._room.notify_all()
+        """Take windows of a request for this thread if no other waits and a lane is free. The caller holds the lock."""
+        alone = request.waiting and request.waiting == self._waiting.windows and self._workers.only(self)
+        jobs = self._workers.take(self) if alone and self._workers.free_lane(self) else []
+        if request.waiting:
+            self._workers.changed.notify_all()
         return jobs
-
-    def _leave_lane(self) -> None:
-        with self._lock:
-            if threading.get_ident() in self._runners:
-                self._runners.remove(threading.get_ident())
-                if self._waiting.windows or self._closing:
-                    self._changed.notify_all()
-        if self._close_later is not None:
-            self._finish_closing()
-
-    def _finish_closing(self) -> None:
-        """Call what `close` was given inside a callback, once nothing runs any more and no other worker is left."""
-        with self._lock:
-            others = [thread for thread in self._threads if thread.is_alive() and thread is not threading.current_thread()]
-            if self._runners or self._waiting.windows or others or self._close_later is None:
-                return
-            then, self._close_later = self._close_later, None
-        then()
 
     def _overdue(self, jobs: list[Job]) -> list[Request]:
         """Return the requests of these windows, and from time to time those that wait, that arrived before `Limits.timeout`."""
@@ -342,8 +363,10 @@ class RequestQueue:
     def _remove(self, request: Request) -> None:
         with self._lock:
             self._waiting.remove(request)
-            self._room.notify_all()
-            self._changed.notify_all()
+            self._workers.update(self)
+            self._workers.room.notify_all()
+            self._workers.changed.notify_all()
+        self._finish()
 
 
 _at_exit: weakref.WeakSet[RequestQueue] = weakref.WeakSet()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -57,12 +58,7 @@ class WaitingWindows:
         """Remove the most urgent window and up to `batch - 1` others of its shape, the most urgent first; nothing if none waits."""
         with self._undisturbed():
             jobs: list[Job] = []
-            for heap in self._heaps.values():
-                self._drop_stale(heap)
-            self._heaps = {shape: heap for shape, heap in self._heaps.items() if heap}
-            if not self._heaps:
-                return jobs
-            heap = min(self._heaps.values(), key=lambda heap: heap[0][:3])
+            heap = self._most_urgent()
             while heap and len(jobs) < batch:
                 entry = heapq.heappop(heap)
                 jobs.append((entry.request, entry.window))
@@ -72,6 +68,12 @@ class WaitingWindows:
                     del self._requests[entry.request]
                 self._drop_stale(heap)
             return jobs
+
+    def next_deadline(self) -> float:
+        """Return the deadline of the most urgent window, or infinity if none waits."""
+        with self._undisturbed():
+            heap = self._most_urgent()
+            return heap[0].deadline if heap else math.inf
 
     def remove(self, request: Request) -> None:
         """Remove the windows of a request that still wait."""
@@ -108,6 +110,13 @@ class WaitingWindows:
             self._busy = False
             while self._removed_meanwhile:
                 self.remove(self._removed_meanwhile.pop())
+
+    def _most_urgent(self) -> list[_Entry]:
+        """Return the heap with the most urgent window; empty if none waits."""
+        for heap in self._heaps.values():
+            self._drop_stale(heap)
+        self._heaps = {shape: heap for shape, heap in self._heaps.items() if heap}
+        return min(self._heaps.values(), key=lambda heap: heap[0][:3], default=[])
 
     def _drop_stale(self, heap: list[_Entry]) -> None:
         while heap and not heap[0].request.waiting:

@@ -158,7 +158,7 @@ def test_callback_may_close_the_vocoder(tiny_bundle_path: Path) -> None:
         future.add_done_callback(lambda _: vocoder.close())
     echo.go.set()
     assert [float(future.result(5)[0]) for future in futures] == [0, 1, 2, 3]
-    for worker in vocoder.queue._threads:
+    for worker in vocoder.queue._workers.threads:
         worker.join(5)
         assert not worker.is_alive()
     assert closed == [4]
@@ -206,7 +206,7 @@ def test_interrupts_leave_no_lock_lane_or_window(tiny_bundle_path: Path) -> None
     free.join(5)
     assert not free.is_alive(), "the lock is held"
     assert (vocoder.submit(constant(3)).result(5) == 3).all()
-    assert vocoder.queue._runners == []
+    assert vocoder.queue._workers.runners == {}
     assert vocoder.stats().queue_windows == 0
     vocoder.close()
 

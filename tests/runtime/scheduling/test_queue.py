@@ -196,7 +196,7 @@ def test_close_completes_or_cancels_requests(tiny_bundle_path: Path, drain: bool
 def test_workers_of_a_deleted_vocoder_end(tiny_bundle_path: Path) -> None:
     vocoder, _ = load_echo(tiny_bundle_path, ONE)
     vocoder(constant(1))
-    (worker,) = vocoder.queue._threads
+    (worker,) = vocoder.queue._workers.threads
     last = vocoder.submit(constant(2, 300))
     del vocoder
     worker.join(5)
@@ -298,7 +298,7 @@ def test_workers_survive_simultaneous_events(tiny_bundle_path: Path) -> None:
     finally:
         sys.setswitchinterval(interval)
     assert problems == []
-    assert all(worker.is_alive() for worker in vocoder.queue._threads)
+    assert all(worker.is_alive() for worker in vocoder.queue._workers.threads)
     vocoder.close()
 
 
