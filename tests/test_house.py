@@ -107,7 +107,7 @@ def test_only_the_command_line_prints() -> None:
 
 def test_links_lead_somewhere() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        for target in re.findall(r"\]\(([^)#:]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
@@ -143,8 +143,9 @@ def test_readme_code_runs_as_pasted(after_demo: Path) -> None:
 
 
 @pytest.mark.slow
-def test_python_api_page_runs(after_demo: Path) -> None:
-    run_in(after_demo, sys.executable, "-W", "error", "-c", "\n".join(blocks("docs/python-api.md", "python")))
+@pytest.mark.parametrize("page", ["python-api", "voices"])
+def test_pages_of_python_code_run(after_demo: Path, page: str) -> None:
+    run_in(after_demo, sys.executable, "-W", "error", "-c", "\n".join(blocks(f"docs/{page}.md", "python")))
 
 
 @pytest.mark.slow

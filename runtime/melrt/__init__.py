@@ -19,14 +19,41 @@ from melrt.mel.convert import convert_mel
 from melrt.mel.features import mel_from_audio
 from melrt.planning.edges import Edges
 from melrt.planning.windows import Policy
+from melrt.residency import Residency
 from melrt.scheduling.limits import Limits
 from melrt.scheduling.stats import Stats
 from melrt.scheduling.stream import Stream, StreamPace
 from melrt.vocoder import Options, Vocoder
+from melrt.voices import Voices, VoiceStats
 
 __all__ = [
-    "AudioError", "BackendError", "Bundle", "BundleError", "ClosedError", "ConfigError", "Edges", "Limits", "MelError", "MelSpec",
-    "MelrtError", "MissingExtraError", "Normalization", "Options", "OverdueError", "Policy", "QueueFullError", "Stats", "Stream",
-    "StreamPace", "Vocoder", "convert_mel", "mel_from_audio", "read_audio", "write_wav",
+    "AudioError",
+    "BackendError",
+    "Bundle",
+    "BundleError",
+    "ClosedError",
+    "ConfigError",
+    "Edges",
+    "Limits",
+    "MelError",
+    "MelSpec",
+    "MelrtError",
+    "MissingExtraError",
+    "Normalization",
+    "Options",
+    "OverdueError",
+    "Policy",
+    "QueueFullError",
+    "Residency",
+    "Stats",
+    "Stream",
+    "StreamPace",
+    "Vocoder",
+    "VoiceStats",
+    "Voices",
+    "convert_mel",
+    "mel_from_audio",
+    "read_audio",
+    "write_wav",
 ]  # fmt: skip
 __version__ = "0.1.0"

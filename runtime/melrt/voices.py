@@ -1,0 +1,299 @@
+"""Many voices in one process: loaded at their first request, within a memory limit, on the same worker threads."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from melrt.backends.select import BackendChoice, open_backend
+from melrt.bundle import MANIFEST, Bundle
+from melrt.errors import BackendError, BundleError, ClosedError, MelrtError, QueueFullError
+from melrt.residency import Entry, Memory, Residency, memory_of
+from melrt.scheduling.stats import Stats
+from melrt.scheduling.workers import Workers
+from melrt.vocoder import Options, Vocoder
+
+logger = logging.getLogger(__name__)
+
+SUFFIX = ".melrt"
+# Longest time in seconds for which the loader waits for the memory of voices that are in use. Other voices wait behind it.
+LONGEST_WAIT = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class VoiceStats:
+    """State of one voice."""
+
+    loaded: bool
+    """True if the next request need not wait for loading."""
+    memory: int
+    """Estimated bytes that it takes, or took when it was loaded last."""
+    loads: int
+    """Number of times that it was loaded."""
+    load_seconds: float
+    """Duration of the last loading."""
+    queue: Stats | None
+    """Counters since it was loaded; None while it is not."""
+
+
+class Voices:
+    """The voices of a folder, by name. Safe to use from several threads.
+
+    `voices["lj"]` is a `Vocoder`. Look it up for each request or stream, and do not keep it: a voice that is in use stays in memory.
+    """
+
+    def __init__(  # noqa: PLR0913  # each is one choice, by keyword
+        self,
+        source: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        backend: str = "auto",
+        threads: int | None = None,
+        options: Options | None = None,
+        residency: Residency | None = None,
+        trust: bool = False,
+    ) -> None:
+        """Find the voices. None is loaded yet.
+
+        Args:
+            source: A folder with bundles (`NAME.melrt`), in which bundles may appear later, or the paths of bundles.
+            device: Device of all voices, as in `Vocoder.load`; so are `precision`, `backend` and `trust`.
+            precision: Precision, chosen for each voice if it is `auto`.
+            backend: Backend, chosen for each voice if it is `auto`.
+            threads: CPU threads in all, which the voices share; one per usable core if None.
+            options: Windows, limits, ends of utterances, streams and output of every voice.
+            residency: Memory limit, pinned voices and weights.
+            trust: Open TensorRT engines that nobody vouches for.
+
+        Raises:
+            ConfigError: An argument is not one of the allowed values.
+            BundleError: The folder or a bundle does not exist, or two bundles have one name.
+        """
+        self._options = options or Options()
+        self._choice = BackendChoice(device, precision, backend, threads, self._options.sample_format, trust)
+        self._residency = residency or Residency()
+        self._folder = Path(source) if isinstance(source, str | os.PathLike) else None
+        self._entries: dict[str, Entry] = {}
+        self._lock = threading.RLock()
+        self._workers: dict[str, Workers] = {}
+        wait = LONGEST_WAIT if self._patience is None else min(self._patience, LONGEST_WAIT)
+        self._memory = Memory(self._residency, wait, self._entries, self._lock)
+        self._closed = False
+        self._pid = os.getpid()
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="melrt-loader")
+        weakref.finalize(self, _end, self._workers)
+        for path in self._bundles() if isinstance(source, str | os.PathLike) else map(Path, source):
+            self._add(path)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the voices, sorted. A folder is read again."""
+        self._check_process()
+        with self._lock:
+            self._look_for_new()
+            return tuple(sorted(self._entries))
+
+    @property
+    def memory(self) -> int:
+        """Estimated bytes that loaded voices take, those included that were unloaded but are still in use."""
+        return self._memory.total
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, name: str) -> Vocoder:
+        """Return a voice, and load it first if it is not in memory.
+
+        Raises:
+            BundleError: There is no such voice, or its bundle is damaged.
+            BackendError: It cannot run here.
+            QueueFullError: It is being loaded and the limits say not to wait (longer), or there is no memory for it.
+            ClosedError: The voices were closed.
+        """
+        loading = self.load(name)
+        try:
+            return loading.result(self._patience)
+        except TimeoutError:
+            return self._result(name, loading)
+
+    async def load_async(self, name: str) -> Vocoder:
+        """Return a voice like `voices[name]`, without blocking the event loop."""
+        loading = self.load(name)
+        try:
+            return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(loading)), self._patience)
+        except TimeoutError:
+            return self._result(name, loading)
+
+    def load(self, name: str) -> Future[Vocoder]:
+        """Begin to load a voice ahead of its use, and return a future.
+
+        Raises:
+            BundleError: There is no such voice.
+            ClosedError: The voices were closed.
+        """
+        self._check_process()
+        with self._lock:
+            if self._closed:
+                raise ClosedError("the voices are closed; open them again.")
+            entry, now = self._entry(name), time.monotonic()
+            entry.used = now
+            vocoder = None if entry.vocoder is None or entry.vocoder.queue.closed else entry.vocoder
+            if vocoder is None or self._has_changed(entry, now):
+                entry.loading = entry.loading or self._loader.submit(self._load, name, entry)
+            if vocoder is None and entry.loading is not None:
+                return entry.loading
+        loaded: Future[Vocoder] = Future()
+        loaded.set_result(vocoder)  # type: ignore[arg-type]
+        return loaded
+
+    def unload(self, name: str) -> None:
+        """Drop a voice from memory once nothing uses it. Its next request loads it again."""
+        self._check_process()
+        with self._lock:
+            entry = self._entry(name)
+        self._memory.drop(entry)
+
+    def stats(self) -> dict[str, VoiceStats]:
+        """Return the state of every voice."""
+        self._check_process()
+        with self._lock:
+            entries = list(self._entries.items())
+        return {name: _stats(entry) for name, entry in entries}
+
+    def close(self, *, drain: bool = True) -> None:
+        """Close all voices: after their queues are empty, or (not `drain`) with ClosedError for the requests that wait.
+
+        Raises:
+            BackendError: A backend did not return from a run, as in `Vocoder.close`. The other voices are closed.
+        """
+        if self._pid != os.getpid():
+            return
+        with self._lock:
+            self._closed = self._memory.closed = True
+        self._loader.shutdown(cancel_futures=True)
+        with self._lock:
+            loaded = [entry.vocoder for entry in self._entries.values() if entry.vocoder is not None]
+        errors = []
+        for vocoder in loaded:
+            try:
+                vocoder.close(drain=drain)
+            except BackendError as error:
+                errors.append(error)
+        _end(self._workers)
+        if errors:
+            raise errors[0]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def _patience(self) -> float | None:
+        """Longest wait for a voice in seconds; None for no limit."""
+        return self._options.limits.wait_timeout if self._options.limits.wait else 0.0
+
+    def _result(self, name: str, loading: Future[Vocoder]) -> Vocoder:
+        """Return a voice that was loaded in time, or raise QueueFullError with the reason for which it was not."""
+        no_room = self._memory.no_room
+        if not loading.done():
+            raise QueueFullError(no_room or f"the voice {name} is being loaded; try again later, or raise Limits.wait_timeout.")
+        return loading.result()
+
+    def _check_process(self) -> None:
+        """Raise BackendError in a forked child. This comes before any lock, which a thread of the parent may have held."""
+        if self._pid != os.getpid():
+            raise BackendError(f"these voices were opened in process {self._pid}; their threads did not survive the fork. Open them here.")
+
+    def _has_changed(self, entry: Entry, now: float) -> bool:
+        """Look from time to time whether a bundle on disk is another than the one that was loaded."""
+        if now - entry.checked <= self._residency.check_seconds:
+            return False
+        entry.checked = now
+        return entry.on_disk not in ((), entry.version)
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self._entries:
+            self._look_for_new()
+        if name not in self._entries:
+            known = ", ".join(sorted(self._entries)[:20]) or "none"
+            raise BundleError(f"there is no voice {name!r}; there are: {known}.")
+        return self._entries[name]
+
+    def _look_for_new(self) -> None:
+        known = {entry.path for entry in self._entries.values()}
+        for path in self._bundles():
+            if path not in known:
+                self._add(path)
+
+    def _bundles(self) -> list[Path]:
+        if self._folder is None:
+            return []
+        if not self._folder.is_dir():
+            raise BundleError(f"{self._folder} is not a folder. Name a folder that contains bundles (NAME{SUFFIX}), or a list of bundles.")
+        return [path.parent for path in sorted(self._folder.glob(f"*{SUFFIX}/{MANIFEST}"))]
+
+    def _add(self, path: Path) -> None:
+        name = path.name.removesuffix(SUFFIX)
+        if name in self._entries:
+            raise BundleError(f"{path} and {self._entries[name].path} have the same name {name!r}; rename one of them.")
+        if self._folder is None:
+            Bundle.open(path)
+        self._entries[name] = Entry(path)
+
+    def _load(self, name: str, entry: Entry) -> Vocoder:
+        """Load a voice in the loader's thread. Until then, requests for a voice that has changed use the old one."""
+        version, start = entry.on_disk, time.monotonic()
+        try:
+            vocoder, memory = self._open(name, entry.path)
+        except Exception as error:
+            with self._lock:
+                entry.loading, old = None, entry.vocoder
+                if not isinstance(error, QueueFullError):
+                    entry.version = version  # an attempt with the same files would fail again
+            if old is None or not isinstance(error, MelrtError):
+                raise
+            logger.warning("the voice %s has changed and could not be loaded again; the old one is used: %s", name, error)
+            return old
+        with self._lock:
+            old, entry.vocoder, entry.loading, entry.version, entry.memory = entry.vocoder, vocoder, None, version, memory
+            entry.checked, entry.loads, entry.load_seconds = time.monotonic(), entry.loads + 1, time.monotonic() - start
+        return vocoder
+
+    def _open(self, name: str, path: Path) -> tuple[Vocoder, int]:
+        bundle = Bundle.open(path)
+        self._memory.make_room(name, memory_of(bundle, "fp32", "onnxruntime"))
+        backend = open_backend(bundle, self._choice)
+        memory = memory_of(bundle, backend.precision, backend.name)
+        workers = self._workers.setdefault(backend.device, Workers())
+        vocoder = Vocoder(bundle, backend, self._options, workers)
+        vocoder.queue.usage.weight = self._residency.weights.get(name, 1.0)
+        self._memory.add(name, vocoder.queue, memory)
+        return vocoder, memory
+
+
+def _end(workers: dict[str, Workers]) -> None:
+    for device in workers.values():
+        device.end()
+
+
+def _stats(entry: Entry) -> VoiceStats:
+    vocoder = entry.vocoder
+    return VoiceStats(vocoder is not None, entry.memory, entry.loads, entry.load_seconds, vocoder.stats() if vocoder is not None else None)
