@@ -48,7 +48,13 @@ MUTANTS = (
     (PLAN + "windows.py", "keep_stop + field.right", "keep_stop + field.right - 1", WINDOWS),
     (PLAN + "windows.py", "max(keep_start - field.left, 0)", "keep_start", WINDOWS),
     (PLAN + "windows.py", "received - field.right, 0)", "received, 0)", WINDOWS),
-    (QUEUE + "waiting.py", "heap = min(self._heaps.values()", "heap = max(self._heaps.values()", WAITING),
+    (QUEUE + "waiting.py", "return min(self._heaps.values()", "return max(self._heaps.values()", WAITING),
+    (QUEUE + "workers.py", "order = member.usage.seconds > share * member.usage.weight, deadline", "order = False, deadline", WAITING),
+    (QUEUE + "workers.py", "> share * member.usage.weight", "> share", WAITING),
+    (QUEUE + "workers.py", "and self.runs(member) < member.lanes", "", WAITING),
+    (QUEUE + "workers.py", "< best_order", "> best_order", WAITING),
+    (QUEUE + "workers.py", "max(member.usage.seconds, self._progress * member.usage.weight)", "member.usage.seconds", WAITING),
+    (QUEUE + "workers.py", "self._progress * member.usage.weight", "self._progress", WAITING),
     (QUEUE + "waiting.py", "len(jobs) < batch", "len(jobs) <= batch", WAITING),
 )  # fmt: skip
 

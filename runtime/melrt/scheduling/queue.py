@@ -218,7 +218,7 @@ class RequestQueue:
     def ran(self, seconds: float) -> None:
         """Count lane time, and complete a closing that waited for the end of this run."""
         with self._lock:
-            self.usage.add(seconds, time.monotonic())
+            self.usage.add(seconds)
         self._finish()
 
     def _finish(self) -> None:

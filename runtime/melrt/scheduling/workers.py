@@ -11,9 +11,6 @@ from typing import Protocol
 from melrt.errors import BackendError
 from melrt.scheduling.request import Job
 
-# Seconds after which lane time counts 1/e of what it counted. Shares are compared over about this time.
-MEMORY = 2.0
-
 
 class Member(Protocol):
     """A queue, as its workers see it."""
@@ -51,22 +48,20 @@ class Member(Protocol):
 
 
 class Usage:
-    """Lane time that a queue has used lately, in seconds of one lane, and the weight of the queue."""
+    """Lane time that a queue has used, and the weight of the queue."""
 
-    def __init__(self, weight: float = 1.0) -> None:
-        self.weight = weight
+    def __init__(self) -> None:
+        self.weight = 1.0
         """Share of the lanes, relative to the weights of the other queues that have windows."""
+        self.seconds = 0.0
+        """Lane time that counts: that of its runs, and what it did not use while it had no window."""
         self.last_run = time.monotonic()
         """Time at which the last run ended."""
-        self._seconds = 0.0
 
-    def add(self, seconds: float, now: float) -> None:
+    def add(self, seconds: float) -> None:
         """Count a run that has just ended."""
-        self._seconds, self.last_run = self.recent(now) + seconds, now
-
-    def recent(self, now: float) -> float:
-        """Return the lane time of about the last `MEMORY` seconds."""
-        return self._seconds * math.exp(min(self.last_run - now, 0.0) / MEMORY)
+        self.seconds += seconds
+        self.last_run = time.monotonic()
 
 
 class Workers:
@@ -83,7 +78,8 @@ class Workers:
         """Queue whose windows a thread runs, by the thread's identifier. Each entry is a lane in use."""
         self.threads: list[threading.Thread] = []
         self._members: dict[Member, None] = {}
-        self._busy: dict[Member, None] = {}
+        self._busy: dict[Member, float] = {}  # the deadlines of their most urgent windows
+        self._progress = 0.0  # lane time per weight of the queue that ran last
         self._lanes = 0
         self._ended = False
         self._pid = os.getpid()
@@ -127,9 +123,11 @@ class Workers:
             self.changed.notify_all()
 
     def update(self, member: Member) -> None:
-        """Take note of whether windows wait in a queue. The caller holds the lock."""
+        """Take note of the windows that wait in a queue. The caller holds the lock."""
         if member.windows_waiting:
-            self._busy[member] = None
+            if member not in self._busy:  # time without windows is not saved up for a flood
+                member.usage.seconds = max(member.usage.seconds, self._progress * member.usage.weight)
+            self._busy[member] = member.next_deadline()
         else:
             self._busy.pop(member, None)
 
@@ -157,6 +155,7 @@ class Workers:
     def take(self, member: Member) -> list[Job]:
         """Take a lane, and the windows of one run. The caller holds the lock."""
         self.runners[threading.get_ident()] = member
+        self._progress = max(self._progress, member.usage.seconds / member.usage.weight)
         jobs = member.take()
         self.update(member)
         self.room.notify_all()
@@ -193,13 +192,17 @@ class Workers:
     def _next(self) -> Member | None:
         """Return the queue whose window runs next, or None if there is no window or no lane for it.
 
-        Queues within their share come first, so a queue that is flooded does not delay the others. Among them, and among the queues
-        above their share, the earliest deadline decides.
+        Queues within their share of the lane time come first, so a queue that is flooded does not delay the others. Among them, and among
+        the queues above their share, the earliest deadline decides. A queue that had no window begins where the last run was, as in
+        start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996).
         """
-        ready = [member for member in self._busy if self.free_lane(member)]
-        if len(ready) < 2:
-            return ready[0] if ready else None
-        now = time.monotonic()
-        used = {member: member.usage.recent(now) for member in self._busy}
-        share = sum(used.values()) / sum(member.usage.weight for member in self._busy)
-        return min(ready, key=lambda member: (used[member] > share * member.usage.weight, member.next_deadline()))
+        if not self._busy or len(self.runners) >= self._lanes:
+            return None
+        full = {member for member in self.runners.values() if not self.free_lane(member)}
+        share = sum(member.usage.seconds for member in self._busy) / sum(member.usage.weight for member in self._busy)
+        best, best_order = None, (True, math.inf)
+        for member, deadline in self._busy.items():
+            order = member.usage.seconds > share * member.usage.weight, deadline
+            if member not in full and (best is None or order < best_order):
+                best, best_order = member, order
+        return best
