@@ -19,12 +19,12 @@ from melrt.mel.convert import convert_mel
 from melrt.mel.features import mel_from_audio
 from melrt.planning.edges import Edges
 from melrt.planning.windows import Policy
-from melrt.residency import Residency
+from melrt.residency import Residency, VoiceStats
 from melrt.scheduling.limits import Limits
 from melrt.scheduling.stats import Stats
 from melrt.scheduling.stream import Stream, StreamPace
 from melrt.vocoder import Options, Vocoder
-from melrt.voices import Voices, VoiceStats
+from melrt.voices import Voices
 
 __all__ = [
     "AudioError",

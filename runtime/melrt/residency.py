@@ -15,6 +15,7 @@ from melrt.bundle import MANIFEST, Bundle
 from melrt.checks import check_fields, number, optional, whole
 from melrt.errors import ConfigError, QueueFullError
 from melrt.scheduling.queue import RequestQueue
+from melrt.scheduling.stats import Stats
 from melrt.vocoder import Vocoder
 
 # Memory of a loaded voice for each byte of its graphs: weights, their blocked copies and the graph. ONNX Runtime takes 2.7 times the
@@ -49,6 +50,22 @@ class Residency:
                 raise ConfigError(f"residency: the weight of {name} is {weight!r}; it must be a number above 0 and below 1,000,000.")
 
 
+@dataclass(frozen=True, slots=True)
+class VoiceStats:
+    """State of one voice."""
+
+    loaded: bool
+    """True if the next request need not wait for loading."""
+    memory: int
+    """Estimated bytes that it takes, or took when it was loaded last."""
+    loads: int
+    """Number of times that it was loaded."""
+    load_seconds: float
+    """Duration of the last loading."""
+    queue: Stats | None
+    """Counters since it was loaded; None while it is not."""
+
+
 @dataclass(slots=True)
 class Entry:
     """One voice. Guarded by the lock of the voices."""
@@ -73,9 +90,20 @@ class Entry:
         return facts.st_ino, facts.st_mtime_ns, facts.st_size
 
     @property
+    def gone(self) -> bool:
+        """True if the voice is neither loaded nor on disk."""
+        return self.vocoder is None and self.loading is None and not self.on_disk
+
+    @property
     def busy(self) -> bool:
         """True while the voice has streams or windows."""
         return self.vocoder is not None and (self.vocoder.open_streams > 0 or self.vocoder.queue.busy)
+
+    def stats(self) -> VoiceStats:
+        """Return the state of the voice."""
+        vocoder = self.vocoder
+        queue = None if vocoder is None else vocoder.stats()
+        return VoiceStats(vocoder is not None, self.memory, self.loads, self.load_seconds, queue)
 
 
 class Memory:
@@ -122,9 +150,11 @@ class Memory:
             return
         if memory > limit:
             raise ConfigError(f"the voice {name} takes about {memory >> 20} MiB; Residency.memory is {limit >> 20} MiB. Raise it.")
-        until = time.monotonic() + self._patience
+        serves, until = self._entries[name].vocoder is not None, time.monotonic() + self._patience
         try:
             while not self._unload(name, limit - memory):
+                if serves and self._entries[name].vocoder is None:  # just unloaded itself; its callers begin to wait now
+                    serves, until = False, time.monotonic() + self._patience
                 self.no_room = (
                     f"the voices in use and those pinned take {self.total >> 20} of {limit >> 20} MiB, so {name} was not loaded; "
                     "try again later, or raise Residency.memory."
@@ -139,14 +169,15 @@ class Memory:
     def _unload(self, name: str, room: int) -> bool:
         """Drop voices until the loaded ones take at most `room` bytes; return False while voices in use take more.
 
-        Voices without work go first, then those that were used longest ago. A voice with work keeps its memory until it is done.
+        Voices without work go first, then those that were used longest ago. A voice with work keeps its memory until it is done. The
+        voice `name` itself, which is loaded again, goes last, and only without work: until then it serves.
         """
         with self._lock:
             loaded = {other: entry for other, entry in self._entries.items() if entry.vocoder is not None}
             order = sorted((other == name, entry.busy, entry.used, other) for other, entry in loaded.items())
         for own, busy, _, other in order:
             held = sum(entry.memory for entry in loaded.values() if entry.vocoder is not None)
-            if (held if busy else self.total) > room and (own or other not in self._residency.pinned):
+            if (held if busy else self.total) > room and (not busy if own else other not in self._residency.pinned):
                 self.drop(loaded[other])
         return self.total <= room
 

@@ -10,15 +10,13 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from melrt.backends.select import BackendChoice, open_backend
 from melrt.bundle import MANIFEST, Bundle
 from melrt.errors import BackendError, BundleError, ClosedError, MelrtError, QueueFullError
-from melrt.residency import Entry, Memory, Residency, memory_of
-from melrt.scheduling.stats import Stats
+from melrt.residency import Entry, Memory, Residency, VoiceStats, memory_of
 from melrt.scheduling.workers import Workers
 from melrt.vocoder import Options, Vocoder
 
@@ -27,22 +25,6 @@ logger = logging.getLogger(__name__)
 SUFFIX = ".melrt"
 # Longest time in seconds for which the loader waits for the memory of voices that are in use. Other voices wait behind it.
 LONGEST_WAIT = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class VoiceStats:
-    """State of one voice."""
-
-    loaded: bool
-    """True if the next request need not wait for loading."""
-    memory: int
-    """Estimated bytes that it takes, or took when it was loaded last."""
-    loads: int
-    """Number of times that it was loaded."""
-    load_seconds: float
-    """Duration of the last loading."""
-    queue: Stats | None
-    """Counters since it was loaded; None while it is not."""
 
 
 class Voices:
@@ -101,7 +83,7 @@ class Voices:
         self._check_process()
         with self._lock:
             self._look_for_new()
-            return tuple(sorted(self._entries))
+            return tuple(sorted(name for name, entry in self._entries.items() if entry.on_disk))
 
     @property
     def memory(self) -> int:
@@ -163,18 +145,19 @@ class Voices:
         return loaded
 
     def unload(self, name: str) -> None:
-        """Drop a voice from memory once nothing uses it. Its next request loads it again."""
+        """Drop a voice from memory once nothing uses it. Its next request loads it again; a voice that is not loaded is left alone."""
         self._check_process()
         with self._lock:
-            entry = self._entry(name)
-        self._memory.drop(entry)
+            entry = self._entries.get(name)
+        if entry is not None:
+            self._memory.drop(entry)
 
     def stats(self) -> dict[str, VoiceStats]:
         """Return the state of every voice."""
         self._check_process()
         with self._lock:
             entries = list(self._entries.items())
-        return {name: _stats(entry) for name, entry in entries}
+        return {name: entry.stats() for name, entry in entries}
 
     def close(self, *, drain: bool = True) -> None:
         """Close all voices: after their queues are empty, or (not `drain`) with ClosedError for the requests that wait.
@@ -230,7 +213,7 @@ class Voices:
         return entry.on_disk not in ((), entry.version)
 
     def _entry(self, name: str) -> Entry:
-        if name not in self._entries:
+        if name not in self._entries or self._entries[name].gone:
             self._look_for_new()
         if name not in self._entries:
             known = ", ".join(sorted(self._entries)[:20]) or "none"
@@ -238,6 +221,10 @@ class Voices:
         return self._entries[name]
 
     def _look_for_new(self) -> None:
+        """Add the bundles that have appeared. A voice without a bundle is forgotten once it is not loaded."""
+        if self._folder is not None:
+            for name in [name for name, entry in self._entries.items() if entry.gone]:
+                del self._entries[name]
         known = {entry.path for entry in self._entries.values()}
         for path in self._bundles():
             if path not in known:
@@ -264,13 +251,16 @@ class Voices:
         try:
             vocoder, memory = self._open(name, entry.path)
         except Exception as error:
+            if entry.on_disk not in ((), version):  # replaced meanwhile
+                return self._load(name, entry)
             with self._lock:
                 entry.loading, old = None, entry.vocoder
                 if not isinstance(error, QueueFullError):
                     entry.version = version  # an attempt with the same files would fail again
             if old is None or not isinstance(error, MelrtError):
                 raise
-            logger.warning("the voice %s has changed and could not be loaded again; the old one is used: %s", name, error)
+            # as text: a log record that is kept would keep the traceback, and with it the old voice
+            logger.warning("the voice %s has changed and could not be loaded again; the old one is used: %s", name, str(error))
             return old
         with self._lock:
             old, entry.vocoder, entry.loading, entry.version, entry.memory = entry.vocoder, vocoder, None, version, memory
@@ -292,8 +282,3 @@ class Voices:
 def _end(workers: dict[str, Workers]) -> None:
     for device in workers.values():
         device.end()
-
-
-def _stats(entry: Entry) -> VoiceStats:
-    vocoder = entry.vocoder
-    return VoiceStats(vocoder is not None, entry.memory, entry.loads, entry.load_seconds, vocoder.stats() if vocoder is not None else None)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import melrt.voices
 from melrt import Bundle, ClosedError, ConfigError, Limits, Options, QueueFullError, Residency, Vocoder, Voices
 from melrt.bundle import MANIFEST
 from melrt.errors import BackendError, BundleError
@@ -83,14 +84,20 @@ def test_voices_are_vocoders_on_the_same_threads(folder: Path, audio: np.ndarray
 
 
 def test_least_recently_used_voice_makes_room(folder: Path, audio: np.ndarray) -> None:
-    memory = 2 * memory_of_one(folder)
+    shutil.copytree(folder / "ben.melrt", folder / "dora.melrt")
+    memory = 3 * memory_of_one(folder)
     with open_voices(folder, memory=memory, pinned=("anna",)) as voices:
-        for name in ("anna", "ben", "cleo", "ben"):
+        for name in ("anna", "ben", "cleo", "ben", "dora"):
             assert np.array_equal(voices[name](MEL), audio)
             assert voices.memory <= memory
         stats = voices.stats()
-        assert {name: one.loads for name, one in stats.items()} == {"anna": 1, "ben": 2, "cleo": 1}
-        assert [name for name, one in stats.items() if one.loaded] == ["anna", "ben"]
+        assert {name: one.loads for name, one in stats.items()} == {"anna": 1, "ben": 1, "cleo": 1, "dora": 1}
+        assert [name for name, one in stats.items() if one.loaded] == ["anna", "ben", "dora"]
+        stream = voices["ben"].open_stream()
+        assert np.array_equal(voices["dora"](MEL), audio)
+        assert np.array_equal(voices["cleo"](MEL), audio)
+        assert [name for name, one in voices.stats().items() if one.loaded] == ["anna", "ben", "cleo"], "ben has work"
+        stream.close()
 
 
 def test_voice_in_use_is_not_unloaded_under_its_stream(folder: Path, audio: np.ndarray) -> None:
@@ -166,6 +173,37 @@ def test_folder_is_read_again_for_an_unknown_name(folder: Path, tiny_bundle_path
         assert voices["dora"](MEL).size
 
 
+def test_removed_bundle_serves_until_it_is_unloaded(folder: Path, audio: np.ndarray) -> None:
+    with open_voices(folder, check_seconds=0.0) as voices:
+        assert np.array_equal(voices["anna"](MEL), audio)
+        for name in ("anna", "ben"):
+            shutil.rmtree(folder / f"{name}.melrt")
+        assert voices.names == ("cleo",)
+        assert np.array_equal(voices["anna"](MEL), audio)
+        voices.unload("anna")
+        for name in ("anna", "ben"):
+            with pytest.raises(BundleError, match=f"no voice '{name}'; there are: cleo"):
+                _ = voices[name]
+
+
+def test_bundle_that_is_replaced_while_it_is_loaded_is_loaded_again(
+    folder: Path, audio: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, opened = melrt.voices.open_backend, []
+
+    def replaced_meanwhile(bundle: Bundle, choice: object) -> object:
+        opened.append(bundle.manifest.name)
+        if len(opened) == 1:
+            rename(folder / "anna.melrt", "the new one")
+            raise BundleError("a file of the old manifest is gone")
+        return original(bundle, choice)
+
+    monkeypatch.setattr(melrt.voices, "open_backend", replaced_meanwhile)
+    with open_voices(folder) as voices:
+        assert np.array_equal(voices["anna"](MEL), audio)
+        assert opened[1:] == ["the new one"]
+
+
 def test_sources_that_are_not_bundles_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="does not exist"):
         open_voices([folder / "nobody.melrt"])
@@ -238,8 +276,15 @@ def test_voices_are_loaded_without_blocking_the_event_loop(folder: Path, audio: 
 
 
 def test_changed_voice_is_loaded_again_in_memory_for_one(folder: Path, audio: np.ndarray) -> None:
-    with open_voices(folder, memory=memory_of_one(folder), pinned=("anna",), check_seconds=0.0) as voices:
-        assert np.array_equal(voices["anna"](MEL), audio)
+    limits, memory = Limits(wait_timeout=0.2), memory_of_one(folder)
+    with open_voices(folder, limits, memory=memory, pinned=("anna",), check_seconds=0.0) as voices:
+        stream = voices["anna"].open_stream()
+        first = stream.push(MEL)
         rename(folder / "anna.melrt", "again")
+        for _ in range(20):
+            assert np.array_equal(voices["anna"](MEL), audio), "the old one serves until there is room"
+            time.sleep(0.02)
+        assert np.array_equal(np.concatenate([first, stream.flush()]), audio)
+        del stream
         until(lambda: voices["anna"].bundle.manifest.name == "again")
         assert np.array_equal(voices["anna"](MEL), audio)
