@@ -1,8 +1,10 @@
-"""The `melrt bench-serving` command."""
+"""The commands `melrt bench-serving` and `melrt bench-voices`."""
 
 from __future__ import annotations
 
+import tempfile
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from melrt import Residency, Voices
 from melrt.bundle import Bundle
 from melrt.cli.commands import Voice
 from melrt.errors import BackendError, MelrtError, QueueFullError
@@ -53,6 +56,32 @@ def bench_serving(
             _add_row(table, name, "1 client, after that", run_closed_loop(submit, mels, 1, seconds))
     console.print(table)
     console.print("Times are from the request to its audio. A refused request found the queue full.")
+
+
+def bench_voices(
+    voice: Voice,
+    voices: Annotated[int, typer.Option(help="Number of copies of the voice, each with other weights.", min=2)] = 200,
+    memory: Annotated[int, typer.Option(help="Memory limit for all voices in MiB.", min=1)] = 64,
+    seconds: Annotated[float, typer.Option(help="Duration.", min=1)] = 180.0,
+    rounds: Annotated[int, typer.Option(help="Interleaved repetitions of each load.", min=1)] = 4,
+) -> None:
+    """Load many voices within a memory limit while they come, go and change, compare all audio, and time one voice among them."""
+    from melrt_benchmarks.serving.soak import QUIET, Soak, SoakLoad
+
+    limits = Options(limits=Limits(wait_timeout=10.0))
+    with tempfile.TemporaryDirectory() as folder:
+        soak = Soak(Bundle.open(voice), Path(folder), SoakLoad(voices))
+        residency = Residency(memory=memory << 20, pinned=(QUIET,))
+        with Voices(folder, device="cpu", precision="fp32", backend="onnxruntime", options=limits, residency=residency) as opened:
+            result = soak.run(opened, seconds, rounds, lambda step: console.print(step))
+    table = Table("quiet voice", "calls", "p50 ms", "p99 ms")
+    for phase, latencies in result.latencies.items():
+        table.add_row(phase, str(len(latencies)), *(f"{1000 * result.percentile(phase, percent):.1f}" for percent in (50, 99)))
+    console.print(table)
+    console.print(f"Results: {dict(result.outcomes)}. Voices: {dict(result.changes)}, loaded {result.loads} times.")
+    console.print(f"Memory: {result.memory >> 20} of {memory} MiB estimated; the process grew by {result.resident >> 20} MiB.")
+    if result.wrong:
+        raise MelrtError(f'{result.wrong} results were wrong, stale or lost, or failed; see the line "Results".')
 
 
 def _interleaved(systems: dict[str, Submit], mels: list[Mel], clients: int, seconds: float, rounds: int) -> dict[str, RequestRun]:

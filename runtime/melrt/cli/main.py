@@ -51,6 +51,7 @@ COMMANDS = {
     "bench": Command("melrt_benchmarks.cli:bench", "benchmarks"),
     "bench-host": Command("melrt_benchmarks.cli:bench_host", "benchmarks"),
     "bench-serving": Command("melrt_benchmarks.serving.cli:bench_serving", "benchmarks"),
+    "bench-voices": Command("melrt_benchmarks.serving.cli:bench_voices", "benchmarks"),
     "bench-training": Command("melrt_benchmarks.training.cli:bench_training", "benchmarks"),
     "doctor": Command("melrt.cli.commands:doctor", "cli"),
 }
