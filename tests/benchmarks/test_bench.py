@@ -257,6 +257,25 @@ def test_streams_are_sustained_only_with_enough_buffer(tiny_bundle_path: Path) -
             assert not run_streams(vocoder, 1, StreamLoad(buffer=1e-6, seconds=1.0), shared_queue=shared_queue).sustained
 
 
+def test_number_of_streams_is_found_by_doubling(tiny_bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from melrt_benchmarks.inference import streams
+
+    capacity = {True: 1500, False: 5}
+
+    def run(vocoder: Vocoder, count: int, load: streams.StreamLoad, *, shared_queue: bool) -> streams.StreamRun:
+        return streams.StreamRun(count, shared_queue, 0, 1, (1.0, 1.0), (1.0, 1.0), count <= capacity[shared_queue])
+
+    monkeypatch.setattr(streams, "run_streams", run)
+    rows = streams.measure_capacity(str(tiny_bundle_path), streams.StreamLoad())
+    assert [row["streams"] for row in rows] == sorted(row["streams"] for row in rows)
+    found = {row["shared_queue"]: row["streams"] for row in rows if row["sustained"]}
+    assert 0.93 * 1500 < found[True] <= 1500
+    assert found[False] == 4
+    assert len(rows) < 25
+    capacity.update({True: streams.MAX_STREAMS, False: 0})
+    assert max(row["streams"] for row in streams.measure_capacity(str(tiny_bundle_path), streams.StreamLoad())) == streams.MAX_STREAMS
+
+
 def test_memory_in_windows_does_not_grow_with_length(tiny_bundle_path: Path) -> None:
     """Two minutes in windows take less than 1.2 times the memory of ten seconds; in one run they take much more."""
     windowed = [peak_memory(tiny_bundle_path, seconds, whole=False) for seconds in (10, 120)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,12 +15,14 @@ from numpy.typing import NDArray
 
 from melrt.planning.windows import Policy, Span, plan
 from melrt.scheduling.request import HostRequest, OutputFormat
-from melrt.scheduling.stream import Stream, StreamPace
+from melrt.scheduling.stream import StreamPace
 from melrt.types import Audio, Mel
 from melrt.vocoder import Options, Vocoder
 from melrt_export.parity import probe_mel
 
 MAX_STREAMS = 4096
+# Seconds after which a chunk is tried again whose stream is late.
+RETRY = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,25 +60,29 @@ class StreamRun:
 def measure_capacity(
     voice: str, load: StreamLoad, step: int = 2, threads: int | None = None, on_step: Callable[[str], None] = lambda _: None
 ) -> list[dict[str, Any]]:
-    """Raise the number of streams until underruns occur, with the shared queue and without it, interleaved.
+    """Double the number of streams until underruns occur, then halve the step, with the shared queue and without it, interleaved.
 
     Returns:
-        Every `StreamRun` as a dictionary for JSON. The capacity of each kind is that of its last sustained run.
+        Every `StreamRun` as a dictionary for JSON, by number of streams. The capacity of each kind is the largest sustained number.
     """
     runs: list[StreamRun] = []
-    vocoder = Vocoder.load(voice, threads=threads, options=Options())
-    vocoder(probe_mel(vocoder.spec, 200))
-    sustained = {True: True, False: True}
-    streams = step
-    while any(sustained.values()) and streams < MAX_STREAMS:
-        for shared_queue in (True, False):
-            if sustained[shared_queue]:
+    with Vocoder.load(voice, threads=threads, options=Options()) as vocoder:
+        vocoder(probe_mel(vocoder.spec, 200))
+        bounds = {True: (0, MAX_STREAMS + 1), False: (0, MAX_STREAMS + 1)}  # sustained, and not sustained
+        while wanted := {kind: count for kind, bound in bounds.items() if (count := _next_count(*bound, step))}:
+            for shared_queue, streams in wanted.items():
                 on_step(f"{streams} real-time streams, {'shared queue' if shared_queue else 'separate threads'}")
                 runs.append(run_streams(vocoder, streams, load, shared_queue=shared_queue))
-                sustained[shared_queue] = runs[-1].sustained
-        streams += step
-    vocoder.close()
-    return [asdict(run) for run in runs]
+                low, high = bounds[shared_queue]
+                bounds[shared_queue] = (streams, high) if runs[-1].sustained else (low, streams)
+    return [asdict(run) for run in sorted(runs, key=lambda run: run.streams)]
+
+
+def _next_count(low: int, high: int, step: int) -> int:
+    """Return the number of streams to try between one that was sustained and one that was not; 0 if they are within a step or 6 %."""
+    if high > MAX_STREAMS:
+        return min(2 * low or step, MAX_STREAMS) if low < MAX_STREAMS else 0
+    return (low + high) // 2 if high - low > max(step, low // 16) else 0
 
 
 def run_streams(vocoder: Vocoder, streams: int, load: StreamLoad, *, shared_queue: bool) -> StreamRun:
@@ -83,26 +91,60 @@ def run_streams(vocoder: Vocoder, streams: int, load: StreamLoad, *, shared_queu
     period = load.chunk * spec.hop / spec.sample_rate
     pushes = round(load.seconds / period)
     mel = probe_mel(spec, load.chunk * pushes)
-    latencies: list[list[float]] = [[] for _ in range(streams)]
     starts = time.perf_counter() + 0.2 + period * np.random.default_rng(streams).random(streams)
-
-    def push_all(index: int) -> None:
-        stream: Stream | _UnqueuedStream = vocoder.open_stream(StreamPace(first=1, growth=1)) if shared_queue else _UnqueuedStream(vocoder)
-        for number in range(pushes):
-            due = float(starts[index]) + number * period
-            time.sleep(max(due - time.perf_counter(), 0))
-            stream.push(mel[:, number * load.chunk : (number + 1) * load.chunk])
-            latencies[index].append(time.perf_counter() - due)
-
-    threads = [threading.Thread(target=push_all, args=(index,)) for index in range(streams)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    chunks = [mel[:, number * load.chunk : (number + 1) * load.chunk] for number in range(pushes)]
+    run = _run_shared if shared_queue else _run_unqueued
+    latencies = run(vocoder, chunks, starts, period)
     every = 1000 * np.concatenate(latencies)
     first = 1000 * np.array([times[0] for times in latencies])
     underruns = int((every > 1000 * load.buffer).sum())
     return StreamRun(streams, shared_queue, underruns, len(every), _p50_p99(every), _p50_p99(first), underruns <= len(every) / 100)
+
+
+def _run_shared(vocoder: Vocoder, chunks: list[Mel], starts: NDArray[np.float64], period: float) -> list[list[float]]:
+    """Push to all streams from one thread, as an event loop would, and return each stream's latencies."""
+    opened = [vocoder.open_stream(StreamPace(first=1, growth=1)) for _ in starts]
+    latencies: list[list[float]] = [[] for _ in starts]
+    waiting: list[Future[Audio] | None] = [None for _ in starts]
+    events = [(float(start), float(start), index, 0) for index, start in enumerate(starts)]  # time, time due, stream, chunk
+    heapq.heapify(events)
+    while events:
+        _, due, index, number = events[0]
+        time.sleep(max(events[0][0] - time.perf_counter(), 0))
+        before = waiting[index]
+        if before is not None and not before.done():
+            heapq.heapreplace(events, (time.perf_counter() + RETRY, due, index, number))
+            continue
+        future = waiting[index] = opened[index].submit(chunks[number])
+        future.add_done_callback(lambda _, index=index, due=due: latencies[index].append(time.perf_counter() - due))  # type: ignore[misc]
+        if number + 1 < len(chunks):
+            heapq.heapreplace(events, (due + period, due + period, index, number + 1))
+        else:
+            heapq.heappop(events)
+    for last in waiting:
+        if last is not None:
+            last.result()
+    return latencies
+
+
+def _run_unqueued(vocoder: Vocoder, chunks: list[Mel], starts: NDArray[np.float64], period: float) -> list[list[float]]:
+    """Give each stream a thread, which runs its windows, and return each stream's latencies."""
+    latencies: list[list[float]] = [[] for _ in starts]
+
+    def push_all(index: int) -> None:
+        stream = _UnqueuedStream(vocoder)
+        for number, chunk in enumerate(chunks):
+            due = float(starts[index]) + number * period
+            time.sleep(max(due - time.perf_counter(), 0))
+            stream.push(chunk)
+            latencies[index].append(time.perf_counter() - due)
+
+    threads = [threading.Thread(target=push_all, args=(index,)) for index in range(len(starts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return latencies
 
 
 class _UnqueuedStream:
