@@ -151,7 +151,7 @@ def test_pages_of_python_code_run(after_demo: Path, page: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["01_convert.sh", "02_synthesize.py", "03_stream.py", "04_batch.py", "07_bulk.sh"])
 def test_examples_run(after_demo: Path, name: str) -> None:
-    """05_service.py and 06_triton_client.py are run by tests/runtime/serving."""
+    """05_http_client.py and 06_triton_client.py are run by tests/runtime/serving."""
     run_in(after_demo, "bash" if name.endswith(".sh") else sys.executable, ROOT / "docs" / "examples" / name)
     assert {path.name for path in after_demo.iterdir()} == {"demo", "export"}, "an example writes outside demo/"
 

@@ -46,6 +46,7 @@ COMMANDS = {
     "trust": Command("melrt.cli.commands:trust", "cli"),
     "tune": Command("melrt.cli.commands:tune", "cli"),
     "bulk": Command("melrt.serving.bulk.cli:bulk", "cli"),
+    "serve http": Command("melrt.serving.http.cli:http", "http"),
     "serve triton": Command("melrt.serving.triton.cli:triton", "triton"),
     "serve version": Command("melrt.serving.triton.cli:version", "triton"),
     "bench": Command("melrt_benchmarks.cli:bench", "benchmarks"),
@@ -91,7 +92,7 @@ def main() -> None:
     for name in called or COMMANDS:
         group, _, last = name.rpartition(" ")
         if group and group not in groups:
-            groups[group] = typer.Typer(no_args_is_help=True, help="Write a model repository for NVIDIA Triton Inference Server.")
+            groups[group] = typer.Typer(no_args_is_help=True, help="Serve voices over HTTP, or through NVIDIA Triton Inference Server.")
             app.add_typer(groups[group], name=group)
         groups[group].command(last)(_guarded(name, called=bool(called), debug="--debug" in sys.argv[1:]))
     if len(app.registered_commands) == 1:

@@ -1,0 +1,129 @@
+"""The HTTP interface: routes, and errors that say what is allowed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import wave
+from collections.abc import AsyncIterator
+
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
+
+from melrt.errors import ClosedError, MelError, MelrtError, OverdueError, QueueFullError
+from melrt.serving.http.bodies import read_mel, while_connected
+from melrt.serving.http.conversation import converse
+from melrt.serving.http.metrics import Responses, ServiceMetrics
+from melrt.serving.http.service import Service
+from melrt.types import Audio
+from melrt.vocoder import Vocoder
+
+STATUS = {MelError: 422, QueueFullError: 503, ClosedError: 503, OverdueError: 504}
+FORMATS = ("wav", "pcm")
+# Frames that a stream takes at a time from a mel that is known whole.
+PIECE = 16
+
+
+def make_app(service: Service) -> FastAPI:
+    """Make the ASGI application of a service."""
+    registry = CollectorRegistry()
+    registry.register(ServiceMetrics(service))
+    # The pages of FastAPI's own documentation load scripts from another host.
+    app = FastAPI(openapi_url=None, lifespan=None)
+    app.add_middleware(Responses, registry=registry)
+    app.add_exception_handler(MelrtError, explain)
+    app.add_exception_handler(ClientDisconnect, explain)
+    app.add_exception_handler(StarletteHTTPException, explain)
+    routes = Routes(service, registry)
+    app.add_api_route("/v1/speech", routes.speech, methods=["POST"], dependencies=[Depends(service.admit)])
+    app.add_api_websocket_route("/v1/stream", routes.stream)
+    for name in ("voices", "healthz", "readyz", "metrics"):
+        app.add_api_route(f"/{name}", getattr(routes, name), methods=["GET"])
+    return app
+
+
+class Routes:
+    """Functions that answer requests."""
+
+    def __init__(self, service: Service, registry: CollectorRegistry) -> None:
+        self._service = service
+        self._registry = registry
+        self.stream = converse(service)
+
+    async def speech(self, request: Request, voice: str = "", format: str = "wav") -> Response:
+        """Return the audio of a mel: a WAV file when it is complete, or raw 16-bit samples as soon as they are ready."""
+        vocoder = await self._service.voice(voice)
+        if format not in FORMATS:
+            raise HTTPException(422, f"format is {format[:80]!r}; it must be one of {', '.join(FORMATS)}")
+        mel = await read_mel(request, vocoder.spec, self._service.config)
+        if format == "wav":
+            return Response(wav_file(await while_connected(request, vocoder.call_async(mel)), vocoder), media_type="audio/wav")
+        pieces = vocoder.stream_async(mel[:, start : start + PIECE] for start in range(0, mel.shape[1], PIECE))
+        first = await while_connected(request, anext(pieces))  # an error before the first audio still becomes a status
+
+        async def samples() -> AsyncIterator[bytes]:
+            async with contextlib.aclosing(pieces):  # type: ignore[type-var]  # an asynchronous generator
+                yield first.tobytes()
+                async for audio in pieces:
+                    yield audio.tobytes()
+
+        return StreamingResponse(samples(), media_type=f"audio/pcm;rate={vocoder.sample_rate}")
+
+    async def voices(self) -> dict[str, object]:
+        """List the voices with what a client must know to make mels for them, and the limits."""
+        config = self._service.config
+        return {
+            "voices": [_facts(name, vocoder) for name, vocoder in sorted(self._service.voices.items())],
+            "formats": FORMATS,
+            "limits": {"max_frames": config.max_frames, "max_requests": config.max_requests, "timeout_seconds": config.timeout},
+        }
+
+    async def healthz(self) -> str:
+        """Answer as long as the process runs."""
+        return "alive"
+
+    async def readyz(self) -> str:
+        """Tell a load balancer whether to send requests."""
+        if self._service.draining:
+            raise HTTPException(503, "the service is shutting down")
+        return "ready"
+
+    async def metrics(self) -> Response:
+        """Return the metrics for Prometheus."""
+        return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
+
+
+async def explain(request: Request, error: Exception) -> Response:
+    """Answer an error as JSON: what is wrong, and what is allowed."""
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)  # nobody reads it; the status is counted
+    if isinstance(error, StarletteHTTPException):
+        detail, status, headers = error.detail, error.status_code, error.headers
+        if (status, detail) == (404, "Not Found"):
+            paths = ", ".join(sorted({route.path for route in request.app.routes}))
+            detail = f"there is nothing at {request.url.path[:80]!r}; there are: {paths}"
+        elif status == 405 and headers:
+            detail = f"{request.method} is not allowed here; use {headers['Allow']}"
+        return JSONResponse({"detail": detail}, status, headers)
+    status = next((status for kind, status in STATUS.items() if isinstance(error, kind)), 500)
+    return JSONResponse({"detail": str(error)}, status, {"Retry-After": "1", "Connection": "close"} if status == 503 else None)
+
+
+def wav_file(audio: Audio, vocoder: Vocoder) -> bytes:
+    """Return a WAV file of 16-bit samples."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as wav:
+        wav.setparams((1, 2, vocoder.sample_rate, 0, "NONE", ""))
+        wav.writeframes(audio.tobytes())
+    return file.getvalue()
+
+
+def _facts(name: str, vocoder: Vocoder) -> dict[str, object]:
+    spec, backend = vocoder.spec, vocoder.backend
+    return {
+        "name": name, "sample_rate": spec.sample_rate, "n_mels": spec.n_mels, "hop": spec.hop, "convention": spec.describe(),
+        "backend": backend.name, "precision": backend.precision, "device": backend.device,
+    }  # fmt: skip
