@@ -186,6 +186,7 @@ def test_what_the_wheel_holds(tmp_path: Path) -> None:
     for package in PACKAGES.values():
         assert f"{package}/py.typed" in names
     assert "melrt_export/demo_voice/model.safetensors" in names
+    assert "melrt/serving/http/page.html" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert wheel.stat().st_size < 10 << 20
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import wave
@@ -13,15 +14,16 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
-from melrt.errors import ClosedError, MelError, MelrtError, OverdueError, QueueFullError
-from melrt.serving.http.bodies import read_mel, while_connected
+from melrt.errors import AudioError, ClosedError, MelError, MelrtError, OverdueError, QueueFullError
+from melrt.serving.http.bodies import NPY, mel_of, mel_of_recording, read_mel, read_recording, while_connected
 from melrt.serving.http.conversation import converse
 from melrt.serving.http.metrics import Responses, ServiceMetrics
+from melrt.serving.http.page import page
 from melrt.serving.http.service import Service
 from melrt.types import Audio
 from melrt.vocoder import Vocoder
 
-STATUS = {MelError: 422, QueueFullError: 503, ClosedError: 503, OverdueError: 504}
+STATUS = {MelError: 422, AudioError: 422, QueueFullError: 503, ClosedError: 503, OverdueError: 504}
 FORMATS = ("wav", "pcm")
 # Frames that a stream takes at a time from a mel that is known whole.
 PIECE = 16
@@ -40,6 +42,8 @@ def make_app(service: Service) -> FastAPI:
     routes = Routes(service, registry)
     app.add_api_route("/v1/speech", routes.speech, methods=["POST"], dependencies=[Depends(service.admit)])
     app.add_api_websocket_route("/v1/stream", routes.stream)
+    app.add_api_route("/v1/mel", routes.mel, methods=["POST"], dependencies=[Depends(service.admit)])
+    app.add_api_route("/", routes.page, methods=["GET"])
     for name in ("voices", "healthz", "readyz", "metrics"):
         app.add_api_route(f"/{name}", getattr(routes, name), methods=["GET"])
     return app
@@ -51,6 +55,7 @@ class Routes:
     def __init__(self, service: Service, registry: CollectorRegistry) -> None:
         self._service = service
         self._registry = registry
+        self._page = page()
         self.stream = converse(service)
 
     async def speech(self, request: Request, voice: str = "", format: str = "wav") -> Response:
@@ -71,6 +76,17 @@ class Routes:
                     yield audio.tobytes()
 
         return StreamingResponse(samples(), media_type=f"audio/pcm;rate={vocoder.sample_rate}")
+
+    async def mel(self, request: Request, voice: str = "") -> Response:
+        """Return raw float32 frames: those of a .npy file, or the mel of a recording, raw float32 samples at the voice's rate."""
+        spec = (await self._service.voice(voice)).spec
+        body = await read_recording(request, spec, self._service.config)
+        mel = spec.check(mel_of(body, spec)) if body.startswith(NPY) else await asyncio.to_thread(mel_of_recording, body, spec)
+        return Response(mel.T.astype("<f4").tobytes(), media_type="application/octet-stream")
+
+    async def page(self) -> Response:
+        """Return the page to look at and to listen to."""
+        return self._page
 
     async def voices(self) -> dict[str, object]:
         """List the voices with what a client must know to make mels for them, and the limits."""

@@ -11,7 +11,9 @@ import numpy as np
 from fastapi import HTTPException, Request
 from numpy.typing import NDArray
 
+from melrt.checks import all_finite
 from melrt.files.mels import one_utterance
+from melrt.mel.features import mel_from_audio
 from melrt.mel.spec import MelSpec
 from melrt.serving.http.config import ServiceConfig
 from melrt.serving.http.service import refusal
@@ -28,11 +30,24 @@ async def read_mel(request: Request, spec: MelSpec, config: ServiceConfig) -> ND
     Raises:
         HTTPException: 408, 413 or 422, with what is allowed.
     """
-    body = await read_body(request, 8 * spec.n_mels * config.max_frames + _HEADER_BYTES, config)  # 8 bytes: .npy files may be float64
+    body = await read_body(request, _mel_bytes(spec, config), config)
     mel = mel_of(body, spec)
     if mel.shape[1] > config.max_frames:
         raise refusal(413, f"the mel has {mel.shape[1]} frames; at most {config.max_frames} are accepted. Cut the text into shorter parts")
     return mel
+
+
+async def read_recording(request: Request, spec: MelSpec, config: ServiceConfig) -> bytes:
+    """Read a body that is a recording of float32 samples, or a mel.
+
+    Raises:
+        HTTPException: 408 or 413, with what is allowed.
+    """
+    return await read_body(request, max(4 * spec.hop * config.max_frames, _mel_bytes(spec, config)), config)
+
+
+def _mel_bytes(spec: MelSpec, config: ServiceConfig) -> int:
+    return 8 * spec.n_mels * config.max_frames + _HEADER_BYTES  # 8 bytes: .npy files may be float64
 
 
 async def read_body(request: Request, most: int, config: ServiceConfig) -> bytes:
@@ -74,6 +89,19 @@ def mel_of(body: bytes, spec: MelSpec) -> NDArray[Any]:
             f'mel.T.astype("<f4").tobytes(), or a .npy file of shape ({spec.n_mels}, frames)',
         )
     return np.frombuffer(body, "<f4").reshape(-1, spec.n_mels).T
+
+
+def mel_of_recording(body: bytes, spec: MelSpec) -> NDArray[Any]:
+    """Compute the mel (M, T) of raw float32 samples.
+
+    Raises:
+        HTTPException: 422, with what is allowed.
+        AudioError: Too short for one frame.
+    """
+    if len(body) % 4 or not all_finite(audio := np.frombuffer(body, "<f4")):
+        what = f"{len(body)} bytes" if len(body) % 4 else "values that are not finite"
+        raise HTTPException(422, f"the recording has {what}; send float32 samples at {spec.sample_rate} Hz, or a mel as a .npy file")
+    return mel_from_audio(audio, spec)
 
 
 def _npy(body: bytes) -> NDArray[Any]:
