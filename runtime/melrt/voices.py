@@ -117,10 +117,10 @@ class Voices:
     async def load_async(self, name: str) -> Vocoder:
         """Return a voice like `voices[name]`, without blocking the event loop."""
         loading = self.load(name)
-        try:
-            return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(loading)), self._patience)
-        except TimeoutError:
-            return self._result(name, loading)
+        waiting = asyncio.wrap_future(loading)
+        waiting.add_done_callback(lambda done: done.cancelled() or done.exception())  # asyncio logs an error that nobody looks at
+        await asyncio.wait({waiting}, timeout=self._patience)
+        return self._result(name, loading)
 
     def load(self, name: str) -> Future[Vocoder]:
         """Begin to load a voice ahead of its use, and return a future.
@@ -143,6 +143,16 @@ class Voices:
         loaded: Future[Vocoder] = Future()
         loaded.set_result(vocoder)  # type: ignore[arg-type]
         return loaded
+
+    def bundle(self, name: str) -> Bundle:
+        """Open the bundle of a voice, whose manifest says how its mels are made, without loading the voice.
+
+        Raises:
+            BundleError: There is no such voice, or its manifest is damaged.
+        """
+        with self._lock:
+            path = self._entry(name).path
+        return Bundle.open(path)
 
     def unload(self, name: str) -> None:
         """Drop a voice from memory once nothing uses it. Its next request loads it again; a voice that is not loaded is left alone."""

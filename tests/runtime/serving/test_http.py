@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -143,7 +144,7 @@ def test_wrong_requests_are_told_what_is_allowed(service: Running, demo_bundle: 
             with pytest.raises(ConnectionClosed) as closed:
                 stream.recv(TIMEOUT)
         assert closed.value.rcvd.code == 1008
-    assert eventually(lambda: service.metric("http_in_progress") == service.metric("open_streams") == 0)
+    assert eventually(lambda: service.metric("http_in_progress") == 0)
 
 
 def test_clients_that_leave_free_their_windows(service: Running, demo_bundle: Bundle) -> None:
@@ -152,17 +153,16 @@ def test_clients_that_leave_free_their_windows(service: Running, demo_bundle: Bu
     with service.client.stream("POST", "/v1/speech", content=long, params={"voice": "lj", "format": "pcm"}) as answer:
         audio = answer.iter_raw()  # kept: httpx closes the response when its iterator is collected
         next(audio)
-        assert service.metric("open_streams") == 1
+        assert service.metric("http_in_progress") == 1
     with pytest.raises(httpx.ReadTimeout):
         service.client.post("/v1/speech", content=long, params={"voice": "lj"}, timeout=0.1)
     with conversation(service, "lj") as stream:
         stream.send(long[: 320 * 200])
         stream.recv(TIMEOUT)
         stream.socket.shutdown(socket.SHUT_RDWR)
-    assert eventually(lambda: service.metric("open_streams") == service.metric("queue_windows") == 0)
+    assert eventually(lambda: service.metric("http_in_progress") == service.metric("queue_windows") == 0)
     assert service.metric("windows_total") - windows < MAX_FRAMES / 128, "less than the windows of one of the two long requests"
     assert service.metric("cancelled_total") > cancelled
-    assert eventually(lambda: service.metric("http_in_progress") == 0)
 
 
 def test_silent_connections_make_room_for_others(service: Running) -> None:
@@ -204,6 +204,23 @@ def test_overload_is_refused_at_once(service: Running, demo_bundle: Bundle) -> N
     assert service.metric("http_refused_total") - before == len(refused) + 1
     assert post(service, mel).status_code == 200, "the places are free again"
     assert eventually(lambda: service.metric("http_in_progress") == 0)
+
+
+def test_voices_of_a_folder_come_and_go(tiny_bundle_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "voices").mkdir()
+    mel = speech_mel(Bundle.open(tiny_bundle_path), 50)
+    shutil.copytree(tiny_bundle_path, tmp_path / "voices" / "one.melrt")
+    with running(tmp_path, "voices", "--memory", 5, "--pin", "one", "--timeout", 1) as service:
+        assert post(service, body(mel), "").status_code == 200
+        shutil.copytree(tiny_bundle_path, tmp_path / "voices" / "two.melrt")
+        full = post(service, body(mel), "two")
+        assert "MiB" in full.json()["detail"], "the pinned voice leaves no room"
+        assert (full.status_code, full.headers["Retry-After"]) == (503, "1")
+        (tmp_path / "voices" / "two.melrt" / "manifest.json").write_text("{")
+        facts = service.client.get("/voices").json()["voices"]
+        assert [one["name"] for one in facts] == ["one", "two"]
+        assert (facts[0]["loaded"], "manifest" in facts[1]["error"]) == (True, True)
+        assert post(service, body(mel), "three").json()["detail"] == "there is no voice 'three'; there are: one, two"
 
 
 def test_sigterm_completes_admitted_requests(demo_bundle: Bundle, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
-from melrt.errors import AudioError, ClosedError, MelError, MelrtError, OverdueError, QueueFullError
+from melrt.errors import AudioError, BundleError, ClosedError, MelError, MelrtError, OverdueError, QueueFullError
 from melrt.serving.http.bodies import NPY, mel_of, mel_of_recording, read_mel, read_recording, while_connected
 from melrt.serving.http.conversation import converse
 from melrt.serving.http.metrics import Responses, ServiceMetrics
@@ -22,6 +22,7 @@ from melrt.serving.http.page import page
 from melrt.serving.http.service import Service
 from melrt.types import Audio
 from melrt.vocoder import Vocoder
+from melrt.voices import Voices
 
 STATUS = {MelError: 422, AudioError: 422, QueueFullError: 503, ClosedError: 503, OverdueError: 504}
 FORMATS = ("wav", "pcm")
@@ -92,7 +93,7 @@ class Routes:
         """List the voices with what a client must know to make mels for them, and the limits."""
         config = self._service.config
         return {
-            "voices": [_facts(name, vocoder) for name, vocoder in sorted(self._service.voices.items())],
+            "voices": await asyncio.to_thread(_facts, self._service.voices),
             "formats": FORMATS,
             "limits": {"max_frames": config.max_frames, "max_requests": config.max_requests, "timeout_seconds": config.timeout},
         }
@@ -137,9 +138,16 @@ def wav_file(audio: Audio, vocoder: Vocoder) -> bytes:
     return file.getvalue()
 
 
-def _facts(name: str, vocoder: Vocoder) -> dict[str, object]:
-    spec, backend = vocoder.spec, vocoder.backend
-    return {
-        "name": name, "sample_rate": spec.sample_rate, "n_mels": spec.n_mels, "hop": spec.hop, "convention": spec.describe(),
-        "backend": backend.name, "precision": backend.precision, "device": backend.device,
-    }  # fmt: skip
+def _facts(voices: Voices) -> list[dict[str, object]]:
+    """Return the facts of each voice; a damaged bundle has an `error` instead."""
+    facts: list[dict[str, object]] = []
+    stats = voices.stats()
+    for name in voices.names:
+        try:
+            spec = voices.bundle(name).manifest.spec
+        except BundleError as error:
+            facts.append({"name": name, "error": str(error)})
+        else:
+            numbers = {"sample_rate": spec.sample_rate, "n_mels": spec.n_mels, "hop": spec.hop}
+            facts.append({"name": name, **numbers, "convention": spec.describe(), "loaded": name in stats and stats[name].loaded})
+    return facts

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from melrt.bundle import MANIFEST
 from melrt.cli.commands import BackendName, Device, Precision, Threads
 from melrt.errors import ConfigError
+from melrt.residency import Residency
 from melrt.scheduling.limits import Limits
 from melrt.serving.http.config import ServiceConfig
 from melrt.serving.http.server import listen, serve
-from melrt.vocoder import Options, Vocoder
+from melrt.vocoder import Options
+from melrt.voices import Voices
 
 console = Console(highlight=False, soft_wrap=True)
 DEFAULT = ServiceConfig()
 
-Bundles = Annotated[list[Path], typer.Argument(metavar="VOICE.melrt...", help="One or more bundles.")]
+Bundles = Annotated[list[Path], typer.Argument(metavar="VOICE.melrt...", help="Bundles, or one folder in which bundles may come and go.")]
+Memory = Annotated[int, typer.Option(help="MiB that loaded voices may take; others are unloaded first. 0 for no limit.", min=0)]
+Pin = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Voice that is never unloaded; may be repeated.")]
+Weight = Annotated[list[str] | None, typer.Option(metavar="NAME=NUMBER", help="Share of the time of a voice under load, 1 if not given.")]
 Host = Annotated[str, typer.Option(help="Address to serve on; 0.0.0.0 for every address of this machine.")]
 Port = Annotated[int, typer.Option(help="Port to serve on; 0 for a free one.")]
 MaxRequests = Annotated[int, typer.Option(help="Requests and streams in progress; a further one is refused before its upload.")]
@@ -40,6 +45,9 @@ def http(
     precision: Precision = "auto",
     backend: BackendName = "auto",
     threads: Threads = None,
+    memory: Memory = 0,
+    pin: Pin = None,
+    weight: Weight = None,
     max_requests: MaxRequests = DEFAULT.max_requests,
     max_frames: MaxFrames = DEFAULT.max_frames,
     max_connections: MaxConnections = DEFAULT.max_connections,
@@ -51,21 +59,31 @@ def http(
 ) -> None:
     """Serve voices over HTTP and WebSocket: mels in, audio out; with metrics, limits and a clean end on SIGTERM or Ctrl-C."""
     config = ServiceConfig(max_requests, max_frames, max_connections, timeout, upload_seconds, idle_seconds, drain_seconds)
-    options = Options(limits=Limits(max_frames=max_frames, timeout=timeout), sample_format="int16")
-    paths: dict[str, Path] = {}
-    for path in voices:
-        name = path.resolve().name.removesuffix(".melrt")
-        if name in paths:
-            raise ConfigError(f"{paths[name]} and {path} both have the name {name}; rename one of them.")
-        paths[name] = path
-    with contextlib.ExitStack() as stack:
-        choice = {"device": device, "precision": precision, "backend": backend}
-        loaded = {
-            name: stack.enter_context(Vocoder.load(path, **choice, threads=threads, options=options, trust=trust))
-            for name, path in paths.items()
-        }
-        with listen(host, port) as opened:
-            address = f"http://{f'[{host}]' if ':' in host else host}:{opened.getsockname()[1]}"
-            console.print(f"Serving {', '.join(loaded)} at {address} until Ctrl-C. Metrics are at {address}/metrics.", markup=False)
-            serve(loaded, config, opened)
+    options = Options(limits=Limits(max_frames=max_frames, timeout=timeout, wait_timeout=timeout), sample_format="int16")
+    residency = Residency(memory << 20 if memory else None, tuple(pin or ()), _weights(weight or []))
+    folder = voices[0] if len(voices) == 1 and voices[0].is_dir() and not (voices[0] / MANIFEST).exists() else None
+    with Voices(
+        folder or voices, device=device, precision=precision, backend=backend, threads=threads, options=options, residency=residency,
+        trust=trust,
+    ) as opened:  # fmt: skip
+        if unknown := {*residency.pinned, *residency.weights} - {*opened.names}:
+            raise ConfigError(f"there is no voice {min(unknown)!r} for --pin or --weight; there are: {', '.join(opened.names)}.")
+        for name in residency.pinned if folder or memory else opened.names:
+            opened[name]  # loaded before the port opens
+        with listen(host, port) as listening:
+            address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+            names = f"the voices of {folder}" if folder else ", ".join(opened.names)
+            console.print(f"Serving {names} at {address} until Ctrl-C. Metrics are at {address}/metrics.", markup=False)
+            serve(opened, config, listening)
     console.print("Stopped.", markup=False)
+
+
+def _weights(texts: list[str]) -> dict[str, float]:
+    weights = {}
+    for text in texts:
+        name, _, weight = text.rpartition("=")
+        try:
+            weights[name] = float(weight)
+        except ValueError as error:
+            raise ConfigError(f"--weight is {text!r}; it must be NAME=NUMBER, such as lj=2.") from error
+    return weights

@@ -37,18 +37,18 @@ class ServiceMetrics(Collector):
         yield CounterMetricFamily("melrt_http_admitted", "Requests and streams that got a place.", value=service.admitted)
         yield CounterMetricFamily("melrt_http_refused", "Requests and streams refused for lack of a place.", value=service.refused)
         yield GaugeMetricFamily("melrt_http_in_progress", "Requests and streams in progress.", value=service.in_progress)
-        stats = {name: vocoder.stats() for name, vocoder in service.voices.items()}
-        for total, text in TOTALS.items():
-            family = CounterMetricFamily(f"melrt_{total}", text, labels=["voice"])
-            for name, one in stats.items():
-                family.add_metric([name], getattr(one, total))
-            yield family
+        yield GaugeMetricFamily("melrt_voices_bytes", "Estimated memory of the loaded voices.", value=service.voices.memory)
+        stats = service.voices.stats()
+        loads = CounterMetricFamily("melrt_loads", "Times that the voice was loaded.", labels=["voice"])
         waiting = GaugeMetricFamily("melrt_queue_windows", "Windows that wait now.", labels=["voice"])
-        streams = GaugeMetricFamily("melrt_open_streams", "Streams that are open now.", labels=["voice"])
-        for name, one in stats.items():
-            waiting.add_metric([name], one.queue_windows)
-            streams.add_metric([name], service.voices[name].open_streams)
-        yield from (waiting, streams)
+        totals = {name: CounterMetricFamily(f"melrt_{name}", text, labels=["voice"]) for name, text in TOTALS.items()}
+        for voice, one in stats.items():
+            loads.add_metric([voice], one.loads)
+            if one.queue is not None:  # counters begin at 0 with each loading, as Prometheus expects of a restart
+                waiting.add_metric([voice], one.queue.queue_windows)
+                for name, family in totals.items():
+                    family.add_metric([voice], getattr(one.queue, name))
+        yield from (loads, waiting, *totals.values())
 
 
 class Responses:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 
 import uvicorn
 from fastapi import FastAPI
@@ -16,7 +16,7 @@ from melrt.serving.http.app import make_app
 from melrt.serving.http.config import ServiceConfig
 from melrt.serving.http.connection import bounded
 from melrt.serving.http.service import Service
-from melrt.vocoder import Vocoder
+from melrt.voices import Voices
 
 # Largest message of a WebSocket: about 800 frames of 80 bands.
 MESSAGE_BYTES = 256 << 10
@@ -38,7 +38,7 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def serve(voices: Mapping[str, Vocoder], config: ServiceConfig, port: socket.socket) -> None:
+def serve(voices: Voices, config: ServiceConfig, port: socket.socket) -> None:
     """Serve voices on an open port until SIGTERM or Ctrl-C, and complete the admitted requests."""
     service = Service(voices, config, lambda: setattr(server, "should_exit", True))
     app = make_app(service)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 
 from fastapi import HTTPException
 
+from melrt.errors import BundleError
 from melrt.serving.http.config import ServiceConfig
 from melrt.vocoder import Vocoder
+from melrt.voices import Voices
 
 
 class Service:
     """Voices, and places for a limited number of requests. For use by one event loop."""
 
-    def __init__(self, voices: Mapping[str, Vocoder], config: ServiceConfig, stop: Callable[[], None]) -> None:
-        """Make a service of loaded voices; `stop` ends the server."""
+    def __init__(self, voices: Voices, config: ServiceConfig, stop: Callable[[], None]) -> None:
+        """Make a service of voices; `stop` ends the server."""
         self.voices = voices
         self.config = config
         self.draining = False
@@ -51,19 +53,23 @@ class Service:
             yield
 
     async def voice(self, name: str) -> Vocoder:
-        """Return a voice; the name may be empty if there is only one.
+        """Return a voice, loaded first if need be; the name may be empty if there is only one.
 
         Raises:
             HTTPException: 404 for an unknown name, 422 if several voices leave the choice open. It lists the names.
+            MelrtError: The voice cannot be loaded, or not in time.
         """
-        if not name and len(self.voices) == 1:
-            (name,) = self.voices
-        if name in self.voices:
-            return self.voices[name]
-        names = ", ".join(sorted(self.voices)[:20])
-        if name:
-            raise HTTPException(404, f"there is no voice {name[:80]!r}; there are: {names}")
-        raise HTTPException(422, f"several voices are served: name one with ?voice=NAME. There are: {names}")
+        if not name:
+            names = self.voices.names
+            if len(names) != 1:
+                raise HTTPException(422, f"{len(names)} voices are served: name one with ?voice=NAME. There are: {_list(names)}")
+            (name,) = names
+        try:
+            return await self.voices.load_async(name)
+        except BundleError:
+            if (names := self.voices.names) and name in names:
+                raise
+            raise HTTPException(404, f"there is no voice {name[:80]!r}; there are: {_list(names)}") from None
 
     def drain(self, seconds: float) -> None:
         """Refuse new requests from now on, and stop after the delay, once those in progress are complete. A second call stops at once."""
@@ -78,6 +84,10 @@ class Service:
         while self.in_progress and time.monotonic() < until:
             await asyncio.sleep(0.05)
         self._stop()
+
+
+def _list(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
 
 
 def refusal(status: int, detail: str) -> HTTPException:
