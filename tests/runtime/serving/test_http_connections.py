@@ -12,6 +12,7 @@ import pytest
 from tests.runtime.serving.http_service import TIMEOUT, Running, eventually, running
 
 from melrt.bundle import Bundle
+from melrt.serving.http.server import listen
 
 IDLE_SECONDS = 1
 # Bytes of the longest stream: more than the kernel buffers for a client that does not read.
@@ -79,6 +80,10 @@ def test_clients_that_break_off_or_do_not_read_free_their_place(service: Running
     opened(service, POST + b"Content-Length: 32000\r\n\r\n" + bytes(1000)).close()
     opened(service, POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n").close()
     answer(opened(service, b"GET /healthz HTTP/1.1\r\nHost: melrt\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"))
+    answered = opened(service, b"GET /healthz HTTP/1.1\r\nHost: melrt\r\nTransfer-Encoding: chunked\r\n\r\n")
+    assert answered.recv(65536).startswith(b"HTTP/1.1 200")
+    answered.sendall(b"zz\r\n")
+    answer(answered)
     frames = bytes(4 * 80 * MAX_FRAMES)
     deaf = opened(service)
     deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -86,6 +91,11 @@ def test_clients_that_break_off_or_do_not_read_free_their_place(service: Running
     assert eventually(lambda: service.metric("http_in_progress") == 1)
     assert eventually(lambda: service.metric("http_in_progress") == 0)
     deaf.close()
+
+
+def test_responses_do_not_wait_for_acknowledgments() -> None:
+    with listen("127.0.0.1", 0) as server, socket.create_connection(server.getsockname()[:2]), server.accept()[0] as accepted:
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_the_command_says_what_is_wrong(melrt, service: Running, tiny_bundle: Bundle, tmp_path: Path) -> None:
