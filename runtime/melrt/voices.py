@@ -150,6 +150,7 @@ class Voices:
         Raises:
             BundleError: There is no such voice, or its manifest is damaged.
         """
+        self._check_process()
         with self._lock:
             path = self._entry(name).path
         return Bundle.open(path)

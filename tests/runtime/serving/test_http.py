@@ -228,6 +228,24 @@ def test_sigterm_completes_admitted_requests(demo_bundle: Bundle, tmp_path: Path
         end_with_sigterm(service, demo_bundle)
 
 
+def test_a_second_signal_breaks_off(demo_bundle: Bundle, tmp_path: Path) -> None:
+    with running(tmp_path, demo_bundle.path) as service:
+        content = body(speech_mel(demo_bundle, MAX_FRAMES))
+        with (
+            service.client.stream("POST", "/v1/speech", content=content, params={"format": "pcm"}) as answer,
+            conversation(service, "lj") as stream,
+        ):
+            pieces = answer.iter_raw()
+            next(pieces)
+            assert stream.recv(TIMEOUT)
+            service.process.send_signal(signal.SIGINT)
+            assert eventually(lambda: service.ready() == 503)
+            service.process.send_signal(signal.SIGINT)
+            with pytest.raises(httpx.TransportError):
+                list(pieces)
+            assert service.process.wait(TIMEOUT) == 0
+
+
 def end_with_sigterm(service: Running, demo_bundle: Bundle) -> None:
     mel = speech_mel(demo_bundle, 3000)
     samples = mel.shape[1] * demo_bundle.manifest.spec.hop

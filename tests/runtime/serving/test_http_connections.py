@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,10 @@ from melrt.serving.http.server import listen
 IDLE_SECONDS = 1
 # Bytes of the longest stream: more than the kernel buffers for a client that does not read.
 MAX_FRAMES = 40_000
+UPGRADE = (
+    b"GET /v1/stream HTTP/1.1\r\nHost: melrt\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+)
 POST = b"POST /v1/speech?format=pcm HTTP/1.1\r\nHost: melrt\r\n"
 
 
@@ -84,6 +89,11 @@ def test_clients_that_break_off_or_do_not_read_free_their_place(service: Running
     assert answered.recv(65536).startswith(b"HTTP/1.1 200")
     answered.sendall(b"zz\r\n")
     answer(answered)
+    for _ in range(5):
+        reset = opened(service, POST + b"Content-Length: 99999999999\r\n\r\n")
+        reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        reset.close()
+    assert answer(opened(service, UPGRADE + b"Content-Length: 5\r\n\r\n" + b"\xff" * 20)) == b""
     frames = bytes(4 * 80 * MAX_FRAMES)
     deaf = opened(service)
     deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

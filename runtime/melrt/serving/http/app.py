@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import logging
 import wave
 from collections.abc import AsyncIterator
 
@@ -23,6 +24,8 @@ from melrt.serving.http.service import Service
 from melrt.types import Audio
 from melrt.vocoder import Vocoder
 from melrt.voices import Voices
+
+logger = logging.getLogger(__name__)
 
 STATUS = {MelError: 422, AudioError: 422, QueueFullError: 503, ClosedError: 503, OverdueError: 504}
 FORMATS = ("wav", "pcm")
@@ -44,9 +47,9 @@ def make_app(service: Service) -> FastAPI:
     app.add_api_route("/v1/speech", routes.speech, methods=["POST"], dependencies=[Depends(service.admit)])
     app.add_api_websocket_route("/v1/stream", routes.stream)
     app.add_api_route("/v1/mel", routes.mel, methods=["POST"], dependencies=[Depends(service.admit)])
-    app.add_api_route("/", routes.page, methods=["GET"])
+    app.add_api_route("/", routes.page, methods=["GET", "HEAD"])
     for name in ("voices", "healthz", "readyz", "metrics"):
-        app.add_api_route(f"/{name}", getattr(routes, name), methods=["GET"])
+        app.add_api_route(f"/{name}", getattr(routes, name), methods=["GET", "HEAD"])
     return app
 
 
@@ -126,6 +129,8 @@ async def explain(request: Request, error: Exception) -> Response:
             detail = f"{request.method} is not allowed here; use {headers['Allow']}"
         return JSONResponse({"detail": detail}, status, headers)
     status = next((status for kind, status in STATUS.items() if isinstance(error, kind)), 500)
+    if status == 500:
+        logger.error("%s: %s", request.url.path, error)
     return JSONResponse({"detail": str(error)}, status, {"Retry-After": "1", "Connection": "close"} if status == 503 else None)
 
 

@@ -14,7 +14,6 @@ from melrt.errors import ConfigError
 from melrt.residency import Residency
 from melrt.scheduling.limits import Limits
 from melrt.serving.http.config import ServiceConfig
-from melrt.serving.http.server import listen, serve
 from melrt.vocoder import Options
 from melrt.voices import Voices
 
@@ -58,6 +57,8 @@ def http(
     trust: Trust = False,
 ) -> None:
     """Serve voices over HTTP and WebSocket: mels in, audio out; with metrics, limits and a clean end on SIGTERM or Ctrl-C."""
+    from melrt.serving.http.server import listen, serve
+
     config = ServiceConfig(max_requests, max_frames, max_connections, timeout, upload_seconds, idle_seconds, drain_seconds)
     options = Options(limits=Limits(max_frames=max_frames, timeout=timeout, wait_timeout=timeout), sample_format="int16")
     residency = Residency(memory << 20 if memory else None, tuple(pin or ()), _weights(weight or []))

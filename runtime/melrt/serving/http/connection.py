@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from melrt.serving.http.config import ServiceConfig
 
@@ -54,6 +56,11 @@ class BoundedConnection(H11Protocol):
             self.cycle.message_event.set()
         super().send_400_response(msg)
 
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        """Hand the connection to the WebSocket protocol, which closes it in its own way."""
+        self.transport = self.transport._transport  # type: ignore[attr-defined]
+        super().handle_websocket_upgrade(event)
+
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._idle_since = time.monotonic()
@@ -90,6 +97,15 @@ class BoundedConnection(H11Protocol):
             self._request_timer = self.loop.call_later(self.limits.idle_seconds, self.transport.abort)
 
 
+class BoundedStream(WebSocketsSansIOProtocol):
+    """A WebSocket that ends at once if its request is not a handshake (one with a body, for example). uvicorn alone would keep it."""
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if not self.handshake_initiated:
+            self.transport.abort()
+
+
 class _LingeringTransport:
     """A transport whose `close` leaves a client that still sends its upload the time to read the response.
 
@@ -115,7 +131,8 @@ class _LingeringTransport:
         else:
             self._lingering = True
             self._transport.resume_reading()
-            self._transport.write_eof()
+            with contextlib.suppress(OSError):  # the client has gone
+                self._transport.write_eof()
             self._connection.loop.call_later(LINGER_SECONDS, self._transport.abort)
 
 

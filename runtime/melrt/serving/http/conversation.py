@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import HTTPException, WebSocket, WebSocketDisconnect
-from fastapi.responses import JSONResponse
 from numpy.typing import NDArray
 
 from melrt.errors import ClosedError, MelError, MelrtError, QueueFullError
@@ -32,9 +31,7 @@ def converse(service: Service) -> Callable[[WebSocket], Awaitable[None]]:
                 await socket.accept()
                 await _Conversation(socket, vocoder, service.config.timeout, service.config.idle_seconds).run()
         except WebSocketDisconnect:
-            pass
-        except HTTPException as refused:  # before the connection was accepted: it is answered over HTTP
-            await socket.send_denial_response(JSONResponse({"detail": refused.detail}, refused.status_code, refused.headers))
+            pass  # other errors come before the connection is accepted, and are answered over HTTP
 
     return stream
 

@@ -65,7 +65,7 @@ class Responses:
         start = time.monotonic()
 
         async def count(message: Message) -> None:
-            if message["type"] == "http.response.start":
+            if message["type"].endswith("http.response.start"):
                 path = getattr(scope.get("route"), "path", "other")  # an unknown path must not become a label
                 self._count.labels(path, str(message["status"])).inc()
                 if message["status"] == 200:

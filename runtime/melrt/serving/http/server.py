@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from melrt.errors import ConfigError
 from melrt.serving.http.app import make_app
 from melrt.serving.http.config import ServiceConfig
-from melrt.serving.http.connection import bounded
+from melrt.serving.http.connection import BoundedStream, bounded
 from melrt.serving.http.service import Service
 from melrt.voices import Voices
 
@@ -44,11 +44,17 @@ def listen(host: str, port: int) -> socket.socket:
 
 def serve(voices: Voices, config: ServiceConfig, port: socket.socket) -> None:
     """Serve voices on an open port until SIGTERM or Ctrl-C, and complete the admitted requests."""
-    service = Service(voices, config, lambda: setattr(server, "should_exit", True))
+
+    def stop(break_off: bool) -> None:
+        server.should_exit = True
+        for connection in list(server.server_state.connections) if break_off else []:
+            connection.transport.abort()  # its request ends as for a client that has left
+
+    service = Service(voices, config, stop)
     app = make_app(service)
     app.router.lifespan_context = _signals(service)
     settings = uvicorn.Config(
-        app, http=bounded(config), ws="websockets-sansio", ws_max_size=MESSAGE_BYTES, ws_per_message_deflate=False,
+        app, http=bounded(config), ws=BoundedStream, ws_max_size=MESSAGE_BYTES, ws_per_message_deflate=False,
         log_config=None, access_log=False, server_header=False,
         timeout_keep_alive=max(1, round(config.idle_seconds)), timeout_graceful_shutdown=round(config.grace_seconds),
     )  # fmt: skip

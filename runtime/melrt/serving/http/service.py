@@ -18,8 +18,8 @@ from melrt.voices import Voices
 class Service:
     """Voices, and places for a limited number of requests. For use by one event loop."""
 
-    def __init__(self, voices: Voices, config: ServiceConfig, stop: Callable[[], None]) -> None:
-        """Make a service of voices; `stop` ends the server."""
+    def __init__(self, voices: Voices, config: ServiceConfig, stop: Callable[[bool], None]) -> None:
+        """Make a service of voices; `stop` ends the server, and if True breaks off what is in progress."""
         self.voices = voices
         self.config = config
         self.draining = False
@@ -72,9 +72,9 @@ class Service:
             raise HTTPException(404, f"there is no voice {name[:80]!r}; there are: {_list(names)}") from None
 
     def drain(self, seconds: float) -> None:
-        """Refuse new requests from now on, and stop after the delay, once those in progress are complete. A second call stops at once."""
+        """Refuse new requests from now on, and stop after the delay, once those in progress are complete. A second call breaks them off."""
         if self._drain is not None:
-            self._stop()
+            self._stop(True)
         self.draining = True
         self._drain = asyncio.get_running_loop().create_task(self._drained(seconds))
 
@@ -83,7 +83,7 @@ class Service:
         until = time.monotonic() + self.config.grace_seconds
         while self.in_progress and time.monotonic() < until:
             await asyncio.sleep(0.05)
-        self._stop()
+        self._stop(self.in_progress > 0)
 
 
 def _list(names: tuple[str, ...]) -> str:
