@@ -14,6 +14,7 @@ from melrt.errors import (
     QueueFullError,
 )  # fmt: skip
 from melrt.files.audio import read_audio, write_wav
+from melrt.files.output import Output
 from melrt.mel import MelSpec, Normalization
 from melrt.mel.convert import convert_mel
 from melrt.mel.features import mel_from_audio
@@ -41,6 +42,7 @@ __all__ = [
     "MissingExtraError",
     "Normalization",
     "Options",
+    "Output",
     "OverdueError",
     "Policy",
     "QueueFullError",

@@ -20,6 +20,7 @@ from melrt.bundle import Bundle
 from melrt.checks import check_fields, one_of
 from melrt.errors import MelError
 from melrt.files.audio import SAMPLE_FORMATS, SampleFormat
+from melrt.files.output import Output
 from melrt.mel.level_check import LevelCheck
 from melrt.mel.spec import MelSpec
 from melrt.planning.edges import Edges
@@ -72,12 +73,13 @@ class Vocoder:
         manifest = bundle.manifest
         policy = self.options.policy or recorded_policy(bundle, backend) or backend.policy
         policy.check(manifest.receptive_field)
+        queue = RequestQueue(backend, policy, self.options.limits, workers)
         self._synthesizer = Synthesizer(
             spec=manifest.spec,
-            output=OutputFormat(manifest.spec.hop, self.options.sample_format),
+            output=OutputFormat(manifest.spec.hop, self.options.sample_format, count_clipped=queue.count_clipped),
             field=manifest.receptive_field,
             edges=self.options.edges,
-            queue=RequestQueue(backend, policy, self.options.limits, workers),
+            queue=queue,
             level_check=LevelCheck(manifest.spec, manifest.levels, manifest.normalization),
         )
         self._streams = OpenStreams(self.options.limits.max_streams)
@@ -152,12 +154,13 @@ class Vocoder:
         backend = self.backend
         return f"<Vocoder {self.bundle.manifest.name}: {backend.name} {backend.precision} on {backend.device}, {self.spec.describe()}>"
 
-    def __call__(self, mel: ArrayLike) -> Audio:
+    def __call__(self, mel: ArrayLike, output: Output | None = None) -> Audio:
         """Turn log-mel frames into a waveform.
 
         Args:
             mel: Log-mel frames in this voice's convention (`self.spec`), shape (M, T) or (B, M, T). A vocoder that runs TensorRT engines
                 also takes float32 arrays in its GPU's memory (PyTorch, CuPy, PyCUDA, Numba) and reads them there.
+            output: Sample rate and encoding of the audio, `Output(8000, "mulaw")`; None for the voice's own.
 
         Returns:
             Samples in [-1, 1], shape (N,) or (B, N), N = T*hop. A fresh numpy array. For an array in GPU memory it is a fresh array of the
@@ -165,22 +168,24 @@ class Vocoder:
 
         Raises:
             MelError: Wrong number of bands, too few or too many frames, or a value that is not finite (not checked in GPU memory).
+            ConfigError: The output is not possible for this voice or this mel.
             OverdueError: The audio was not done within `Limits.timeout`.
             QueueFullError: The queue is full, and the limits say not to wait (longer).
             BackendError: The backend failed.
         """
-        requests, device_audio = self._synthesizer.utterances(mel)
+        requests, device_audio = self._synthesizer.utterances(mel, output)
         here = self.queue.inside or (np.ndim(mel) == 2 if device_audio is None else len(device_audio.shape) == 1)
         pieces = list(self._in_order(self.queue.submit(request, run_here=here) for request in requests))
         if device_audio is not None:
             return device_audio  # type: ignore[no-any-return]  # an array of the caller's library
         return pieces[0] if np.ndim(mel) == 2 else np.stack(pieces)
 
-    def batch(self, mels: Iterable[ArrayLike]) -> Iterator[Audio]:
+    def batch(self, mels: Iterable[ArrayLike], output: Output | None = None) -> Iterator[Audio]:
         """Turn utterances of any lengths into waveforms, in order. Their windows share runs without padding.
 
         Args:
             mels: Utterances (M, T) on the host. A generator is read only as far ahead as keeps the backend busy.
+            output: Sample rate and encoding of the audio; None for the voice's own.
 
         Raises:
             MelError: An utterance does not fit this voice. The error names its index and comes after the audio of the earlier ones;
@@ -188,31 +193,33 @@ class Vocoder:
         """
         if isinstance(mels, np.ndarray) and mels.ndim != 3:
             raise MelError(f"batch takes an iterable of utterances (bands, frames); it got one array of shape {mels.shape}.")
-        return self._in_order(self._submitted(mels))
+        self._synthesizer.encoder(output)  # an output that is not possible is refused before anything is synthesized
+        return self._in_order(self._submitted(mels, output))
 
-    def submit(self, mel: ArrayLike) -> Future[Audio]:
+    def submit(self, mel: ArrayLike, output: Output | None = None) -> Future[Audio]:
         """Queue one utterance (M, T) and return a future to wait for, to await (`asyncio.wrap_future`) or to cancel.
 
         Raises:
             MelError: The utterance does not fit this voice.
             QueueFullError: The queue is full, and the limits say not to wait (longer).
         """
-        return self.queue.submit(self._synthesizer.utterance(self._synthesizer.owned_frames(mel)))
+        return self.queue.submit(self._synthesizer.utterance(self._synthesizer.owned_frames(mel), output))
 
-    async def call_async(self, mel: ArrayLike) -> Audio:
+    async def call_async(self, mel: ArrayLike, output: Output | None = None) -> Audio:
         """Turn one utterance (M, T) into a waveform without blocking the event loop. Cancelling the task frees its windows."""
-        request = self._synthesizer.utterance(self._synthesizer.owned_frames(mel))
+        request = self._synthesizer.utterance(self._synthesizer.owned_frames(mel), output)
         audio: Audio = await asyncio.wrap_future(await self.queue.submit_async(request))
         return audio
 
-    def open_stream(self, pace: StreamPace | None = None) -> Stream:
+    def open_stream(self, pace: StreamPace | None = None, output: Output | None = None) -> Stream:
         """Open a stream for one utterance: `push(frames)` returns audio as early as it is exact, `flush()` returns the rest.
 
         Raises:
             QueueFullError: `Limits.max_streams` streams are open.
+            ConfigError: The output is not possible for this voice, or only for a whole utterance.
         """
         self.queue.check_process()
-        return self._streams.add(Stream(self._synthesizer, pace or self.options.pace))
+        return self._streams.add(Stream(self._synthesizer, pace or self.options.pace, output))
 
     @property
     def open_streams(self) -> int:
@@ -220,13 +227,15 @@ class Vocoder:
         self.queue.check_process()
         return len(self._streams)
 
-    def stream(self, source: Iterable[ArrayLike], pace: StreamPace | None = None) -> Iterator[Audio]:
+    def stream(self, source: Iterable[ArrayLike], pace: StreamPace | None = None, output: Output | None = None) -> Iterator[Audio]:
         """Turn an iterable of frames (M, n) into audio, piece by piece."""
-        return stream(source, self.open_stream(pace))
+        return stream(source, self.open_stream(pace, output))
 
-    def stream_async(self, source: AsyncIterable[ArrayLike] | Iterable[ArrayLike], pace: StreamPace | None = None) -> AsyncIterator[Audio]:
+    def stream_async(
+        self, source: AsyncIterable[ArrayLike] | Iterable[ArrayLike], pace: StreamPace | None = None, output: Output | None = None
+    ) -> AsyncIterator[Audio]:
         """Turn frames into audio like `stream`, for `async for`. Cancelling the task frees its windows."""
-        return stream_async(source, self.open_stream(pace))
+        return stream_async(source, self.open_stream(pace, output))
 
     def stats(self) -> Stats:
         """Return counters for a service's monitoring."""
@@ -250,11 +259,11 @@ class Vocoder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _submitted(self, mels: Iterable[ArrayLike]) -> Iterator[Future[Any]]:
+    def _submitted(self, mels: Iterable[ArrayLike], output: Output | None) -> Iterator[Future[Any]]:
         """Yield a future for each utterance; the first one that is refused has its error, and is the last."""
         for index, mel in enumerate(mels):
             try:
-                request = self._synthesizer.utterance(self._synthesizer.owned_frames(mel))
+                request = self._synthesizer.utterance(self._synthesizer.owned_frames(mel), output)
             except MelError as error:
                 refused: Future[Any] = Future()
                 refused.set_exception(MelError(f"utterance {index}: {error}"))

@@ -1,4 +1,4 @@
-"""Audio files: reading with libsndfile and soxr, and writing WAV files."""
+"""Audio files: reading with libsndfile and soxr, and writing WAV, FLAC and Ogg/Opus files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,31 @@ logger = logging.getLogger(__name__)
 
 SampleFormat = Literal["int16", "float32"]
 SAMPLE_FORMATS: tuple[SampleFormat, ...] = ("int16", "float32")
-_SUBTYPES = {"int16": "PCM_16", "float32": "FLOAT"}
+Encoding = Literal["float32", "int16", "mulaw", "alaw", "flac", "opus"]
+
+
+class FileKind(NamedTuple):
+    """Kind of file in which audio of one encoding is stored."""
+
+    suffix: str
+    """Suffix of the file's name."""
+    container: str
+    """libsndfile's name of the format."""
+    subtype: str
+    """libsndfile's name of the encoding."""
+    compressed: bool = False
+    """True if only a whole file can be decoded."""
+
+
+FILE_KINDS: dict[Encoding, FileKind] = {
+    "float32": FileKind(".wav", "WAV", "FLOAT"),
+    "int16": FileKind(".wav", "WAV", "PCM_16"),
+    "mulaw": FileKind(".wav", "WAV", "ULAW"),
+    "alaw": FileKind(".wav", "WAV", "ALAW"),
+    "flac": FileKind(".flac", "FLAC", "PCM_16", compressed=True),
+    "opus": FileKind(".opus", "OGG", "OPUS", compressed=True),
+}
+ENCODINGS: tuple[Encoding, ...] = tuple(FILE_KINDS)
 _READABLE = "WAV, FLAC, OGG, MP3 and the other formats of libsndfile"
 # A disk with less room than this, in MiB, is named as the likely reason why a file could not be written.
 _LITTLE_ROOM = 100
@@ -101,6 +125,21 @@ def to_int16(audio: FloatAudio) -> NDArray[np.int16]:
     return np.asarray(np.rint(np.clip(audio, -1.0, 1.0) * 32767.0), np.int16)
 
 
+def clipped(audio: FloatAudio) -> int:
+    """Return the number of samples outside [-1, 1], which every encoding but float32 clips."""
+    if not audio.size or (audio.max() <= 1.0 and audio.min() >= -1.0):
+        return 0
+    return int(np.count_nonzero(np.abs(audio) > 1.0))
+
+
+def write_samples(file: Any, audio: FloatAudio, encoding: Encoding) -> None:
+    """Write float samples to an open `soundfile.SoundFile` whose subtype is that of the encoding; samples outside [-1, 1] are clipped."""
+    if encoding in ("float32", "opus"):
+        file.write(audio if encoding == "float32" else np.clip(audio, -1.0, 1.0))
+    else:
+        file.write(to_int16(audio))
+
+
 def write_wav(
     path: str | os.PathLike[str], audio: FloatAudio | Iterable[FloatAudio], sample_rate: int, sample_format: SampleFormat = "int16"
 ) -> None:
@@ -118,23 +157,34 @@ def write_wav(
         MissingExtraError: soundfile is not installed.
         OSError: The file cannot be written.
     """
+    if sample_format not in SAMPLE_FORMATS:
+        raise ConfigError(f"sample format is {sample_format!r}; it must be one of {', '.join(SAMPLE_FORMATS)}.")
+    write_audio(path, audio, sample_rate, sample_format)
+
+
+def write_audio(path: str | os.PathLike[str], audio: FloatAudio | Iterable[FloatAudio], sample_rate: int, encoding: Encoding) -> int:
+    """Write a mono file of any encoding like `write_wav`, in the container of `FILE_KINDS`.
+
+    Returns:
+        Number of samples that were clipped.
+    """
     try:
         import soundfile
     except ImportError as error:
-        raise MissingExtraError("writing audio", "soundfile", "cli") from error
-    if sample_format not in _SUBTYPES:
-        raise ConfigError(f"sample format is {sample_format!r}; it must be one of {', '.join(_SUBTYPES)}.")
-    path = Path(path)
+        raise MissingExtraError("writing audio", "soundfile", "output") from error
+    path, kind, count = Path(path), FILE_KINDS[encoding], 0
     with atomic_write(path) as temporary:
         temporary.touch(exist_ok=False)  # a folder that cannot be written to fails here, with the reason that libsndfile does not give
         try:
-            with soundfile.SoundFile(temporary, "w", sample_rate, 1, _SUBTYPES[sample_format], format="WAV") as file:
+            with soundfile.SoundFile(temporary, "w", sample_rate, 1, kind.subtype, format=kind.container) as file:
                 for piece in [audio] if isinstance(audio, np.ndarray) else audio:
                     if piece.ndim != 1:
                         raise AudioError(f"audio has shape {piece.shape}; a file takes one utterance, shape (samples,).")
-                    file.write(to_int16(piece) if sample_format == "int16" else piece)
+                    count += 0 if encoding == "float32" else clipped(piece)
+                    write_samples(file, piece, encoding)
         except soundfile.LibsndfileError as error:  # a full disk is reported as "System error." only
             raise AudioError(f"{path} could not be written ({error.error_string}){_disk_note(path.parent)}") from error
+    return count
 
 
 def _disk_note(folder: Path) -> str:

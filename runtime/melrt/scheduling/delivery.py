@@ -97,7 +97,15 @@ class Delivery:
         """Count a window as done; the last one delivers the result."""
         with self._lock:
             request.unfinished -= 1
-            if request.unfinished or not self._end(request):
+            if request.unfinished or request.ended:
+                return
+        try:
+            request.complete()
+        except Exception as error:  # of an encoder
+            self.fail(request, error)
+            return
+        with self._lock:
+            if not self._end(request):
                 return
             self._counters.latencies.append(time.monotonic() - request.arrival)
         _notify(request, completed=True)

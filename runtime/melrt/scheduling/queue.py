@@ -149,6 +149,11 @@ class RequestQueue:
         with self._lock:
             self._counters.underruns += 1
 
+    def count_clipped(self, samples: int) -> None:
+        """Count samples that an encoding clipped."""
+        with self._lock:
+            self._counters.clipped += samples
+
     def stats(self) -> Stats:
         """Return a snapshot of the counters."""
         self.check_process()

@@ -13,7 +13,7 @@ import numpy as np
 from melrt.backends.base import Backend, DeviceBackend, DeviceUtterance, WindowBackend
 from melrt.checks import all_finite
 from melrt.errors import BackendError
-from melrt.files.audio import SampleFormat, to_int16
+from melrt.files.audio import SampleFormat, clipped, to_int16
 from melrt.planning.windows import Window
 from melrt.types import Audio, Mel
 
@@ -26,6 +26,10 @@ class OutputFormat:
     """Samples of audio per frame."""
     sample_format: SampleFormat = "float32"
     """`float32`, or `int16` with full scale 32767."""
+    encode: Callable[[Audio], Audio] | None = None
+    """Turns the samples of a request into its result; None if the samples are the result."""
+    count_clipped: Callable[[int], None] | None = None
+    """Told how many samples were clipped on their way to `int16`, if any were."""
 
 
 class AudioFuture(Future[Any]):
@@ -79,6 +83,9 @@ class Request:
         self.on_end: Callable[[Request, bool], None] | None = None
         """Called once, with True if the audio is complete, before waiters are woken. Not called for a request without windows."""
 
+    def complete(self) -> None:
+        """Make the result of the audio of all windows. Called once, by the thread that ran the last of them."""
+
     @staticmethod
     def execute(backend: Backend, jobs: Sequence[Job]) -> None:
         """Run windows of one kind, graph and length together, and keep their audio.
@@ -112,6 +119,13 @@ class HostRequest(Request):
         self.first_frame = first_frame
         self.hop = output.hop
         self.result: Audio = np.empty(self.frames_kept * output.hop, output.sample_format)
+        self._output = output
+        if not self.windows:
+            self.complete()
+
+    def complete(self) -> None:
+        if self._output.encode is not None:
+            self.result = self._output.encode(self.result)
 
     @staticmethod
     def execute(backend: Backend, jobs: Sequence[Job]) -> None:
@@ -137,7 +151,11 @@ class HostRequest(Request):
         source = slice((window.keep_start - window.start) * self.hop, (window.keep_stop - window.start) * self.hop)
         target = slice((window.keep_start - self.keep_start) * self.hop, (window.keep_stop - self.keep_start) * self.hop)
         kept = audio[source]
-        self.result[target] = to_int16(kept) if self.result.dtype == np.int16 and kept.dtype != np.int16 else kept
+        if self.result.dtype == np.int16 and kept.dtype != np.int16:
+            if self._output.count_clipped and (count := clipped(kept)):
+                self._output.count_clipped(count)
+            kept = to_int16(kept)
+        self.result[target] = kept
 
 
 class DeviceRequest(Request):

@@ -42,6 +42,8 @@ class Stats:
     """p50, p90 and p99 from arrival to completion over the last 2048 requests; 0 before the first."""
     underruns: int
     """Number of times that a stream's audio came after its playback had run out."""
+    clipped: int
+    """Samples clipped to full scale by an encoding other than float32; not counted where a GPU converts to int16."""
 
 
 @dataclass(slots=True)
@@ -55,6 +57,7 @@ class Counters:
     windows: int = 0
     runs: int = 0
     underruns: int = 0
+    clipped: int = 0
     busy_seconds: float = 0.0
     latencies: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     recent_runs: deque[tuple[float, int]] = field(default_factory=deque)
@@ -75,7 +78,8 @@ class Counters:
         """Return a snapshot."""
         self._drop_old_runs()
         recent = np.percentile(self.latencies, (50, 90, 99), method="higher") if self.latencies else (0.0, 0.0, 0.0)
-        totals = {name: getattr(self, name) for name in ("requests", "rejected", "cancelled", "failed", "windows", "runs", "underruns")}
+        names = ("requests", "rejected", "cancelled", "failed", "windows", "runs", "underruns", "clipped")
+        totals = {name: getattr(self, name) for name in names}
         return Stats(
             **totals,
             queue_windows=queue_windows,

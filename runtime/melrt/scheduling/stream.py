@@ -8,7 +8,8 @@ import time
 import weakref
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import ArrayLike
 
 from melrt.checks import check_fields, number, whole
 from melrt.errors import ClosedError, QueueFullError
+from melrt.files.output import Output
 from melrt.planning.windows import Span, look_back, plan, ready
 from melrt.scheduling.request import HostRequest, Request
 from melrt.scheduling.synthesizer import Synthesizer
@@ -40,12 +42,16 @@ class StreamPace:
 class Stream:
     """One utterance: frames go in, audio comes out. Its pieces, joined, equal `vocoder(mel)`. For use by one thread."""
 
-    def __init__(self, synthesizer: Synthesizer, pace: StreamPace) -> None:
+    def __init__(self, synthesizer: Synthesizer, pace: StreamPace, output: Output | None = None) -> None:
+        if output is not None:
+            output.check(synthesizer.spec.sample_rate, streamed=True)
         self._synthesizer = synthesizer
+        self._encoder = synthesizer.encoder(output)
         self._queue = synthesizer.queue
         self._edges = synthesizer.edges
         self._size = float(pace.first)
         self._growth = pace.growth
+        self._frame_seconds = synthesizer.spec.hop / synthesizer.spec.sample_rate
         self._frames: Mel = np.empty((synthesizer.spec.n_mels, 0), np.float32)
         self._base = 0  # index of the first frame that is still held
         self._received = 0
@@ -61,7 +67,7 @@ class Stream:
             frames: Log-mel frames (M, n); n may be 0 or 1.
 
         Returns:
-            Samples, shape (k*hop,), that follow those returned before.
+            Samples, shape (k*hop,), that follow those returned before; with an output, samples of its rate and encoding.
 
         Raises:
             MelError: Wrong number of bands, a value that is not finite, or more frames than `Limits.max_frames`; the stream continues
@@ -149,7 +155,10 @@ class Stream:
     def _request(self, stop: int, *, ended: bool) -> HostRequest:
         windows = plan(Span(self._done, stop, self._received, ended), self._synthesizer.field, self._queue.policy)
         deadline = self._playback_end or time.monotonic()
-        request = HostRequest(self._frames, self._base, windows, self._synthesizer.output, deadline)
+        output = self._synthesizer.output
+        if self._encoder:
+            output = replace(output, encode=partial(self._encoder, last=ended))
+        request = HostRequest(self._frames, self._base, windows, output, deadline)
         request.on_end = self._update_playback
         return request
 
@@ -181,7 +190,7 @@ class Stream:
         now = time.monotonic()
         if self._playback_end is not None and now > self._playback_end:
             self._queue.count_underrun()
-        self._playback_end = max(self._playback_end or now, now) + len(request.result) / self._synthesizer.spec.sample_rate
+        self._playback_end = max(self._playback_end or now, now) + request.frames_kept * self._frame_seconds
 
     def _wait(self, future: Future[Audio]) -> Audio:
         try:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from melrt.backends.base import DeviceBackend, DeviceUtterance
+from melrt.errors import ConfigError
+from melrt.files.output import Encoder, Output
 from melrt.mel.arrays import on_gpu
 from melrt.mel.level_check import LevelCheck
 from melrt.mel.spec import MelSpec
@@ -55,20 +57,35 @@ class Synthesizer:
             raise self.spec.wrong_axes(frames.shape)
         return frames.copy() if np.may_share_memory(frames, np.asarray(mel)) else frames
 
-    def utterance(self, frames: Mel) -> HostRequest:
+    def encoder(self, output: Output | None) -> Encoder | None:
+        """Return a new encoder for one utterance; None if the output is what the voice makes anyway.
+
+        Raises:
+            ConfigError: The output does not support this voice's rate.
+            MissingExtraError: A package that it needs is not installed.
+        """
+        rate = self.spec.sample_rate
+        if output is None or (output.sample_rate in (None, rate) and output.encoding == self.output.sample_format):
+            return None
+        return Encoder(output, rate, self.queue.count_clipped)
+
+    def utterance(self, frames: Mel, output: Output | None = None) -> HostRequest:
         """Make the request for a whole utterance.
 
         Args:
             frames: Checked frames (M, T). They are not copied.
+            output: Sample rate and encoding of the audio; None for what the voice makes.
 
         Raises:
             MelError: The utterance is longer than `Limits.max_frames`.
         """
         windows = self._plan(frames.shape[1])
+        encoder = self.encoder(output)
         self.level_check.observe(frames)
-        return HostRequest(self.edges.extend(frames), 0, windows, self.output, self._deadline())
+        made = replace(self.output, encode=encoder) if encoder else self.output
+        return HostRequest(self.edges.extend(frames), 0, windows, made, self._deadline())
 
-    def utterances(self, mel: ArrayLike) -> tuple[Iterator[Request], Any]:
+    def utterances(self, mel: ArrayLike, output: Output | None = None) -> tuple[Iterator[Request], Any]:
         """Make the requests for a mel (M, T) or (B, M, T) in any memory, one per utterance.
 
         Returns:
@@ -77,12 +94,17 @@ class Synthesizer:
 
         Raises:
             MelError: The mel does not fit this voice.
+            ConfigError: The output is not possible for this mel.
         """
         self.check_call(mel)
         backend = self.queue.backend
         if not (on_gpu(mel) and isinstance(backend, DeviceBackend)):
             frames = self.spec.check(mel, self.fewest_frames)
-            return (self.utterance(one) for one in frames.reshape(-1, *frames.shape[-2:])), None
+            if output is not None and output.makes_file and frames.ndim == 3:
+                raise ConfigError(f"output: {output.encoding!r} makes a file for each utterance, which one array cannot hold. Use batch().")
+            return (self.utterance(one, output) for one in frames.reshape(-1, *frames.shape[-2:])), None
+        if self.encoder(output) is not None:
+            raise ConfigError("output: audio in GPU memory keeps the voice's rate and format. Pass the mel in host memory.")
         view = backend.view_mel(mel)
         batch, bands, total = view.shape
         self.spec.check_shape((bands, total), self.fewest_frames)
