@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from melrt.bundle.graph_check import check_graph
 from melrt.bundle.manifest import MANIFEST, Artifact, Manifest
 from melrt.errors import BundleError
 from melrt.files.atomic import atomic_folder, atomic_write
@@ -133,7 +134,7 @@ class Bundle:
         """Read a file after comparing its size and hash with the manifest.
 
         Raises:
-            BundleError: The file is missing, truncated or altered.
+            BundleError: The file is missing, truncated or altered, or an ONNX graph that melrt's exporter does not write.
         """
         file = self.path / entry.file
         remedy = "Copy the bundle again, or export it again."
@@ -145,6 +146,11 @@ class Bundle:
         data = _read_bounded(file, entry.size)
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise BundleError(f"{file} was altered: its SHA-256 differs from the manifest's. {remedy}")
+        if entry.kind == "onnx":
+            try:
+                check_graph(data, self.manifest.spec.n_mels, self.manifest.spec.hop)
+            except BundleError as error:
+                raise BundleError(f"{file}: {error}. Export the voice again.") from error
         return data
 
     def find(self, kind: str, *, graph: str = "", precision: str = "") -> list[Artifact]:

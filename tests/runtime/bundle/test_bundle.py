@@ -24,7 +24,7 @@ def manifest() -> Manifest:
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
-    return Bundle.create(tmp_path / "x.melrt", manifest(), [(Artifact.of("a.onnx", b"abc", "onnx", precision="fp32"), b"abc")])
+    return Bundle.create(tmp_path / "x.melrt", manifest(), [(Artifact.of("a.onnx", b"abc", "plan", precision="fp32"), b"abc")])
 
 
 def test_written_bundle_reads_back(bundle: Bundle) -> None:
@@ -119,7 +119,7 @@ def test_existing_folder_is_not_overwritten(bundle: Bundle, tmp_path: Path) -> N
 
 
 def test_replaced_bundle_leaves_no_old_files(bundle: Bundle) -> None:
-    Bundle.create(bundle.path, manifest(), [(Artifact.of("b.onnx", b"b", "onnx"), b"b")], overwrite=True)
+    Bundle.create(bundle.path, manifest(), [(Artifact.of("b.onnx", b"b", "plan"), b"b")], overwrite=True)
     assert sorted(file.name for file in bundle.path.iterdir()) == ["b.onnx", MANIFEST]
     assert [path.name for path in bundle.path.parent.iterdir()] == ["x.melrt"]
 
@@ -149,7 +149,7 @@ def test_failed_replacement_leaves_the_old_file(bundle: Bundle, monkeypatch: pyt
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
-        bundle.add(Artifact.of("a.onnx", b"new", "onnx"), b"new")
+        bundle.add(Artifact.of("a.onnx", b"new", "plan"), b"new")
     found = Bundle.open(bundle.path)
     (entry,) = found.manifest.artifacts
     assert found.read(entry) == (b"new" if fails_at == 4 else b"abc")
@@ -159,7 +159,7 @@ def test_failed_replacement_leaves_the_old_file(bundle: Bundle, monkeypatch: pyt
 
 def test_file_can_be_replaced_repeatedly(bundle: Bundle) -> None:
     for content in (b"new", b"newer", b"newer", b"newest"):
-        entry = bundle.add(Artifact.of("a.onnx", content, "onnx"), content)
+        entry = bundle.add(Artifact.of("a.onnx", content, "plan"), content)
         found = Bundle.open(bundle.path)
         assert found.manifest.artifacts == (entry,)
         assert found.read(entry) == content
@@ -169,7 +169,7 @@ def test_file_can_be_replaced_repeatedly(bundle: Bundle) -> None:
 
 def test_engine_of_another_bundle_is_not_added(bundle: Bundle) -> None:
     (source,) = bundle.manifest.artifacts
-    Bundle.create(bundle.path, manifest(), [(Artifact.of("a.onnx", b"other", "onnx"), b"other")], overwrite=True)
+    Bundle.create(bundle.path, manifest(), [(Artifact.of("a.onnx", b"other", "plan"), b"other")], overwrite=True)
     with pytest.raises(BundleError, match="exported again while b.engine was made"):
         bundle.add(Artifact.of("b.engine", b"b", "engine"), b"b", made_from=source)
     assert not (bundle.path / "b.engine").exists()
