@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -195,14 +196,16 @@ def _with_free_name(entry: Artifact, taken: set[str]) -> Artifact:
 
 
 def _read_bounded(file: Path, limit: int) -> bytes:
+    """Read a file. A link is followed, as in the caches of model hubs: the manifest's hash says whether the content is the right one."""
     try:
-        # A link is refused: a bundle holds its own files. A pipe must not block, and is then not a file.
-        handle = os.open(file, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        # a pipe must not block before the check that it is not a file
+        handle = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         with open(handle, "rb") as stream:  # noqa: PTH123  # a handle has no path
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise BundleError(f"{file} is not a regular file. Copy the bundle again, or export it again.")
             data = stream.read(limit + 1)
     except OSError as error:
-        reason = "is a link; a bundle holds its own files" if file.is_symlink() else f"cannot be read: {error.strerror or error}"
-        raise BundleError(f"{file} {reason}. Copy the bundle again, or export it again.") from error
+        raise BundleError(f"{file} cannot be read: {error.strerror or error}. Copy the bundle again, or export it again.") from error
     if len(data) > limit:
         raise BundleError(f"{file} is larger than {limit} bytes.")
     return data

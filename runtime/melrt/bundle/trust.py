@@ -62,9 +62,8 @@ def is_trusted(entry: Artifact) -> bool:
                 return True
         except ConfigError as error:
             problems.append(str(error))
-    with contextlib.suppress(ConfigError, OSError):
-        if _digest(entry) in _read_private(_vouched_file(), 1 << 20).decode().split():
-            return True
+    if _digest(entry) in _vouched():
+        return True
     if problems:
         raise ConfigError(" ".join(problems))
     return False
@@ -78,11 +77,15 @@ def trust_engines(bundle: Bundle) -> list[Artifact]:
         ConfigError: The list cannot be written.
     """
     engines = [entry for entry in bundle.find("engine") if bundle.read(entry)]
+    known = _vouched() if engines else []
+    new = [digest for entry in engines if (digest := _digest(entry)) not in known]
+    if not new:
+        return engines
     file = _vouched_file()
     try:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "w") as stream:
-            stream.writelines(f"{_digest(entry)}\n" for entry in engines)
+            stream.writelines(f"{digest}\n" for digest in new)
     except OSError as error:
         raise ConfigError(f"{file} cannot be written ({error.strerror or error}); name another place with MELRT_KEY.") from error
     return engines
@@ -91,16 +94,20 @@ def trust_engines(bundle: Bundle) -> list[Artifact]:
 def seal(name: str, data: bytes) -> bytes | None:
     """Return data for a cache, sealed with this user's key so that nobody else can place it there; None without a key."""
     with contextlib.suppress(ConfigError):
-        return _mac(_own_key(), name.encode() + b"\0" + data) + data
+        return _sealed(_own_key(), name, data)
     return None
 
 
 def unseal(name: str, sealed: bytes) -> bytes | None:
     """Return the data that `seal` was given under this name; None if this user did not seal it."""
-    mac, data = sealed[:_MAC_BYTES], sealed[_MAC_BYTES:]
+    data = sealed[_MAC_BYTES:]
     with contextlib.suppress(ConfigError):
-        return data if hmac.compare_digest(mac, _mac(_read_key(key_file()), name.encode() + b"\0" + data)) else None
+        return data if hmac.compare_digest(sealed, _sealed(_read_key(key_file()), name, data)) else None
     return None
+
+
+def _sealed(key: bytes, name: str, data: bytes) -> bytes:
+    return _mac(key, name.encode() + b"\0" + data) + data
 
 
 def _facts(entry: Artifact) -> bytes:
@@ -114,6 +121,13 @@ def _digest(entry: Artifact) -> str:
 
 def _mac(key: bytes, message: bytes) -> bytes:
     return hmac.new(key, message, hashlib.sha256).digest()
+
+
+def _vouched() -> list[str]:
+    """Return the digests of the engines that this user vouched for; none if the list is missing or cannot be trusted."""
+    with contextlib.suppress(ConfigError, UnicodeDecodeError):
+        return _read_private(_vouched_file(), 1 << 20).decode().split()
+    return []
 
 
 def _vouched_file() -> Path:

@@ -197,7 +197,7 @@ def _umask() -> int:
     return mask
 
 
-def test_links_in_a_bundle_write_and_read_nothing_outside_it(bundle: Bundle, tmp_path: Path) -> None:
+def test_links_in_a_bundle_write_nothing_outside_it(bundle: Bundle, tmp_path: Path) -> None:
     """A bundle from a stranger may hold links in place of the files that a command is going to write."""
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious")
@@ -210,6 +210,25 @@ def test_links_in_a_bundle_write_and_read_nothing_outside_it(bundle: Bundle, tmp
     (bundle.path / MANIFEST).rename(other)
     (bundle.path / MANIFEST).symlink_to(other)
     before = other.read_bytes()
-    with pytest.raises(BundleError, match=f"{MANIFEST} is a link"):
-        bundle.add(Artifact.of("b", b"b", "policy"), b"b")
+    bundle.add(Artifact.of("b", b"b", "policy"), b"b")
     assert other.read_bytes() == before
+    assert not (bundle.path / MANIFEST).is_symlink()
+
+
+def test_links_are_read_if_their_content_is_the_manifests(bundle: Bundle, tmp_path: Path) -> None:
+    """Caches of model hubs hold links to files that are named by their hashes."""
+    store = tmp_path / "blobs"
+    store.mkdir()
+    for file in list(bundle.path.iterdir()):
+        file.rename(store / file.name)
+        file.symlink_to(store / file.name)
+    linked = Bundle.open(bundle.path)
+    (entry,) = linked.manifest.artifacts
+    assert linked.read(entry) == b"abc"
+    (store / "a.onnx").write_bytes(b"abd")
+    with pytest.raises(BundleError, match="a.onnx was altered"):
+        linked.read(entry)
+    (bundle.path / MANIFEST).unlink()
+    (bundle.path / MANIFEST).symlink_to("/dev/zero")
+    with pytest.raises(BundleError, match=f"has no {MANIFEST}"):
+        Bundle.open(bundle.path)

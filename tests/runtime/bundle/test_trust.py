@@ -70,12 +70,20 @@ def test_another_users_engines_need_trust(melrt, voice: Bundle, tmp_path: Path, 
     code, out, _ = melrt("trust", voice.path)
     assert code == 0
     assert out.count("is trusted by this user now") == 2
+    listed = key_file().with_name("trusted-engines").read_text()
+    assert melrt("trust", voice.path)[0] == 0
+    assert key_file().with_name("trusted-engines").read_text() == listed, "each engine is listed once"
     Vocoder.load(voice.path, backend="tensorrt", precision="fp32").close()
     assert (voice.path / "manifest.json").read_bytes() == before, "the builder is not locked out"
     monkeypatch.setenv("MELRT_KEY", "/proc/x/engine.key")
     code, _, err = melrt("trust", voice.path)
     assert code == 2
     assert "/proc/x/trusted-engines cannot be written" in err
+
+
+def test_voice_without_engines_needs_no_list(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MELRT_KEY", "/proc/x/engine.key")
+    assert trust_engines(tiny_bundle) == []
 
 
 def test_trust_checks_the_hashes_first(voice: Bundle) -> None:
