@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TRITON := .triton
 
-.PHONY: demo test check mutants triton release clean
+.PHONY: demo test check mutants fuzz triton release clean
 
 demo: $(VENV)/.installed
 	$(BIN)/melrt demo
@@ -16,6 +16,10 @@ test: $(VENV)/.installed triton
 # Plants faults one at a time, and reports those that no test finds; half an hour.
 mutants: $(VENV)/.installed
 	$(BIN)/python tests/mutants.py
+
+# Attacks melrt with 10,000 bundles, 5,000 checkpoints, 2,000 files of mels and 5,000 arrays, and prints the counts.
+fuzz: $(VENV)/.installed
+	$(BIN)/python tests/fuzz/attacks.py
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

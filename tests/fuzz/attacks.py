@@ -1,0 +1,231 @@
+"""Attack melrt with damaged and hostile bundles, checkpoints, mels and arrays: `make fuzz`. Each case depends on its seed alone.
+
+Usage: python tests/fuzz/attacks.py [BUNDLES CHECKPOINTS MELS ARRAYS]
+
+A case fails if it raises anything but a MelrtError, takes more than 10 s, or leaves a file outside its folder. A kind fails if it
+makes the process more than 1 GiB larger.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from melrt import Vocoder
+from melrt.bundle import MANIFEST, Bundle
+from melrt.bundle.manifest import Artifact
+from melrt.errors import MelrtError
+from melrt.files.mels import read_mel
+from melrt.mel.spec import MelSpec
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "tests" / "data" / "bundles" / "tiny.melrt"
+MAX_SECONDS = 10
+MAX_KILOBYTES = 1 << 20
+MAKE_FUZZ = {"bundles": 10_000, "checkpoints": 5_000, "mels": 2_000, "arrays": 5_000}
+_ODD: tuple[Any, ...] = (
+    None, True, -1, 0, 1, 10**400, 1e308, float("nan"), float("-inf"), "", "x" * 5000, "\x1b[31m", "../../x", "\ud800", [], {}, [[]],
+    [None], {"a": 1}, "1e999", 2**63,
+)  # fmt: skip
+
+
+def bundle_case(noise: np.random.Generator, folder: Path) -> None:
+    """Damage a manifest or a file, make the hashes agree in half of the cases, and load, synthesize and add."""
+    path = folder / "x.melrt"
+    shutil.copytree(TINY, path)
+    names = sorted(file.name for file in TINY.iterdir())
+    if noise.random() < 0.5:
+        name = MANIFEST
+        values = json.loads((path / name).read_text())
+        _change(values, noise)
+        (path / name).write_text(json.dumps(values))
+    else:
+        name = names[noise.integers(len(names))]
+        (path / name).write_bytes(_damaged((path / name).read_bytes(), noise))
+        if name != MANIFEST and noise.random() < 0.7:
+            values = json.loads((path / MANIFEST).read_text())
+            entry = next(entry for entry in values["artifacts"] if entry["file"] == name)
+            entry |= {key: getattr(Artifact.of(name, (path / name).read_bytes(), "x"), key) for key in ("size", "sha256")}
+            (path / MANIFEST).write_text(json.dumps(values))
+    bundle = Bundle.open(path)
+    bundle.manifest.dumps()
+    bundle.probe()
+    with Vocoder.load(bundle, device="cpu", backend="onnxruntime", threads=1) as vocoder:
+        vocoder(np.zeros((bundle.manifest.spec.n_mels, 20), np.float32))
+    bundle.add(Artifact.of("new.json", b"{}", "plan"), b"{}")
+
+
+def checkpoint_case(noise: np.random.Generator, folder: Path) -> None:
+    """Damage one file of a checkpoint of a random project, or exchange a value in its settings."""
+    from melrt_export.checkpoints import load_checkpoint
+
+    source = _checkpoints()[noise.integers(len(_checkpoints()))]
+    path = Path(shutil.copytree(source, folder / "checkpoint"))
+    files = sorted(path.iterdir())
+    file = files[noise.integers(len(files))]
+    file.chmod(0o600)
+    data = file.read_bytes()
+    if file.suffix == ".json" and noise.random() < 0.7:
+        values = json.loads(data)
+        _change(values, noise)
+        data = json.dumps(values).encode("utf-8", "surrogatepass")
+    else:
+        data = _damaged(data, noise)
+    file.write_bytes(data)
+    load_checkpoint(path if noise.random() < 0.8 else file)
+
+
+def mel_case(noise: np.random.Generator, folder: Path) -> None:
+    """Damage a file that holds a mel."""
+    suffix = (".npy", ".npz", ".wav", ".bin")[noise.integers(4)]
+    file = folder / f"mel{suffix}"
+    mel = noise.standard_normal((80, 5)).astype(np.float32)
+    if suffix == ".npz":
+        np.savez(file, mel=mel)
+    else:
+        with file.open("wb") as stream:
+            np.save(stream, mel)
+    file.write_bytes(_damaged(file.read_bytes(), noise))
+    np.asarray(read_mel(file, MelSpec()))
+
+
+_vocoder: list[Vocoder] = []
+
+
+def array_case(noise: np.random.Generator, _folder: Path) -> None:
+    """Pass an array of an odd shape, type or content to a vocoder."""
+    if not _vocoder:
+        _vocoder.append(Vocoder.load(TINY, device="cpu", backend="onnxruntime", precision="fp32", threads=1))
+    shape = tuple(int(size) for size in noise.choice([0, 1, 2, 3, 20, 79, 80, 81], noise.integers(0, 5)))
+    types = [np.float32, np.float64, np.float16, np.int64, np.uint8, np.bool_, np.complex64, object, "U3", "S2", "M8[s]", "V4", ">f4"]
+    mels: list[Any] = [
+        np.zeros((80, 20), np.float32) - 3, np.full((80, 5), np.nan), np.full((80, 5), 1e38),
+        np.ma.masked_array(np.zeros((80, 5)), mask=True), [[1.0], [2.0, 3.0]], None, "mel", b"mel", {},
+        np.broadcast_to(np.float32(0), (80, 1000)), np.zeros((80, 20), np.float32).T,
+    ]  # fmt: skip
+    choice = noise.integers(2 * len(mels))
+    mel = mels[choice] if choice < len(mels) else np.zeros(shape, types[noise.integers(len(types))])  # type: ignore[call-overload]
+    calls: list[Callable[[], Any]] = [
+        lambda: _vocoder[0](mel), lambda: _vocoder[0].submit(mel).result(), lambda: list(_vocoder[0].stream(iter([mel, mel]))),
+    ]  # fmt: skip
+    calls[noise.integers(3)]()
+
+
+CASES: dict[str, Callable[[np.random.Generator, Path], None]] = {
+    "bundles": bundle_case, "checkpoints": checkpoint_case, "mels": mel_case, "arrays": array_case,
+}  # fmt: skip
+
+
+def attack(kind: str, count: int) -> tuple[collections.Counter[str], list[str]]:
+    """Run the cases with seeds 0 to `count` - 1, and return the number of each result and the failures."""
+    results: collections.Counter[str] = collections.Counter()
+    failures = []
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    handler = signal.signal(signal.SIGALRM, _too_long)
+    with tempfile.TemporaryDirectory() as name, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        home = Path(name)
+        for seed in range(count):
+            folder = home / "case"
+            folder.mkdir()
+            signal.alarm(MAX_SECONDS)
+            try:
+                CASES[kind](np.random.default_rng(seed), folder)
+                results["accepted"] += 1
+            except MelrtError as error:
+                results[type(error).__name__] += 1
+            except Exception as error:
+                failures.append(f"{kind}, seed {seed}: {type(error).__name__}: {str(error)[:200]}")
+            finally:
+                signal.alarm(0)
+            shutil.rmtree(folder)
+            if outside := [str(file) for file in home.rglob("*")]:
+                failures.append(f"{kind}, seed {seed}: wrote {outside}")
+    signal.signal(signal.SIGALRM, handler)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    if used > MAX_KILOBYTES:
+        failures.append(f"{kind}: {used >> 10} MiB more than before")
+    return results, failures
+
+
+def _too_long(*_: object) -> None:
+    raise TimeoutError(f"more than {MAX_SECONDS} s")
+
+
+def _damaged(data: bytes, noise: np.random.Generator) -> bytes:
+    """Return data that is cut, or has bytes exchanged, repeated or inserted; mostly near the start, where headers are."""
+    result = bytearray(data)
+    for _ in range(noise.integers(1, 6)):
+        at = int(noise.integers(len(result) + 1) if noise.random() < 0.5 else min(len(result), noise.integers(400)))
+        match noise.integers(5):
+            case 0:
+                del result[at:]
+            case 1:
+                result[at : at + 1] = noise.bytes(1)
+            case 2:
+                result[at : at + 4] = noise.choice([b"\xff" * 4, b"\x00" * 4, b"\x80\x02c" + b"os", b'": [1e400, "'])
+            case 3:
+                result[at:at] = result[at : at + int(noise.integers(200))]
+            case _:
+                del result[at : at + int(noise.integers(1, 20))]
+    return bytes(result)
+
+
+def _change(values: Any, noise: np.random.Generator) -> None:
+    """Exchange one value somewhere in a JSON document, or remove it."""
+    places = list(_places(values))
+    container, key = places[noise.integers(len(places))]
+    if noise.random() < 0.15:
+        del container[key]
+    else:
+        container[key] = _ODD[noise.integers(len(_ODD))]
+
+
+def _places(values: Any) -> Iterator[tuple[Any, Any]]:
+    for key in list(values) if isinstance(values, dict) else range(len(values)):
+        yield values, key
+        if isinstance(values[key], dict | list):
+            yield from _places(values[key])
+
+
+_made: list[Path] = []
+
+
+def _checkpoints() -> list[Path]:
+    """Return the folders of honest checkpoints: the demo voice, and the developers' if they are there."""
+    if not _made:
+        from melrt_export.assets import DEMO_VOICE
+
+        fixtures = ROOT.parent / "shared" / "fixtures" / "checkpoints"
+        small = [path for path in sorted(fixtures.iterdir()) if path.name != "seungwonpark"] if fixtures.is_dir() else []
+        _made.extend([Path(DEMO_VOICE), *small])
+    return _made
+
+
+def main() -> int:
+    counts = dict(zip(CASES, map(int, sys.argv[1:]), strict=True)) if sys.argv[1:] else MAKE_FUZZ
+    failed = 0
+    with tempfile.TemporaryDirectory() as home:
+        os.environ["MELRT_CACHE"], os.environ["MELRT_KEY"] = f"{home}/cache", f"{home}/engine.key"
+        for kind, count in counts.items():
+            results, failures = attack(kind, count)
+            print(f"{kind}: {count} cases, {len(failures)} failures; {dict(results)}", flush=True)
+            print("\n".join(failures[:40]), flush=True)
+            failed += len(failures)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
