@@ -120,10 +120,20 @@ Cached = Annotated[
 TryVariants = Annotated[
     bool, typer.Option("--try-variants", help="Measure exact rewrites of the graph and several windows on this GPU, and keep the fastest.")
 ]
+EngineKind = Annotated[str, typer.Option(help="tensorrt, or fused: kernels of melrt that need no TensorRT and that no GPU has run yet.")]
+Gpus = Annotated[
+    str | None,
+    typer.Option(metavar="CAPABILITIES", help="With fused: compute capabilities to compile for. The default is 8.0,8.6,8.9,9.0,10.0,12.0."),
+]
+# Options that `--engine fused` takes.
+_FUSED_OPTIONS = {"voice", "engine", "gpus"}
 
 
 def build(
+    context: typer.Context,
     voice: Voice,
+    engine: EngineKind = "tensorrt",
+    gpus: Gpus = None,
     precision: Annotated[str, typer.Option(help="fp32, tf32, fp16, or int8. The last needs `melrt calibrate` first.")] = "fp16",
     flavor: Annotated[str, typer.Option(help="tensorrt, tensorrt_rtx, or auto for the first that is installed.")] = "auto",
     portable: Portable = True,
@@ -143,7 +153,12 @@ def build(
     `melrt build voice.melrt --precision fp16` builds one engine for each graph. With `tensorrt`, run it on the GPU that the engines are
     for. With `tensorrt_rtx`, it also runs without a GPU and builds portable engines. `--try-variants` needs the GPU: it builds, checks and
     times about eight engines for each graph, adds the fastest, and stores all times in the bundle.
+
+    `--engine fused` compiles melrt's own kernels for several GPUs at once, without a GPU and without TensorRT. They run on NVIDIA GPUs
+    through cuda-core alone, if named: `--backend fused`. No GPU has run them yet.
     """
+    if _checked_engine(context, engine) == "fused":
+        return _build_fused(voice, gpus)
     from melrt_export.tensorrt.options import EngineOptions
     from melrt_export.tensorrt.variant_search import build_engines
 
@@ -161,6 +176,31 @@ def build(
             for line in _engine_lines(voice, built):
                 _print(line)
     _print(f"Next: synthesize speech on the GPU with `melrt synth {voice} MEL.npy -o speech.wav --backend tensorrt`.")
+
+
+def _checked_engine(context: typer.Context, engine: str) -> str:
+    """Return the kind of engine, after refusing options of the other kind."""
+    if engine not in ("tensorrt", "fused"):
+        raise ConfigError(f"engine is {engine!r}; it must be one of tensorrt, fused.")
+    given = [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
+    others = [name for name in given if (name == "gpus" if engine == "tensorrt" else name not in _FUSED_OPTIONS)]
+    if others:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+        raise ConfigError(f"--engine {engine} does not take {names}. Leave it out, or choose the other engine.")
+    return engine
+
+
+def _build_fused(voice: Path, gpus: str | None) -> None:
+    from melrt_export.fused.build import FusedOptions, build_fused
+    from melrt_export.fused.report import kernel_table
+
+    options = FusedOptions() if gpus is None else FusedOptions(tuple(gpus.replace(" ", "").split(",")))
+    with Steps(1) as steps:
+        steps(f"compiling the kernels for compute capability {', '.join(options.gpus)}")
+        entry, program = build_fused(Bundle.open(voice), options, steps.on_phase)
+        console.print(kernel_table(program))
+    _print(f"Built {voice / entry.file} ({entry.size / 1e6:.2f} MB). No GPU has run these kernels yet, so `auto` does not choose them.")
+    _print(f"Next: synthesize speech on a GPU with `melrt synth {voice} MEL.npy -o speech.wav --backend fused`.")
 
 
 def _begin_each(options: EngineOptions, graphs: tuple[str, ...], steps: Steps) -> Iterator[EngineOptions]:

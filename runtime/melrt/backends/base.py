@@ -10,7 +10,7 @@ from melrt.planning.edges import Edges
 from melrt.planning.windows import GraphKind, Policy, Window
 from melrt.types import Audio, Mel
 
-BACKENDS = ("tensorrt", "onnxruntime", "openvino")
+BACKENDS = ("tensorrt", "fused", "onnxruntime", "openvino")
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8")
 
 
@@ -18,7 +18,7 @@ class Backend(Protocol):
     """A voice's two graphs, loaded on one device. Safe to call from several threads."""
 
     name: str
-    """`tensorrt`, `onnxruntime` or `openvino`."""
+    """`tensorrt`, `fused`, `onnxruntime` or `openvino`."""
     device: str
     """`cpu`, `cuda:0`, ..."""
     machine: str

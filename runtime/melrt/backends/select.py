@@ -44,7 +44,7 @@ class BackendChoice:
     precision: str = "auto"
     """`fp32`, `tf32`, `fp16`, `bf16`, `int8`, or `auto`: the fastest that keeps the voice's quality on the device."""
     backend: str = "auto"
-    """`tensorrt`, `onnxruntime`, `openvino`, or `auto`: an engine if the bundle has one for this GPU."""
+    """`tensorrt`, `fused`, `onnxruntime`, `openvino`, or `auto`: a TensorRT engine if the bundle has one for this GPU."""
     threads: int | None = None
     """CPU threads in all; one per usable core if None."""
     sample_format: SampleFormat = "float32"
@@ -88,7 +88,7 @@ def open_backend(bundle: Bundle, choice: BackendChoice) -> Backend:
     """
     skipped: dict[str, list[str]] = {}
     errors = []
-    for candidate in (*_engines(bundle, choice), *_models(bundle, choice)):
+    for candidate in (*_fused_engines(bundle, choice), *_engines(bundle, choice), *_models(bundle, choice)):
         try:
             backend = candidate.open()
         except (BackendError, MissingExtraError) as error:
@@ -116,7 +116,7 @@ def _reasons(skipped: dict[str, list[str]]) -> Iterator[str]:
 
 def _engines(bundle: Bundle, choice: BackendChoice) -> Iterator[_Candidate]:
     """Yield pairs of engines, one for each graph, by precision and then by flavor, the newest first."""
-    if choice.backend in ("onnxruntime", "openvino") or choice.kind == "cpu":
+    if choice.backend in ("fused", "onnxruntime", "openvino") or choice.kind == "cpu":
         return
     if (choice.backend, choice.kind) == ("auto", "auto") and find_gpu() is None:
         return  # the caller did not ask for a GPU, so its absence deserves no warning
@@ -130,7 +130,16 @@ def _engines(bundle: Bundle, choice: BackendChoice) -> Iterator[_Candidate]:
                 yield _Candidate(f"the {precision} engine of {' '.join(made_for)}", partial(_open_engines, bundle, artifacts, choice))
 
 
+def _fused_engines(bundle: Bundle, choice: BackendChoice) -> Iterator[_Candidate]:
+    """Yield the fused engine if the caller named it. `auto` does not take it before a GPU has confirmed it."""
+    for precision in _on_gpu(choice) if choice.backend == "fused" and choice.kind != "cpu" else ():
+        for artifact in bundle.find("engine", graph="both", precision=precision):
+            opened = partial(_open_engines, bundle, {"edge": artifact, "interior": artifact}, choice)
+            yield _Candidate(f"the fused engine in {precision}", opened)
+
+
 def _open_engines(bundle: Bundle, artifacts: dict[GraphKind, Artifact], choice: BackendChoice) -> Backend:
+    from melrt.backends.fused.backend import Fused
     from melrt.backends.tensorrt.backend import TensorRT
 
     try:
@@ -146,7 +155,8 @@ def _open_engines(bundle: Bundle, artifacts: dict[GraphKind, Artifact], choice: 
             "otherwise rebuild it with `melrt build`"
         )
     try:
-        return TensorRT(bundle, artifacts, choice.index, int16=choice.sample_format == "int16")
+        backend = Fused if choice.backend == "fused" else TensorRT
+        return backend(bundle, artifacts, choice.index, int16=choice.sample_format == "int16")
     except MelrtError:
         raise
     except Exception as error:  # the driver, NVRTC and TensorRT raise many exceptions without a common base
@@ -213,6 +223,8 @@ def _open_models(bundle: Bundle, models: dict[GraphKind, Artifact], backend: str
 def _nothing_fits(bundle: Bundle, choice: BackendChoice) -> str:
     available = ", ".join(sorted({f"{a.precision} {a.kind}" for kind in ("engine", "onnx") for a in bundle.find(kind)})) or "none"
     asked = "" if choice.precision == "auto" else f"{choice.precision} "
+    if choice.backend == "fused":
+        return f"{bundle.path} has no {asked}fused engine; it has {available}. `melrt build {bundle.path} --engine fused` makes one."
     if choice.backend == "tensorrt":
         return f"{bundle.path} has no {asked}engines of both graphs; it has {available}. `melrt build` makes them."
     if bundle.find("onnx", precision=choice.precision if asked else ""):

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from melrt.backends.base import DeviceUtterance
-from melrt.backends.tensorrt.engine import Engine
+from melrt.backends.tensorrt.engine import Engine as TensorRTEngine
 from melrt.backends.tensorrt.gpu_arrays import DeviceAudio, DeviceMel, current_device, make_audio, read_mel
+from melrt.backends.tensorrt.interface import Engine
 from melrt.backends.tensorrt.kernels import CUT_JOB, KEEP_JOB, MOST_JOBS, Kernels, table
 from melrt.backends.tensorrt.slot import FLOAT, ExecutionSlot
 from melrt.bundle import Artifact, Bundle
@@ -28,11 +29,13 @@ logger = logging.getLogger(__name__)
 SLOTS = 3
 
 
-class TensorRT:
+class EngineBackend:
     """A voice's two engines on one GPU. Every run uses an execution slot of its own; there are as many slots as workers."""
 
-    name = "tensorrt"
+    name = ""
     reason = ""
+    extra = ""
+    """Extra that brings the packages it needs."""
 
     def __init__(self, bundle: Bundle, artifacts: Mapping[GraphKind, Artifact], index: int = 0, *, int16: bool = False) -> None:
         """Open both engines, and capture the CUDA graphs of the window.
@@ -49,7 +52,7 @@ class TensorRT:
             MissingExtraError: TensorRT or cuda-core is not installed.
         """
         self._index = index
-        self._device, self.gpu = open_device(index)
+        self._device, self.gpu = open_device(index, self.extra)
         self._slots: list[ExecutionSlot] = []
         self.engines: dict[GraphKind, Engine] = {}
         self.machine = self.gpu.name
@@ -64,15 +67,14 @@ class TensorRT:
 
     def _open(self, bundle: Bundle, artifacts: Mapping[GraphKind, Artifact], int16: bool) -> None:
         spec = bundle.manifest.spec
-        for graph, artifact in artifacts.items():
-            self.engines[graph] = Engine(artifact, bundle.read(artifact), spec.n_mels, self.gpu)
+        self._open_engines(bundle, artifacts)
         profile = self.engines["interior"].profile
         if profile.window is None:
             raise BackendError(f"{artifacts['interior'].file} takes windows of several lengths; build it with one, as `melrt build` does.")
         self.policy = Policy(frames=profile.window, static=True, batch=profile.largest[0], workers=SLOTS)
         self.candidates = tuple(replace(self.policy, batch=batch) for batch in _powers_of_two(profile.largest[0]))
         self._free: queue.LifoQueue[ExecutionSlot] = queue.LifoQueue()
-        kernels = Kernels(self._device)
+        kernels = self._load_kernels()
         for _ in range(SLOTS):
             slot = ExecutionSlot(self._device, kernels, self.engines, spec.hop, int16=int16)
             self._slots.append(slot)
@@ -80,6 +82,14 @@ class TensorRT:
             self._free.put(slot)
         for engine in self.engines.values():
             engine.save_cache()
+
+    def _open_engines(self, bundle: Bundle, artifacts: Mapping[GraphKind, Artifact]) -> None:
+        """Open the engine of each graph, and enter it in `engines`."""
+        raise NotImplementedError
+
+    def _load_kernels(self) -> Kernels:
+        """Return the kernels around an engine."""
+        return Kernels(self._device)
 
     @property
     def failed_captures(self) -> int:
@@ -192,11 +202,22 @@ class TensorRT:
                 slot.run("interior", mel)
 
 
+class TensorRT(EngineBackend):
+    """A voice's two TensorRT engines on one GPU."""
+
+    name = "tensorrt"
+    extra = "tensorrt"
+
+    def _open_engines(self, bundle: Bundle, artifacts: Mapping[GraphKind, Artifact]) -> None:
+        for graph, artifact in artifacts.items():
+            self.engines[graph] = TensorRTEngine(artifact, bundle.read(artifact), bundle.manifest.spec.n_mels, self.gpu)
+
+
 def _powers_of_two(largest: int) -> list[int]:
     return [1 << power for power in range(largest.bit_length()) if 1 << power < largest] + [largest]
 
 
-def open_device(index: int) -> tuple[Any, Gpu]:
+def open_device(index: int, extra: str = "tensorrt") -> tuple[Any, Gpu]:
     """Open a CUDA device and describe it. The thread's current context stays as it was; `current_device` changes it for a block.
 
     Raises:
@@ -206,7 +227,7 @@ def open_device(index: int) -> tuple[Any, Gpu]:
     try:
         from cuda.core import Device
     except ImportError as error:
-        raise MissingExtraError("running an engine", "cuda-core", "tensorrt") from error
+        raise MissingExtraError("running an engine", "cuda-core", extra) from error
     try:
         device = Device(index)
         with current_device(device):  # creates the primary context

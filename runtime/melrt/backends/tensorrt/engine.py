@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from melrt.backends.tensorrt.interface import Place, Profile, Shape
 from melrt.bundle import Artifact
 from melrt.bundle.trust import seal, unseal
 from melrt.errors import BackendError, MissingExtraError
@@ -26,35 +27,6 @@ PORTABLE = "portable"
 AMPERE = 8.0
 # A voice's runtime cache is well below a megabyte per graph; a file far beyond that is not one.
 MAX_CACHE_BYTES = 256 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """Shapes (B, M, T) that an engine takes."""
-
-    smallest: tuple[int, ...]
-    """Smallest batch, bands and frames."""
-    largest: tuple[int, ...]
-    """Largest batch, bands and frames."""
-
-    @property
-    def window(self) -> int | None:
-        """Window length in frames if the engine takes only one; otherwise None."""
-        return self.largest[2] if self.smallest[2] == self.largest[2] else None
-
-    @property
-    def spread(self) -> int:
-        """Sum of the differences between the largest and the smallest size; 0 for a profile of one shape."""
-        return sum(self.largest) - sum(self.smallest)
-
-    def has(self, shape: tuple[int, ...]) -> bool:
-        """Return whether a shape is within the profile."""
-        return all(low <= size <= high for low, size, high in zip(self.smallest, shape, self.largest, strict=True))
-
-    def check(self, shape: tuple[int, ...]) -> None:
-        """Raise BackendError for a shape outside the profile."""
-        if not self.has(shape):
-            raise BackendError(f"a mel of shape {shape} is outside this engine's profile, {self.smallest} to {self.largest}.")
 
 
 class Engine:
@@ -109,6 +81,10 @@ class Engine:
             raise BackendError("TensorRT could not create an execution context. Is the GPU's memory full?")
         context.set_device_memory(int(scratch.handle), scratch.size)
         return context
+
+    def prepare(self, shape: Shape, samples: int, place: Place) -> ContextRun:
+        """Prepare runs of a shape in an execution context of its own."""
+        return ContextRun(self.context(place.scratch), self.profile_index(shape), shape, samples, place)
 
     def save_cache(self) -> None:
         """Store the kernels that TensorRT-RTX compiled for the next start; if that is not possible, continue without."""
@@ -165,6 +141,36 @@ class Engine:
             logger.info("the runtime cache %s was made by another driver or version; kernels are compiled again.", self._cache_file)
         config.set_runtime_cache(cache)
         return config
+
+
+class ContextRun:
+    """One shape of an engine in an execution context of its own.
+
+    A captured graph depends on the state of its context, so each shape has its own context (TensorRT's developer guide, CUDA graphs).
+    """
+
+    def __init__(self, context: Any, profile: int, shape: Shape, samples: int, place: Place) -> None:
+        self._context, self._stream = context, int(place.stream.handle)
+        if (
+            not context.set_optimization_profile_async(profile, self._stream)
+            or not context.set_input_shape("mel", shape)
+            or (context.infer_shapes())
+        ):
+            raise BackendError(f"the engine rejects a mel of shape {shape}.")
+        audio_shape = tuple(int(size) for size in context.get_tensor_shape("audio"))
+        if math.prod(audio_shape) != samples:  # or the engine would write outside its buffer
+            raise BackendError(f"the engine gives audio of shape {audio_shape} for a mel of shape {shape}; it must have {samples} samples.")
+        for name, address in (("mel", place.mel), ("audio", place.audio)):
+            if not context.set_tensor_address(name, address):
+                raise BackendError(f"the engine rejects the address of its {name}.")
+
+    def enqueue(self) -> None:
+        if not self._context.execute_async_v3(self._stream):
+            raise BackendError("TensorRT could not queue the run.")
+
+    def capturable(self) -> bool:
+        supported = getattr(self._context, "is_stream_capturable", None)
+        return supported is None or bool(supported(self._stream))
 
 
 def flavor(artifact: Artifact) -> ModuleType:

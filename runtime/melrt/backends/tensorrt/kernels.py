@@ -6,9 +6,10 @@ to stay in memory until the kernel runs.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +76,8 @@ extern "C" __global__ void keep_int16(const __grid_constant__ KeepJobs jobs, con
 }}
 """
 
+SOURCE_SHA256 = hashlib.sha256(SOURCE.encode()).hexdigest()
+
 _compiled: dict[str, Any] = {}
 _lock = threading.Lock()
 
@@ -82,10 +85,11 @@ _lock = threading.Lock()
 class Kernels:
     """The kernels for one device. They are compiled once per architecture and process; a kernel belongs to no context."""
 
-    def __init__(self, device: Any) -> None:
+    def __init__(self, device: Any, cubin: bytes = b"") -> None:
+        """Load the kernels, from code that `compile_source` made for this device if it is given."""
         with _lock:
             if device.arch not in _compiled:
-                _compiled[device.arch] = _compile(device.arch)
+                _compiled[device.arch] = _loaded(cubin) if cubin else compile_source(device.arch)
         code = _compiled[device.arch]
         self._kernels = {name: code.get_kernel(name) for name in ("cut", "finish", "keep_float32", "keep_int16")}
 
@@ -102,15 +106,43 @@ class Kernels:
         Raises:
             BackendError: The driver refuses the launch.
         """
-        from cuda.bindings import driver
-
-        values = [np.asarray(argument) for argument in arguments]
-        addresses = np.array([value.ctypes.data for value in values], np.uint64)
-        kernel = driver.CUfunction(int(self._kernels[name].handle))
         grid = (-(-elements // THREADS), places, 1)
-        (error,) = driver.cuLaunchKernel(kernel, *grid, THREADS, 1, 1, 0, int(stream.handle), int(addresses.ctypes.data), 0)
-        if error != driver.CUresult.CUDA_SUCCESS:
-            raise BackendError(f"the GPU's driver refused to launch the kernel {name}: {error}.")
+        queue_kernel(name, self._kernels[name], stream, Geometry(grid, THREADS), [np.asarray(argument) for argument in arguments])
+
+
+class Geometry(NamedTuple):
+    """Size of a launch."""
+
+    grid: tuple[int, int, int]
+    """Blocks in each dimension."""
+    threads: int
+    """Threads of a block."""
+    shared: int = 0
+    """Dynamic shared memory of a block in bytes."""
+
+
+def queue_kernel(name: str, kernel: Any, stream: Any, size: Geometry, values: Sequence[NDArray[Any]]) -> None:
+    """Queue a kernel.
+
+    Args:
+        name: Its name, for messages.
+        kernel: The kernel of cuda-core.
+        stream: The stream.
+        size: Size of the launch.
+        values: Arguments of exactly the types that the kernel declares. The driver copies them.
+
+    Raises:
+        BackendError: The driver refuses the launch.
+    """
+    from cuda.bindings import driver
+
+    addresses = np.array([value.ctypes.data for value in values], np.uint64)
+    function = driver.CUfunction(int(kernel.handle))
+    (error,) = driver.cuLaunchKernel(
+        function, *size.grid, size.threads, 1, 1, size.shared, int(stream.handle), int(addresses.ctypes.data), 0
+    )
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise BackendError(f"the GPU's driver refused to launch the kernel {name}: {error}.")
 
 
 def table(kind: np.dtype[Any], rows: Sequence[tuple[Any, ...]]) -> NDArray[Any]:
@@ -120,7 +152,14 @@ def table(kind: np.dtype[Any], rows: Sequence[tuple[Any, ...]]) -> NDArray[Any]:
     return jobs
 
 
-def _compile(arch: str) -> Any:
+def compile_source(arch: str) -> Any:
+    """Compile the kernels for an architecture such as `90`; this needs no GPU."""
     from cuda.core import Program, ProgramOptions
 
     return Program(SOURCE, "c++", ProgramOptions(arch=f"sm_{arch}", std="c++17")).compile("cubin")
+
+
+def _loaded(cubin: bytes) -> Any:
+    from cuda.core import ObjectCode
+
+    return ObjectCode.from_cubin(cubin)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from melrt.backends.tensorrt.engine import Engine
+from melrt.backends.tensorrt.interface import Engine, Place, Shape
 from melrt.backends.tensorrt.kernels import Kernels
 from melrt.errors import BackendError
 from melrt.planning.windows import GraphKind
@@ -29,8 +29,6 @@ CAPTURE_AFTER = 2
 CAPTURE_LAZY_AFTER = 32
 # Prepared shapes per slot; each has an execution context, and perhaps a CUDA graph, of some hundred kilobytes.
 MOST_SHAPES = 64
-
-Shape = tuple[int, int, int]
 
 
 class ExecutionSlot:
@@ -66,7 +64,7 @@ class ExecutionSlot:
         self._floats = device.allocate(FLOAT * samples, stream=self.stream) if int16 else None
         self.audio = self.converted if self._floats is None else int(self._floats.handle)
         """Address of the engine's audio."""
-        self.host_mel, self.host_result, self._host_report = (_Pinned(bytes_) for bytes_ in (FLOAT * mels, size, FLOAT))
+        self.host_mel, self.host_result, self._host_report = (Pinned(bytes_) for bytes_ in (FLOAT * mels, size, FLOAT))
         self.report = self._host_report.array.view(np.int32)
         """Set to 1 by the device for samples that are not finite in audio that stays there."""
         self.report[0] = 0
@@ -97,7 +95,7 @@ class ExecutionSlot:
         result = self.host_result.array
         if result[: FLOAT * batch].any():
             precision = self.engines[graph].precision
-            raise BackendError(f"tensorrt returned samples that are not finite. Is {precision} precise enough for this voice?")
+            raise BackendError(f"the engine returned samples that are not finite. Is {precision} precise enough for this voice?")
         return result[self._header :].view(self.dtype)[: batch * frames * self.hop].reshape(batch, -1)
 
     def prepared(self, graph: GraphKind, batch: int, bands: int, frames: int) -> PreparedShape:
@@ -132,31 +130,18 @@ class ExecutionSlot:
 
 
 class PreparedShape:
-    """One shape of one engine in an execution context of its own, launched as a CUDA graph once the shape has recurred.
-
-    A captured graph depends on the state of its context, so each shape has its own context. The contexts of a slot share its scratch
-    memory (TensorRT's developer guide, CUDA graphs).
-    """
+    """One shape of one engine, launched as a CUDA graph once the shape has recurred. The shapes of a slot share its scratch memory."""
 
     def __init__(self, slot: ExecutionSlot, graph: GraphKind, shape: Shape) -> None:
         engine = slot.engines[graph]
-        profile = engine.profile_index(shape)
         self._slot = slot
         self._places = shape[0]
         self._samples = shape[0] * shape[2] * slot.hop
         mel_bytes = FLOAT * int(np.prod(shape))
         self.mel, self.host_mel = _part(slot.mel, mel_bytes), _part(slot.host_mel.buffer, mel_bytes)
         self.result, self.host_result = slot.result_part(self._samples), slot.result_part(self._samples, host=True)
-        self._context = engine.context(slot.scratch)
-        chosen = self._context.set_optimization_profile_async(profile, int(slot.stream.handle))
-        if not chosen or not self._context.set_input_shape("mel", shape) or self._context.infer_shapes():
-            raise BackendError(f"the {graph} engine rejects a mel of shape {shape}.")
-        audio_shape = tuple(int(size) for size in self._context.get_tensor_shape("audio"))
-        if int(np.prod(audio_shape)) != self._samples:  # or the engine would write outside its buffer
-            raise BackendError(f"the {graph} engine gives audio of shape {audio_shape} for a mel of shape {shape} and a hop of {slot.hop}.")
-        for name, address in (("mel", int(slot.mel.handle)), ("audio", slot.audio)):
-            if not self._context.set_tensor_address(name, address):
-                raise BackendError(f"the {graph} engine rejects the address of its {name}.")
+        place = Place(int(slot.mel.handle), slot.audio, slot.scratch, slot.stream)
+        self._run = engine.prepare(shape, self._samples, place)
         self._captured: Any = None
         self._capturable = True
         self._capture_after = CAPTURE_LAZY_AFTER if engine.lazy else CAPTURE_AFTER
@@ -176,8 +161,7 @@ class PreparedShape:
 
     def _capture(self) -> Any:
         """Capture the run as a CUDA graph; None if that is not possible. The stream can be used afterwards in any case."""
-        supported = getattr(self._context, "is_stream_capturable", None)
-        if supported is not None and not supported(int(self._slot.stream.handle)):
+        if not self._run.capturable():
             return None
         builder = self._slot.stream.create_graph_builder()
         try:
@@ -197,15 +181,14 @@ class PreparedShape:
     def _enqueue(self) -> None:
         slot, each = self._slot, self._samples // self._places
         slot.flags.fill(0, stream=slot.stream)
-        if not self._context.execute_async_v3(int(slot.stream.handle)):
-            raise BackendError("TensorRT could not queue the run.")
+        self._run.enqueue()
         slot.kernels.run(
             "finish", slot.stream, each, self._places, np.uint64(slot.audio), np.int32(each),
             np.uint64(0 if slot.audio == slot.converted else slot.converted), np.uint64(int(slot.flags.handle)),
         )  # fmt: skip
 
 
-class _Pinned:
+class Pinned:
     """Page-locked host memory as a buffer for copies and as an array of bytes."""
 
     def __init__(self, size: int) -> None:

@@ -1,0 +1,107 @@
+"""Build the fused engine of a bundle: for several GPUs at once, on a machine that needs none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from melrt.backends.fused.program import FORMAT, CompiledKernel, Program
+from melrt.backends.tensorrt.kernels import SOURCE_SHA256
+from melrt.bundle import Artifact, Bundle
+from melrt.bundle.trust import sign
+from melrt.checks import check_fields, list_of, one_of
+from melrt.errors import BundleError, MissingExtraError
+from melrt_export.fused.compile import CAPABILITIES, Compiled, compile_around, compile_kernel
+from melrt_export.fused.lower import Lowered, lower
+from melrt_export.fused.tiles import Tile, default_tile
+from melrt_export.generator.config import GeneratorConfig
+
+FILE = "fused.fp16.engine"
+OnKernel = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class FusedOptions:
+    """Options of a build."""
+
+    gpus: tuple[str, ...] = tuple(CAPABILITIES)
+    """Compute capabilities to compile for, such as `9.0`."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, {"gpus": list_of(one_of(*CAPABILITIES), 1, len(CAPABILITIES))}, "fused engine")
+
+
+def build_fused(bundle: Bundle, options: FusedOptions, on_kernel: OnKernel = lambda *_: None) -> tuple[Artifact, Program]:
+    """Compile the kernels, and add the engine to the bundle. The bundle does not change if the build fails.
+
+    Args:
+        bundle: Bundle with the edge graph in FP32 or FP16.
+        options: Options of the build.
+        on_kernel: Called with the name of each kernel, the number of kernels that are compiled, and their number in all.
+
+    Returns:
+        The new entry of the bundle, and its content.
+
+    Raises:
+        EngineBuildError: The kernels cannot compute this generator, or the compiler refuses one.
+        BundleError: The bundle lacks the graph or is damaged.
+        MissingExtraError: Triton is not installed.
+    """
+    source = _source(bundle)
+    lowered = lower(GeneratorConfig.from_dict(bundle.manifest.architecture), bundle.read(source))
+    spec = bundle.manifest.spec
+    gpus = tuple(dict.fromkeys(options.gpus))
+    program = _assemble(lowered, (spec.n_mels, spec.hop), _compile_all(lowered, gpus, on_kernel))
+    data = program.dumps()
+    facts = {
+        "flavor": "fused", "version": str(FORMAT), "compute_capability": ", ".join(gpus), "triton": _triton_version(),
+        "source": source.sha256,
+    }  # fmt: skip
+    entry = Artifact.of(FILE, data, "engine", graph="both", precision="fp16", target=facts)
+    return bundle.add(sign(entry), data, made_from=source), program
+
+
+def _source(bundle: Bundle) -> Artifact:
+    for precision in ("fp32", "fp16"):
+        if found := bundle.find("onnx", graph="edge", precision=precision):
+            return found[0]
+    raise BundleError(f"{bundle.path} has no edge graph in fp32 or fp16, which has the weights. Export the voice again.")
+
+
+def _compile_all(lowered: Lowered, gpus: tuple[str, ...], on_kernel: OnKernel) -> dict[str, dict[str, tuple[Tile, Compiled]]]:
+    total = len(gpus) * len(lowered.kernels)
+    made: dict[str, dict[str, tuple[Tile, Compiled]]] = {}
+    for capability in gpus:
+        made[capability] = {}
+        for name, kernel in lowered.kernels.items():
+            on_kernel(f"{name} for {capability}", sum(map(len, made.values())), total)
+            tile = default_tile(kernel)
+            made[capability][name] = tile, compile_kernel(kernel, tile, CAPABILITIES[capability])
+    return made
+
+
+def _assemble(lowered: Lowered, voice: tuple[int, int], made: dict[str, dict[str, tuple[Tile, Compiled]]]) -> Program:
+    payload = bytearray(lowered.weights)
+    gpus: dict[str, dict[str, CompiledKernel]] = {}
+    for capability, kernels in made.items():
+        gpus[capability] = {}
+        for name, (tile, code) in kernels.items():
+            gpus[capability][name] = CompiledKernel(
+                code.symbol, len(payload), len(code.cubin), code.threads, code.shared, tile.rows, tile.columns(lowered.kernels[name]),
+                code.registers, code.stack,
+            )  # fmt: skip
+            payload += code.cubin
+    around = {}
+    for capability in made:
+        cubin = compile_around(CAPABILITIES[capability])
+        around[capability] = len(payload), len(cubin)
+        payload += cubin
+    return Program(*voice, lowered.buffers, len(lowered.weights), lowered.launches, gpus, around, SOURCE_SHA256, bytes(payload))
+
+
+def _triton_version() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError as error:
+        raise MissingExtraError("building a fused engine", "triton", "fused-build") from error

@@ -1,0 +1,62 @@
+"""Tile sizes of the kernels: data, one tile for each kernel and compute capability."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from melrt_export.fused.lower import CHUNK, MOST_OUTPUTS, Constant, Kernel
+
+# A multiprocessor's 65,536 registers serve two blocks of 8 warps if each thread has no more than this.
+TWO_BLOCKS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Shape of the work of one block of threads."""
+
+    rows: int
+    """Time steps."""
+    outputs: int
+    """Output channels of one product."""
+    chunk: int
+    """Input channels of one product."""
+    warps: int
+    """Warps of 32 threads."""
+    stages: int
+    """Loads that are in flight at once."""
+    registers: int | None = None
+    """Most registers of a thread; None for the compiler's choice."""
+
+    def constants(self, kernel: Kernel) -> dict[str, Constant]:
+        """Return all constants of a kernel with this tile."""
+        own: dict[str, Constant] = {"BT": self.rows}
+        if kernel.function != "filter_bank":
+            own["BK"] = self.chunk
+        if kernel.function in ("first", "upsample", "block"):
+            own["BN"] = self.outputs
+        return {**kernel.constants, **own}
+
+    def columns(self, kernel: Kernel) -> int:
+        """Return how many blocks share the output channels of the same rows."""
+        return int(kernel.constants["W"]) // self.outputs if kernel.function in ("first", "upsample") else 1
+
+
+# Chosen from compiled code: registers, spills and shared memory of each candidate for 8.0 to 12.0. No GPU has timed them.
+def default_tile(kernel: Kernel, rows: int | None = None) -> Tile:
+    """Return the tile of a kernel; the same for every GPU.
+
+    Args:
+        kernel: The kernel.
+        rows: Rows of the tile, in place of the default. More rows make Triton's interpreter faster.
+    """
+    constants = kernel.constants
+    chunk = min(CHUNK, int(constants.get("CP", CHUNK)))
+    if kernel.function == "block":
+        side = int(constants["CP"])
+        default = 64 if side >= 128 else 128
+        registers = TWO_BLOCKS if side > 128 else None
+        outputs = {256: 32, 128: 64}.get(side, min(side, 32))
+        return Tile(rows or default, outputs, chunk, 8 if side >= 128 else 4, 3, registers)
+    if kernel.function in ("first", "upsample"):
+        return Tile(rows or 64, min(int(constants["W"]), MOST_OUTPUTS), chunk, 4, 3)
+    return Tile(rows or 128, 0, chunk, 4, 3)

@@ -1,0 +1,54 @@
+"""Fused engines as a backend: everything but the launches is that of TensorRT's engines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from melrt.backends.fused.engine import FusedEngine, LoadedProgram
+from melrt.backends.fused.program import Program
+from melrt.backends.tensorrt.backend import EngineBackend
+from melrt.backends.tensorrt.gpu_arrays import current_device
+from melrt.backends.tensorrt.interface import Profile
+from melrt.backends.tensorrt.kernels import Kernels
+from melrt.bundle import Artifact, Bundle
+from melrt.errors import BackendError
+from melrt.planning.windows import GraphKind
+
+# As for TensorRT's engines; no GPU has measured either. The kernels take any length and batch: these limit the memory of a slot.
+WINDOW = 256
+BATCH = 16
+# The window has at least this many times the frames of its context, which is computed and discarded.
+_CONTEXTS = 4
+
+
+class Fused(EngineBackend):
+    """A voice's fused engine on one GPU."""
+
+    name = "fused"
+    extra = "fused"
+    _loaded: LoadedProgram | None = None
+
+    def _open_engines(self, bundle: Bundle, artifacts: Mapping[GraphKind, Artifact]) -> None:
+        artifact = artifacts["edge"]
+        program = Program.loads(bundle.read(artifact), artifact.file)
+        spec, field = bundle.manifest.spec, bundle.manifest.receptive_field
+        if (program.bands, program.hop) != (spec.n_mels, spec.hop):
+            raise BackendError(
+                f"{artifact.file} takes {program.bands} bands and gives {program.hop} samples for each frame; this voice has {spec.n_mels} "
+                f"and {spec.hop}. Build it again: melrt build {bundle.path} --engine fused"
+            )
+        self._loaded = LoadedProgram(program, self._device, self.gpu.compute_capability, artifact.file)
+        window = max(WINDOW, _CONTEXTS * field.context, field.edge)
+        largest = (BATCH, program.bands, window)
+        edge, interior = (Profile((1, program.bands, frames), largest) for frames in (max(field.smallest_input, 1), window))
+        self.engines |= {"edge": FusedEngine(self._loaded, edge), "interior": FusedEngine(self._loaded, interior)}
+
+    def _load_kernels(self) -> Kernels:
+        assert self._loaded
+        return Kernels(self._device, self._loaded.around)
+
+    def close(self) -> None:
+        super().close()
+        if self._loaded:
+            with current_device(self._device):
+                self._loaded.close()
