@@ -155,7 +155,7 @@ def _open_engines(bundle: Bundle, artifacts: dict[GraphKind, Artifact], choice: 
             "otherwise rebuild it with `melrt build`"
         )
     try:
-        backend = Fused if choice.backend == "fused" else TensorRT
+        backend = Fused if artifacts["edge"].graph == "both" else TensorRT
         return backend(bundle, artifacts, choice.index, int16=choice.sample_format == "int16")
     except MelrtError:
         raise

@@ -1,0 +1,50 @@
+"""A fused engine for the GPU of this machine: it synthesizes as the CPU does, from numpy and from arrays on the GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from melrt import Bundle, Vocoder
+from melrt.system import find_gpu
+from melrt_export.fused.build import FusedOptions, build_fused
+from melrt_export.parity import FP16_MIN_SNR_DB, Difference, probe_mel
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def voice(demo_bundle: Bundle, tmp_path: Path) -> Bundle:
+    """The demo voice with a fused engine for this GPU."""
+    gpu = find_gpu()
+    if gpu is None:
+        pytest.skip("no NVIDIA GPU: no driver (libcuda.so.1) that finds a device")
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed here")
+    bundle = Bundle.open(shutil.copytree(demo_bundle.path, tmp_path / "lj.melrt"))
+    build_fused(bundle, FusedOptions((gpu.compute_capability,)))
+    return Bundle.open(bundle.path)
+
+
+def test_a_fused_engine_is_the_cpus(voice: Bundle) -> None:
+    mels = [probe_mel(voice.manifest.spec, frames, frames) for frames in (4, 86, 255, 256, 700, 2000)]
+    with Vocoder.load(voice, device="cpu", precision="fp32") as cpu, Vocoder.load(voice, backend="fused") as vocoder:
+        assert vocoder.backend.failed_captures == 0
+        expected = [cpu(mel) for mel in mels]
+        for reference, audio, mel in zip(expected, vocoder.batch(mels), mels, strict=True):
+            assert Difference.between(reference, audio).snr_db >= FP16_MIN_SNR_DB
+            assert Difference.between(reference, vocoder(mel)).snr_db >= FP16_MIN_SNR_DB
+
+
+def test_arrays_on_the_gpu_are_the_cpus(voice: Bundle) -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("this PyTorch has no CUDA")
+    mel = probe_mel(voice.manifest.spec, 700)
+    with Vocoder.load(voice, device="cpu", precision="fp32") as cpu, Vocoder.load(voice, backend="fused") as vocoder:
+        audio = vocoder(torch.from_numpy(mel).cuda()).cpu().numpy()
+        assert Difference.between(cpu(mel), np.ascontiguousarray(audio)).snr_db >= FP16_MIN_SNR_DB
