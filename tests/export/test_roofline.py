@@ -1,11 +1,21 @@
-"""Rooflines of GPUs: the table of public figures."""
+"""Rooflines of GPUs: the table of public figures, and the bounds of fused engines."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
+from melrt.bundle import Bundle
 from melrt.errors import ConfigError
+from melrt_export.fused.lower import Lowered, lower
+from melrt_export.fused.roofline import fused_work, real_time_factor, separate_work, whole_stage_work
+from melrt_export.generator.config import GeneratorConfig
 from melrt_export.gpu_table import GPUS, gpu_figures
+from melrt_export.graph.deploy import deploy_graph
+
+PUBLISHED = GeneratorConfig()
 
 
 @pytest.mark.parametrize(
@@ -34,3 +44,49 @@ def test_the_dense_rates_agree_with_the_public_clocks() -> None:
     for gpu in GPUS:
         assert gpu.int8_tops / gpu.fp16_tflops == pytest.approx(4 if gpu.name.startswith("RTX") else 2, rel=1e-2), gpu
         assert gpu.source.startswith("https://")
+
+
+def lowered(config: GeneratorConfig) -> Lowered:
+    weights = {name: np.zeros(shape, np.float32) for name, shape in config.tensors()}
+    return lower(config, deploy_graph(config, weights).SerializeToString())
+
+
+def test_the_work_of_the_published_generator() -> None:
+    batch, frames = 4, 256
+    fused, separate = fused_work(lowered(PUBLISHED), batch, frames), separate_work(PUBLISHED, batch, frames)
+    assert list(fused) == list(separate) == ["first", "stages.0", "stages.1", "stages.2", "stages.3", "last"]
+    assert sum(work.flop for works in separate.values() for work in works) == PUBLISHED.flop_per_frame * batch * frames
+    for stage in list(fused)[1:-1]:
+        assert sum(w.flop for w in fused[stage]) == sum(w.flop for w in separate[stage]), "no tile of a stage is padded"
+    # stage 3, 256 steps a frame: 64 channels at half the steps are read, 32 written; each block reads and writes 32
+    upsample, *blocks = fused["stages.3"]
+    steps = batch * frames * 256
+    assert upsample.memory == 2 * (steps // 2 * 64 + steps * 32 + 2 * 64 * 64)
+    assert [block.memory for block in blocks] == [2 * (2 * steps * 32 + 5 * 32 * 32)] * 3
+    # 128 steps of a tile read all weights again, and each of them three taps and the shortcut
+    tiles = steps // 128
+    assert blocks[0].cache == (2 * (2 * steps * 32 + tiles * 5 * 32**2), 2 * (5 * steps * 32 + tiles * 5 * 32**2))
+    # the same stage in separate kernels: each block's dilated and shortcut convolution read and write, the pointwise one reads both
+    assert sum(work.memory for work in separate["stages.3"]) == upsample.memory + 3 * 2 * (7 * steps * 32 + 5 * 32 * 32)
+    whole = whole_stage_work(PUBLISHED, fused, batch, frames)
+    assert whole["stages.3"][0].memory == upsample.memory + 2 * 3 * 5 * 32 * 32
+
+
+def test_fewer_bytes_bound_a_voice_less() -> None:
+    for config in (PUBLISHED, replace(PUBLISHED, channels=384, upsample_scales=(5, 5, 3), out_channels=4, pqmf_taps=62)):
+        fused, separate = fused_work(lowered(config)), separate_work(config)
+        whole = whole_stage_work(config, fused)
+        memory = [sum(work.memory for works in stages.values() for work in works) for stages in (whole, fused, separate)]
+        assert memory == sorted(memory)
+        assert set(fused) == set(separate)
+        for gpu in GPUS:
+            assert real_time_factor(whole, gpu, 1) >= real_time_factor(fused, gpu, 1)
+    h100, h200 = (real_time_factor(fused_work(lowered(PUBLISHED)), gpu_figures(name), 1) for name in ("H100", "H200"))
+    assert h100 < h200 < h100 * 4800 / 3352, "only some kernels wait for memory"
+
+
+def test_the_command_shows_bounds_as_bounds(melrt, tiny_bundle: Bundle) -> None:
+    code, out, _ = melrt("info", tiny_bundle.path, "--roofline")
+    assert code == 0
+    assert "Bounds by public figures, not measurements" in out
+    assert all(gpu.name in out for gpu in GPUS)

@@ -48,7 +48,7 @@ def build_fused(bundle: Bundle, options: FusedOptions, on_kernel: OnKernel = lam
         BundleError: The bundle lacks the graph or is damaged.
         MissingExtraError: Triton is not installed.
     """
-    source = _source(bundle)
+    source = source_graph(bundle)
     lowered = lower(GeneratorConfig.from_dict(bundle.manifest.architecture), bundle.read(source))
     spec = bundle.manifest.spec
     gpus = tuple(dict.fromkeys(options.gpus))
@@ -62,7 +62,12 @@ def build_fused(bundle: Bundle, options: FusedOptions, on_kernel: OnKernel = lam
     return bundle.add(sign(entry), data, made_from=source), program
 
 
-def _source(bundle: Bundle) -> Artifact:
+def source_graph(bundle: Bundle) -> Artifact:
+    """Return the graph that has the weights.
+
+    Raises:
+        BundleError: The bundle has no edge graph in FP32 or FP16.
+    """
     for precision in ("fp32", "fp16"):
         if found := bundle.find("onnx", graph="edge", precision=precision):
             return found[0]

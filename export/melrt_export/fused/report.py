@@ -1,11 +1,29 @@
-"""Draw tables of a fused engine: what the compiler made of each kernel."""
+"""Draw tables of a fused engine: the compiled kernels, and their rooflines."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 from rich.table import Table
 
 from melrt.backends.fused.program import Program
+from melrt.bundle import Bundle
+from melrt_export.fused.build import source_graph
 from melrt_export.fused.compile import CAPABILITIES, blocks_per_multiprocessor
+from melrt_export.fused.lower import lower
+from melrt_export.fused.roofline import (
+    BATCH,
+    FRAMES,
+    Stages,
+    Work,
+    fused_work,
+    memory_bound,
+    real_time_factor,
+    separate_work,
+    whole_stage_work,
+)
+from melrt_export.generator.config import GeneratorConfig
+from melrt_export.gpu_table import GPUS
 
 
 def kernel_table(program: Program) -> Table:
@@ -17,3 +35,46 @@ def kernel_table(program: Program) -> Table:
             values = (kernel.registers, kernel.stack, f"{kernel.shared / 1024:.0f}", blocks, f"{kernel.size / 1000:.0f}")
             table.add_row(capability, name, *map(str, values))
     return table
+
+
+def roofline_tables(bundle: Bundle) -> Iterator[Table]:
+    """Yield the work of each stage, and the bounds of each GPU of `melrt_export.gpu_table`.
+
+    Raises:
+        EngineBuildError: The kernels cannot compute this voice's generator.
+        BundleError: The bundle has no edge graph in FP32 or FP16, or is damaged.
+    """
+    config = GeneratorConfig.from_dict(bundle.manifest.architecture)
+    fused = fused_work(lower(config, bundle.read(source_graph(bundle))))
+    separate = separate_work(config)
+    whole = whole_stage_work(config, fused)
+    spec = bundle.manifest.spec
+    seconds = BATCH * FRAMES * spec.hop / spec.sample_rate
+    yield _work_table((fused, separate, whole), seconds)
+    bounds = Table(
+        "GPU", "fused engine", "one kernel per convolution", "one kernel per stage", "bound by memory in the fused engine",
+        title=f"Bounds by public figures, not measurements: times real time, {BATCH} windows of {FRAMES} frames",
+    )  # fmt: skip
+    for gpu in GPUS:
+        factors = (f"{real_time_factor(stages, gpu, seconds):,.0f}" for stages in (fused, separate, whole))
+        bounds.add_row(gpu.name, *factors, ", ".join(memory_bound(fused, gpu)))
+    yield bounds
+
+
+def _work_table(networks: tuple[Stages, Stages, Stages], seconds: float) -> Table:
+    table = Table(
+        "stage", "GFLOP", "MB, fused engine", "MB, one kernel per convolution", "MB, one kernel per stage", "MB of L2 cache, fused",
+        title="Work for each second of audio",
+    )  # fmt: skip
+    stages = [{name: list(works) for name, works in network.items()} for network in networks]
+    for network in stages:
+        network["sum"] = [work for works in network.values() for work in works]
+    for name in stages[0]:
+        memory = (f"{sum(work.memory for work in network[name]) / seconds / 1e6:.1f}" for network in stages)
+        table.add_row(name, f"{sum(work.flop for work in stages[0][name]) / seconds / 1e9:.2f}", *memory, _cache(stages[0][name], seconds))
+    return table
+
+
+def _cache(works: list[Work], seconds: float) -> str:
+    least, most = (sum(work.cache[i] for work in works) / seconds / 1e6 for i in (0, 1))
+    return f"{least:.0f} to {most:.0f}"

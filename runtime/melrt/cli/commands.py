@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,7 @@ from melrt.backends.select import BackendChoice, open_backend
 from melrt.bundle import Bundle, Manifest
 from melrt.bundle.trust import trust_engines
 from melrt.cli.progress import Steps
-from melrt.errors import BundleError, ConfigError, MelError
+from melrt.errors import BundleError, ConfigError, MelError, MissingExtraError
 from melrt.files.atomic import atomic_write, check_writable
 from melrt.files.audio import read_audio, write_wav
 from melrt.files.mels import mel_pieces
@@ -47,7 +48,12 @@ BackendName = Annotated[
 Threads = Annotated[int | None, typer.Option(help="Number of CPU threads; the default is one for each usable core.")]
 
 
-def info(voice: Voice) -> None:
+def info(
+    voice: Voice,
+    roofline: Annotated[
+        bool, typer.Option("--roofline", help="Also show what GPUs could reach with fused kernels, by public figures.")
+    ] = False,
+) -> None:
     """Show the facts of a voice and check its files: mel convention, architecture, files, provenance.
 
     Look here first when a voice sounds wrong: in most cases its mels were made in another convention. If a file is missing or damaged,
@@ -64,6 +70,18 @@ def info(voice: Voice) -> None:
         _print(f"on this CPU    {'auto may take' if way.usable else 'auto does not take'} {way}")
     if damage := list(_damage(bundle)):
         raise BundleError("\n".join(damage))
+    if roofline:
+        for table in _roofline_tables(bundle):
+            console.print(table)
+
+
+def _roofline_tables(bundle: Bundle) -> Iterator[Table]:
+    try:
+        report = importlib.import_module("melrt_export.fused.report")  # named, not imported: the runtime does not depend on it
+    except ImportError as error:
+        raise MissingExtraError("melrt info --roofline", error.name or "onnx", "export") from error
+    tables: Iterator[Table] = report.roofline_tables(bundle)
+    return tables
 
 
 def _facts(voice: Path, manifest: Manifest) -> Iterator[str]:
