@@ -19,6 +19,7 @@ CAL, TRAIN, PLAN, QUEUE = (
 )  # fmt: skip
 DECIDE, RANGES, QDQ = "tests/calibration/test_decisions.py", "tests/calibration/test_ranges.py", "tests/calibration/test_qdq.py"
 CALIBRATE, METRICS, OBJECTIVE = "tests/calibration/test_calibrate.py", "tests/calibration/test_metrics.py", "tests/export/training"
+FUSED, KERNELS = "export/melrt_export/fused/", "tests/export/test_fused.py"
 WINDOWS, WAITING = "tests/runtime/planning/test_windows.py", "tests/runtime/scheduling"
 
 # File, text, its faulty replacement, tests that must fail.
@@ -56,6 +57,14 @@ MUTANTS = (
     (QUEUE + "workers.py", "max(member.usage.seconds, self._progress * member.usage.weight)", "member.usage.seconds", WAITING),
     (QUEUE + "workers.py", "self._progress * member.usage.weight", "self._progress", WAITING),
     (QUEUE + "waiting.py", "len(jobs) < batch", "len(jobs) <= batch", WAITING),
+    (FUSED + "kernels.py", "2 * (T - 1) - s", "2 * T - 1 - s", KERNELS),
+    (FUSED + "kernels.py", "N - CROP * (N // S)", "N - (CROP - 1) * (N // S)", KERNELS),
+    (FUSED + "lower.py", "int(crop > 0)", "0", KERNELS),
+    (FUSED + "lower.py", "bias.reshape(-1, phases).T.reshape(-1)", "bias", KERNELS),
+    (FUSED + "roofline.py", "reread + taps * each", "reread + each", "tests/export/test_roofline.py"),
+    ("runtime/melrt/backends/fused/engine.py", "*values, *_HIDDEN", "*values", KERNELS),
+    ("runtime/melrt/backends/fused/engine.py", "if kernel.shared > _SHARED_BYTES:", "if False:", KERNELS),
+    ("runtime/melrt/backends/fused/program.py", "self.extra) // kernel.rows", "self.extra) // (kernel.rows + 8)", KERNELS),
 )  # fmt: skip
 
 

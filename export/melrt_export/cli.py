@@ -125,8 +125,11 @@ Gpus = Annotated[
     str | None,
     typer.Option(metavar="CAPABILITIES", help="With fused: compute capabilities to compile for. The default is 8.0,8.6,8.9,9.0,10.0,12.0."),
 ]
-# Options that `--engine fused` takes.
-_FUSED_OPTIONS = {"voice", "engine", "gpus"}
+Interpret = Annotated[
+    bool, typer.Option("--interpret", help="With fused: first compare the kernels with FP32 on speech, in an interpreter on the CPU.")
+]
+# Options that only `--engine fused` takes.
+_FUSED_OPTIONS = {"gpus", "interpret"}
 
 
 def build(
@@ -134,6 +137,7 @@ def build(
     voice: Voice,
     engine: EngineKind = "tensorrt",
     gpus: Gpus = None,
+    interpret: Interpret = False,
     precision: Annotated[str, typer.Option(help="fp32, tf32, fp16, or int8. The last needs `melrt calibrate` first.")] = "fp16",
     flavor: Annotated[str, typer.Option(help="tensorrt, tensorrt_rtx, or auto for the first that is installed.")] = "auto",
     portable: Portable = True,
@@ -158,7 +162,7 @@ def build(
     through cuda-core alone, if named: `--backend fused`. No GPU has run them yet.
     """
     if _checked_engine(context, engine) == "fused":
-        return _build_fused(voice, gpus)
+        return _build_fused(voice, gpus, interpret)
     from melrt_export.tensorrt.options import EngineOptions
     from melrt_export.tensorrt.variant_search import build_engines
 
@@ -183,22 +187,26 @@ def _checked_engine(context: typer.Context, engine: str) -> str:
     if engine not in ("tensorrt", "fused"):
         raise ConfigError(f"engine is {engine!r}; it must be one of tensorrt, fused.")
     given = [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
-    others = [name for name in given if (name == "gpus" if engine == "tensorrt" else name not in _FUSED_OPTIONS)]
+    others = [name for name in given if name not in ("voice", "engine") and (name in _FUSED_OPTIONS) != (engine == "fused")]
     if others:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in others)
         raise ConfigError(f"--engine {engine} does not take {names}. Leave it out, or choose the other engine.")
     return engine
 
 
-def _build_fused(voice: Path, gpus: str | None) -> None:
+def _build_fused(voice: Path, gpus: str | None, interpret: bool) -> None:
     from melrt_export.fused.build import FusedOptions, build_fused
     from melrt_export.fused.report import kernel_table
 
-    options = FusedOptions() if gpus is None else FusedOptions(tuple(gpus.replace(" ", "").split(",")))
+    options = FusedOptions(interpret=interpret)
+    if gpus is not None:
+        options = replace(options, gpus=tuple(gpus.replace(" ", "").split(",")))
     with Steps(1) as steps:
         steps(f"compiling the kernels for compute capability {', '.join(options.gpus)}")
         entry, program = build_fused(Bundle.open(voice), options, steps.on_phase)
         console.print(kernel_table(program))
+    if entry.quality:
+        _print(f"On recorded speech, the interpreted kernels' signal-to-noise ratio against FP32 is {entry.quality['snr_db']:.1f} dB.")
     _print(f"Built {voice / entry.file} ({entry.size / 1e6:.2f} MB). No GPU has run these kernels yet, so `auto` does not choose them.")
     _print(f"Next: synthesize speech on a GPU with `melrt synth {voice} MEL.npy -o speech.wav --backend fused`.")
 

@@ -227,13 +227,19 @@ def test_the_command_builds_whole_engines_or_none(melrt, driver: FusedDriver, vo
     with monkeypatch.context() as broken:
         broken.setattr("melrt_export.fused.build.compile_kernel", stop)
         assert melrt("build", voice.path, "--engine", "fused")[0] == 2
+    with monkeypatch.context() as broken:
+        broken.setattr(Interpreter, "run", lambda self, mel: np.zeros((1, 60), np.float32))
+        code, _, err = melrt("build", voice.path, "--engine", "fused", "--interpret")
+        assert (code, "the interpreted kernels differ too much from FP32: SNR 0.0 dB" in err) == (2, True)
     assert Bundle.open(voice.path).manifest == before
     assert {file.name for file in voice.path.iterdir()} == {"manifest.json", *(entry.file for entry in before.artifacts)}
     monkeypatch.setattr(Fused, "_warm_up", lambda *_: None)
-    code, out, err = melrt("build", voice.path, "--engine", "fused", "--gpus", "9.0,8.6")
+    code, out, err = melrt("build", voice.path, "--engine", "fused", "--gpus", "9.0,8.6", "--interpret")
     assert code == 0
+    assert "the interpreted kernels' signal-to-noise ratio against FP32 is" in out
     assert "No GPU has run these kernels yet" in out
     (entry,) = Bundle.open(voice.path).find("engine")
+    assert entry.quality["snr_db"] > LEAST_SNR_DB
     assert (entry.name, entry.target["compute_capability"]) == (FILE, "9.0, 8.6")
     with load(Bundle.open(voice.path)) as vocoder:
         assert vocoder.backend.name == "fused"

@@ -13,13 +13,23 @@ import numpy as np
 import torch
 
 from melrt.backends.fused.program import CompiledKernel, Program
-from melrt.errors import MissingExtraError
+from melrt.backends.onnxruntime import OnnxModel
+from melrt.bundle import Bundle
+from melrt.errors import EngineBuildError, MissingExtraError
+from melrt.files.audio import read_audio
+from melrt.mel.features import mel_from_audio
 from melrt.types import FloatAudio, Mel
+from melrt_export.assets import RECORDING
 from melrt_export.fused.lower import POINTERS, Kernel, Lowered
 from melrt_export.fused.tiles import default_tile
+from melrt_export.parity import Difference
 
 INTERPRETER = "interpreter"
 _THREADS = 32
+# Frames of speech that are compared: more than the receptive field of most voices.
+SPEECH_FRAMES = 20
+# The interpreter's time is mostly that of starting an operation; larger tiles have fewer.
+FAST_ROWS = 1024
 # One float32 or two halves that are not numbers: the content of memory that no kernel has written.
 NAN = b"\xff" * 4
 
@@ -75,6 +85,34 @@ class Interpreter:
             compiled = self.program.gpus[INTERPRETER][name]
             interpret(self.kernels[name], self._tiles[name].constants(self.kernels[name]), launch.grid(compiled, batch, frames), arguments)
         return memory["audio"].numpy().view(np.float32).reshape(batch, -1).copy()
+
+
+def check_accuracy(bundle: Bundle, lowered: Lowered) -> dict[str, float]:
+    """Run the kernels on the loudest frames of recorded speech, and compare their audio with that of the FP32 graph.
+
+    Returns:
+        The measured quality, for the manifest.
+
+    Raises:
+        EngineBuildError: The bundle has no FP32 graph, or the difference is not within the limit of FP16.
+        MissingExtraError: Triton is not installed.
+    """
+    model = bundle.find("onnx", graph="edge", precision="fp32")
+    if not model:
+        raise EngineBuildError(f"{bundle.path} has no edge graph in fp32 to compare the kernels with. Export the voice with fp32.")
+    spec = bundle.manifest.spec
+    speech = mel_from_audio(read_audio(RECORDING, spec.sample_rate), spec)
+    frames = max(SPEECH_FRAMES, bundle.manifest.receptive_field.smallest_input)
+    start = int(np.convolve(speech.mean(axis=0), np.ones(frames), "valid").argmax())
+    mel = np.ascontiguousarray(speech[None, :, start : start + frames])
+    audio = Interpreter(lowered, spec.n_mels, spec.hop, FAST_ROWS).run(mel)
+    difference = Difference.between(OnnxModel(bundle.read(model[0])).run(mel), audio)
+    if not difference.passes("fp16"):
+        raise EngineBuildError(
+            f"the interpreted kernels differ too much from FP32: SNR {difference.snr_db:.1f} dB; the limit is {difference.limit('fp16')}. "
+            "The engine was not built."
+        )
+    return difference.facts()
 
 
 def _memory(content: bytes) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from melrt.backends.fused.program import Program
 from melrt.bundle import Bundle
@@ -28,7 +28,16 @@ from melrt_export.gpu_table import GPUS
 
 def kernel_table(program: Program) -> Table:
     """Return a table with the code of each kernel for each GPU. Few blocks on a multiprocessor, or any stack, are findings."""
-    table = Table("capability", "kernel", "registers", "stack", "shared KiB", "blocks per SM", "cubin KB", title="Compiled kernels")
+    table = Table(
+        "capability",
+        Column("kernel", no_wrap=True),
+        "registers",
+        "stack",
+        "shared KiB",
+        "blocks per SM",
+        "cubin KB",
+        title="Compiled kernels",
+    )
     for capability, kernels in program.gpus.items():
         for name, kernel in kernels.items():
             blocks = blocks_per_multiprocessor(CAPABILITIES[capability], kernel.threads, kernel.registers, kernel.shared)
