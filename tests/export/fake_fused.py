@@ -34,7 +34,7 @@ AROUND = b"the kernels around an engine"
 def compile_fake(kernel: Kernel, tile: Tile, capability: Capability) -> Compiled:
     """Compile a kernel for the fake GPU."""
     facts = {"name": kernel.name, "function": kernel.function, "constants": dict(kernel.constants), "all": tile.constants(kernel)}
-    return Compiled(json.dumps(facts).encode(), f"{kernel.function}_kernel", THREADS, SHARED, 64, 0)
+    return Compiled(json.dumps(facts).encode(), f"{kernel.function}_kernel", THREADS, SHARED, 64, 0, 0)
 
 
 @dataclass

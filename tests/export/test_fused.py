@@ -80,7 +80,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FusedDriver:
     monkeypatch.setattr("melrt.backends.fused.backend._CONTEXTS", 1)
     monkeypatch.setattr("melrt.backends.fused.backend.BATCH", 2)
     monkeypatch.setattr("melrt.backends.tensorrt.backend.SLOTS", 1)
-    monkeypatch.setattr("melrt_export.fused.build.default_tile", lambda kernel: default_tile(kernel, 256))
+    monkeypatch.setattr("melrt_export.fused.build.default_tile", lambda kernel, capability: default_tile(kernel, capability, 256))
     return install_fused(monkeypatch)
 
 
@@ -178,6 +178,10 @@ def test_a_fused_engine_is_opened_only_if_it_fits(driver: FusedDriver, voice: Bu
     load(Bundle.open(voice.path)).close()
     assert driver.gpu.compilations == 1, "the kernels around an engine are this melrt's own"
     build_fused(voice, FusedOptions(("9.0",)))
+    with monkeypatch.context() as long:
+        long.setattr("melrt.backends.fused.engine.MOST_BYTES", 1000)
+        with load(Bundle.open(voice.path)) as vocoder, pytest.raises(BackendError, match="a mel of 31 frames makes activations of more"):
+            vocoder.backend.run("edge", np.zeros((1, 8, 31), np.float32))
     monkeypatch.setenv("MELRT_KEY", str(voice.path.parent / "other.key"))
     with pytest.raises(BackendError, match="was not built by this user"):
         load(Bundle.open(voice.path))
@@ -256,7 +260,8 @@ def test_triton_compiles_a_kernel_without_a_gpu(function: str, tmp_path: Path, m
     assert made.symbol == function
     assert (made.threads, made.stack) == (128, 0)
     assert 0 < made.shared < 99 << 10
-    assert blocks_per_multiprocessor(CAPABILITIES["8.0"], made.threads, made.registers, made.shared) >= 2
+    assert blocks_per_multiprocessor(CAPABILITIES["8.0"], made) >= 2
+    assert blocks_per_multiprocessor(CAPABILITIES["10.0"], replace(made, columns=512)) == 1, "all of the tensor memory"
     with monkeypatch.context() as changed:
         changed.setattr("melrt_export.fused.compile.HIDDEN_POINTERS", 1)
         with pytest.raises(EngineBuildError, match="the runtime passes"):

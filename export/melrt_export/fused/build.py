@@ -88,7 +88,7 @@ def _compile_all(lowered: Lowered, gpus: tuple[str, ...], on_kernel: OnKernel) -
         made[capability] = {}
         for name, kernel in lowered.kernels.items():
             on_kernel(f"{name} for {capability}", sum(map(len, made.values())), total)
-            tile = default_tile(kernel)
+            tile = default_tile(kernel, capability)
             made[capability][name] = tile, compile_kernel(kernel, tile, CAPABILITIES[capability])
     return made
 
@@ -101,7 +101,7 @@ def _assemble(lowered: Lowered, voice: tuple[int, int], made: dict[str, dict[str
         for name, (tile, code) in kernels.items():
             gpus[capability][name] = CompiledKernel(
                 code.symbol, len(payload), len(code.cubin), code.threads, code.shared, tile.rows, tile.columns(lowered.kernels[name]),
-                code.registers, code.stack,
+                code.registers, code.stack, code.columns,
             )  # fmt: skip
             payload += code.cubin
     around = {}

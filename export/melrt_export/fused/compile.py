@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any
 
-from melrt.backends.fused.program import HIDDEN_POINTERS
+from melrt.backends.fused.program import HIDDEN_POINTERS, CompiledKernel
 from melrt.backends.tensorrt.kernels import compile_source
 from melrt.errors import EngineBuildError, MissingExtraError
 from melrt_export.fused.lower import POINTERS, Kernel
@@ -20,6 +20,8 @@ _REGISTERS = 65536
 _REGISTER_UNIT = 8
 # Shared memory that the driver takes for itself in each block, in bytes.
 _RESERVED = 1024
+# Columns of a multiprocessor's tensor memory (PTX ISA, tensor memory of tcgen05), where the GPU has one: compute capability 10.0.
+_COLUMNS = 512
 _KIB = 1024
 # A base pointer or buffer is aligned better than this, in bytes; the compiler makes wide loads of it.
 _DIVISIBLE = 16
@@ -68,12 +70,19 @@ class Compiled:
     """Registers of a thread."""
     stack: int
     """Bytes of a thread's stack, where registers are spilled."""
+    columns: int
+    """Columns of tensor memory of a block; 0 where the GPU has none."""
 
 
-def blocks_per_multiprocessor(capability: Capability, threads: int, registers: int, shared: int) -> int:
-    """Return how many blocks with these needs a multiprocessor holds at the same time."""
-    by_registers = _REGISTERS // (-(-registers // _REGISTER_UNIT) * _REGISTER_UNIT * threads)
-    return min(by_registers, capability.shared_kib * _KIB // (shared + _RESERVED), capability.warps * WARP // threads)
+def blocks_per_multiprocessor(capability: Capability, kernel: Compiled | CompiledKernel) -> int:
+    """Return how many blocks of a kernel a multiprocessor holds at the same time."""
+    registers = -(-kernel.registers // _REGISTER_UNIT) * _REGISTER_UNIT * kernel.threads
+    limits = [
+        _REGISTERS // registers,
+        capability.shared_kib * _KIB // (kernel.shared + _RESERVED),
+        capability.warps * WARP // kernel.threads,
+    ]
+    return min([*limits, _COLUMNS // kernel.columns] if kernel.columns else limits)
 
 
 def compile_kernel(kernel: Kernel, tile: Tile, capability: Capability) -> Compiled:
@@ -95,7 +104,7 @@ def compile_kernel(kernel: Kernel, tile: Tile, capability: Capability) -> Compil
     _check_parameters(kernel, made.asm["ptx"], len(made.src.signature) - len(made.src.constants))
     cubin = made.asm["cubin"]
     registers, stack = _resources(cubin)
-    return Compiled(cubin, facts.name, facts.num_warps * WARP, facts.shared, registers, stack)
+    return Compiled(cubin, facts.name, facts.num_warps * WARP, facts.shared, registers, stack, facts.tmem_size)
 
 
 def compile_around(capability: Capability) -> bytes:

@@ -46,9 +46,9 @@ class Interpreter:
             hop: Samples for each frame.
             rows: Rows of each tile, in place of the GPU's; more rows take less time.
         """
-        self._tiles = {name: default_tile(kernel, rows) for name, kernel in lowered.kernels.items()}
+        self._tiles = {name: default_tile(kernel, rows=rows) for name, kernel in lowered.kernels.items()}
         compiled = {
-            name: CompiledKernel(name, 0, 0, _THREADS, 0, self._tiles[name].rows, self._tiles[name].columns(kernel), 0, 0)
+            name: CompiledKernel(name, 0, 0, _THREADS, 0, self._tiles[name].rows, self._tiles[name].columns(kernel), 0, 0, 0)
             for name, kernel in lowered.kernels.items()
         }
         self.kernels = lowered.kernels

@@ -35,13 +35,16 @@ class Work:
 Stages = Mapping[str, Sequence[Work]]
 
 
-def fused_work(lowered: Lowered, batch: int = BATCH, frames: int = FRAMES) -> Stages:
-    """Return the kernels' work in a run, by stage: `first`, `stages.0`, ..., `last`, `pqmf`."""
+def fused_work(lowered: Lowered, batch: int = BATCH, frames: int = FRAMES, capability: str = "") -> Stages:
+    """Return the kernels' work in a run, by stage: `first`, `stages.0`, ..., `last`, `pqmf`.
+
+    Only the second-level cache's part depends on the tiles, and so on the compute capability.
+    """
     stages: dict[str, list[Work]] = {}
     for launch in lowered.launches:
         kernel = lowered.kernels[launch.kernel]
         stage = ".".join(launch.layer.split(".")[:2])
-        stages.setdefault(stage, []).append(_kernel_work(kernel, default_tile(kernel), batch * launch.rate * frames))
+        stages.setdefault(stage, []).append(_kernel_work(kernel, default_tile(kernel, capability), batch * launch.rate * frames))
     return stages
 
 

@@ -8,6 +8,9 @@ from melrt_export.fused.lower import CHUNK, MOST_OUTPUTS, Constant, Kernel
 
 # A multiprocessor's 65,536 registers serve two blocks of 8 warps if each thread has no more than this.
 TWO_BLOCKS = 128
+# Blocks of these channels hold 128 rows instead of 64, as many at the same time, so that the weights are read half as often. On 10.0 each
+# product takes the tensor memory of 128 rows in any case, and 256 channels all of it.
+LONG = {("8.0", 128), ("9.0", 128), ("10.0", 128), ("10.0", 256)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,21 +44,22 @@ class Tile:
         return int(kernel.constants["W"]) // self.outputs if kernel.function in ("first", "upsample") else 1
 
 
-# Chosen from compiled code: registers, spills and shared memory of each candidate for 8.0 to 12.0. No GPU has timed them.
-def default_tile(kernel: Kernel, rows: int | None = None) -> Tile:
-    """Return the tile of a kernel; the same for every GPU.
+# Chosen from compiled code: registers, spills, shared and tensor memory of each candidate for 8.0 to 12.0. No GPU has timed them.
+def default_tile(kernel: Kernel, capability: str = "", rows: int | None = None) -> Tile:
+    """Return the tile of a kernel.
 
     Args:
         kernel: The kernel.
+        capability: Compute capability, such as `9.0`; the smallest tile of any if it is not given.
         rows: Rows of the tile, in place of the default. More rows make Triton's interpreter faster.
     """
     constants = kernel.constants
     chunk = min(CHUNK, int(constants.get("CP", CHUNK)))
     if kernel.function == "block":
         side = int(constants["CP"])
-        default = 64 if side >= 128 else 128
-        registers = TWO_BLOCKS if side > 128 else None
-        outputs = {256: 32, 128: 64}.get(side, min(side, 32))
+        default = 64 if side >= 128 and (capability, side) not in LONG else 128
+        outputs = 64 if side == 128 or (capability, side) in LONG else min(side, 32)
+        registers = TWO_BLOCKS if side >= 128 and capability != "10.0" else None  # there tensor memory is the limit
         return Tile(rows or default, outputs, chunk, 8 if side >= 128 else 4, 3, registers)
     if kernel.function in ("first", "upsample"):
         return Tile(rows or 64, min(int(constants["W"]), MOST_OUTPUTS), chunk, 4, 3)

@@ -16,6 +16,8 @@ from melrt.errors import BackendError
 
 # A kernel may use this much dynamic shared memory unless it is told otherwise (CUDA C++ Programming Guide, compute capabilities).
 _SHARED_BYTES = 48 << 10
+# Within an utterance the kernels compute addresses in 32 bits, in elements of two bytes or more.
+MOST_BYTES = 1 << 31
 _HIDDEN = [np.zeros((), np.uint64)] * HIDDEN_POINTERS
 
 
@@ -97,6 +99,10 @@ class FusedEngine:
         if bands != program.bands or samples != batch * frames * program.hop:
             raise BackendError(
                 f"the engine takes {program.bands} bands and gives {program.hop} samples for each frame, not a mel of {shape}."
+            )
+        if max(program.buffers) * frames >= MOST_BYTES:
+            raise BackendError(
+                f"a mel of {frames} frames makes activations of more than {MOST_BYTES >> 30} GiB; the kernels address no more."
             )
         return FusedRun(self.loaded, shape, place)
 

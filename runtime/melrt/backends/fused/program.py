@@ -84,10 +84,12 @@ class CompiledKernel:
     """Registers of a thread."""
     stack: int
     """Bytes of a thread's stack, where registers are spilled."""
+    columns: int
+    """Columns of tensor memory of a block; 0 where the GPU has none."""
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("rows", "tiles"), whole(1, _MOST))
-        sizes = dict.fromkeys(("offset", "size", "shared", "registers", "stack"), _ANY_SIZE)
+        sizes = dict.fromkeys(("offset", "size", "shared", "registers", "stack", "columns"), _ANY_SIZE)
         check_fields(self, {"symbol": text(), "threads": whole(32, 1024), **counts, **sizes}, "compiled kernel", BackendError)
 
 
