@@ -18,7 +18,8 @@ from melrt.mel.features import mel_distance
 from melrt.mel.spec import MelSpec
 from melrt.types import FloatAudio
 from melrt_calibration.data import Piece
-from melrt_calibration.metrics import perceptual_metrics, silence_levels
+from melrt_calibration.metrics import silence_levels
+from melrt_export.quality import perceptual_metrics
 
 T = TypeVar("T")
 # Smallest speedup that counts: two runs of one graph can differ by less.

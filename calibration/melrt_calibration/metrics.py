@@ -1,28 +1,21 @@
-"""Quality metrics: the distance of a synthesis from its recording, the level of its silence, and perceptual models (PESQ, STOI)."""
+"""Quality metrics: the distance of a synthesis from its recording, and the level of its silence."""
 
 from __future__ import annotations
 
-import importlib
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from melrt.files.audio import resample
-from melrt.mel.features import mel_distance, mel_from_audio, stft
+from melrt.mel.features import mel_distance, mel_from_audio
 from melrt.mel.spec import MelSpec
 from melrt.types import FloatAudio, Mel
+from melrt_export.quality import magnitudes, stft_distance
 
 # A frame is silent if its loudest band is this far below the loudest of the utterance: 40 dB, in log10 of magnitude.
 SILENCE_BELOW_PEAK = 2.0
 # A frame at this level in log10 of magnitude, plus a hundredth for rounding, is silent whatever the other frames: digital silence.
 DIGITAL_SILENCE = -4.0
-# (n_fft, hop, window) of Parallel WaveGAN (Yamamoto et al. 2020, table 1).
-RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
-# Sample rate of wideband PESQ (ITU-T P.862.2) in Hz; the model ignores everything above 8 kHz.
-PESQ_RATE = 16000
 _TINY = 1e-20
 
 
@@ -102,44 +95,10 @@ def si_snr_db(reference: FloatAudio, output: FloatAudio) -> float:
     return _ratio_db((target**2).sum(), ((estimate - target) ** 2).sum())
 
 
-def stft_distance(reference: FloatAudio, output: FloatAudio) -> float:
-    """Return the sum of spectral convergence and mean difference of natural log magnitudes, averaged over the resolutions."""
-    total = 0.0
-    for n_fft, hop, window in RESOLUTIONS:
-        wanted, actual = (np.maximum(_magnitude(audio, n_fft, hop, window), 1e-7) for audio in (reference, output))
-        total += float(np.linalg.norm(wanted - actual) / np.linalg.norm(wanted) + np.abs(np.log(wanted / actual)).mean())
-    return total / len(RESOLUTIONS)
-
-
 def lsd_db(reference: FloatAudio, output: FloatAudio) -> float:
     """Return the log-spectral distance in dB, with windows of 1024 samples and a hop of 256."""
-    wanted, actual = (np.maximum(_magnitude(audio, 1024, 256, 1024), 1e-5) for audio in (reference, output))
+    wanted, actual = (np.maximum(magnitudes(audio, 1024, 256, 1024), 1e-5) for audio in (reference, output))
     return float(np.sqrt(((20 * np.log10(wanted / actual)) ** 2).mean(axis=0)).mean())
-
-
-def perceptual_metrics(recording: FloatAudio, audio: FloatAudio, sample_rate: int) -> dict[str, float]:
-    """Return the perceptual metrics whose libraries are installed (the extra `perceptual`), by name.
-
-    `pesq` is wideband PESQ, ITU-T P.862.2, from 1 to 4.64; `stoi` is Taal et al. 2011, from 0 to 1.
-
-    Args:
-        recording: Samples of the reference, shape (N,).
-        audio: Samples of the synthesis, shape (N,), aligned with the reference.
-        sample_rate: Sample rate of both in Hz.
-    """
-    found: dict[str, float] = {}
-    with suppress(ImportError):
-        pystoi: Any = importlib.import_module("pystoi")
-        found["stoi"] = float(pystoi.stoi(recording, audio, sample_rate))
-    with suppress(ImportError):
-        pesq: Any = importlib.import_module("pesq")
-        wideband = (resample(one, sample_rate, PESQ_RATE).astype(np.float32) for one in (recording, audio))
-        found["pesq"] = float(pesq.pesq(PESQ_RATE, *wideband, "wb"))
-    return found
-
-
-def _magnitude(audio: FloatAudio, n_fft: int, hop: int, window: int) -> NDArray[np.floating]:
-    return np.abs(stft(np.pad(audio.astype(np.float32), n_fft // 2), n_fft, hop, window))
 
 
 def _ratio_db(signal: float, noise: float) -> float:

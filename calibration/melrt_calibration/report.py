@@ -19,9 +19,10 @@ from melrt.files.audio import write_wav
 from melrt.types import FloatAudio
 from melrt_calibration.calibrate import CalibrationOptions, CalibrationResult
 from melrt_calibration.evaluation import Evaluator
-from melrt_calibration.metrics import SignalMetrics, perceptual_metrics
+from melrt_calibration.metrics import SignalMetrics
 from melrt_calibration.plots import pareto, sensitivity_bars, spectrograms
 from melrt_calibration.search import pareto_front
+from melrt_export.quality import perceptual_metrics
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}

@@ -31,8 +31,14 @@ Voice = Annotated[Path, typer.Argument(metavar="VOICE.melrt", help="The voice bu
 
 
 def export(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A checkpoint file, or the folder that contains it.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A checkpoint file, the folder that contains it, or the folder of a training.")
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", metavar="VOICE.melrt", help="The bundle to write.")],
+    kept: Annotated[
+        str | None,
+        typer.Option("--from", metavar="NAME", help="Checkpoint of a training: best, last, last-average, or the step N of step-N."),
+    ] = None,
     precision: Annotated[list[str] | None, typer.Option(help="fp32, fp16 or bf16; once for each. The default is fp32 and fp16.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the voice. The default is the checkpoint's name.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
@@ -41,13 +47,14 @@ def export(
 
     `melrt export runs/best_netG.pt -o voice.melrt` reads the config file next to the checkpoint. If there is none, it finds the shape of
     the network from the weights. It folds weight norm and compares every graph with PyTorch. If a graph's output differs too much, it
-    writes nothing and the exit code is 1.
+    writes nothing and the exit code is 1. `melrt export runs/lj --from best -o voice.melrt` takes a checkpoint that `melrt train` kept.
     """
+    from melrt_export.checkpoints import checkpoint_of
     from melrt_export.export import DEFAULT_PRECISIONS, ExportOptions, export_voice
 
     options = ExportOptions(tuple(precision or DEFAULT_PRECISIONS), name, force)  # type: ignore[arg-type]  # ExportOptions checks them
     with Steps(options.steps) as steps:
-        bundle = export_voice(source, out, options, steps)
+        bundle = export_voice(checkpoint_of(source, kept) if kept else source, out, options, steps)
     _print(f'Exported the voice "{bundle.manifest.name}" to {out}. Each graph was compared with PyTorch:')
     for entry in bundle.find("onnx"):
         _print(f"  {entry.file} ({entry.size / 1e6:.2f} MB) {_quality(entry)}.")

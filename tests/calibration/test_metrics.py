@@ -10,9 +10,10 @@ import pytest
 from melrt import MelSpec, Vocoder
 from melrt.files.audio import read_audio
 from melrt.mel.features import mel_from_audio
-from melrt_calibration.metrics import log_mel_error, lsd_db, perceptual_metrics, si_snr_db, silence_level_db, snr_db, stft_distance
+from melrt_calibration.metrics import log_mel_error, lsd_db, si_snr_db, silence_level_db, snr_db
 from melrt_export.assets import RECORDING
 from melrt_export.export import export_voice
+from melrt_export.quality import perceptual_metrics, stft_distance
 
 SPEC = MelSpec()
 

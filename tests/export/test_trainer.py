@@ -29,7 +29,7 @@ from melrt_export.checkpoints import load_checkpoint, native
 from melrt_export.generator.pqmf import FilterDesign
 from melrt_export.training.config import TrainingConfig, read_config
 from melrt_export.training.distributed import ProcessGroup
-from melrt_export.training.state import FILE
+from melrt_export.training.state import FILE, History
 from melrt_export.training.trainer import Trainer
 from melrt_export.training.voice import create_voice
 
@@ -133,7 +133,10 @@ def test_multi_band_voice_trains_from_random_weights(folder: Path) -> None:
 
 
 def test_resumed_run_equals_an_uninterrupted_one(folder: Path) -> None:
-    config = write_config(folder, 40, ("workers = 0", "workers = 1"))
+    """With an average of the weights, and discriminators that begin after the stop: `best` begins again, at the same step in both."""
+    late = ("stft = 1.0", "stft = 1.0\ndiscriminator_from = 15\nadversarial_from = 25")
+    average = ("[schedule]", "[optimizer]\naverage = 0.9\n[schedule]")
+    config = write_config(folder, 40, ("workers = 0", "workers = 1"), late, average)
     curves: dict[str, list[tuple[int, float]]] = {}
 
     class Curve:
@@ -145,7 +148,7 @@ def test_resumed_run_equals_an_uninterrupted_one(folder: Path) -> None:
         def on_validation(self, validation, best: bool) -> None: ...
 
         def on_losses(self, step: int, values) -> None:
-            self.values.extend((step, values[name]) for name in ("generator", "discriminator", "feature_matching"))
+            self.values.extend((step, values.get(name, 0.0)) for name in ("generator", "discriminator", "feature_matching"))
 
     def trained(name: str, resume: bool, until: int | None) -> Trainer:
         trainer = Trainer(replace(config, run=str(folder / name)), resume=resume)
@@ -159,10 +162,13 @@ def test_resumed_run_equals_an_uninterrupted_one(folder: Path) -> None:
     assert [step for step, _ in curves["whole"]] == [step for step, _ in curves["parts"]]
     assert len(curves["whole"]) == 3 * 8
     assert np.allclose([v for _, v in curves["whole"]], [v for _, v in curves["parts"]], rtol=0, atol=RESUME_TOLERANCE)
-    assert np.allclose(np.array(whole.history.errors), np.array(parts.history.errors), rtol=0, atol=RESUME_TOLERANCE)
+    assert np.allclose(whole.history.validations, parts.history.validations, rtol=0, atol=RESUME_TOLERANCE)
     one, other = (load_file(folder / name / FILE) for name in ("whole", "parts"))
     assert one.keys() == other.keys()
     assert all(np.abs(one[name] - other[name]).max() <= RESUME_TOLERANCE for name in one)
+    for kept in ("best", "best-generator-only", "last", "last-average"):
+        first, second = (load_checkpoint(folder / name / kept).weights for name in ("whole", "parts"))
+        assert all(np.abs(first[name] - second[name]).max() <= RESUME_TOLERANCE for name in first), kept
 
 
 def command(*arguments: object, launcher: tuple[str, ...] = ()) -> list[str]:
@@ -222,10 +228,11 @@ def test_run_killed_while_writing_can_be_resumed(folder: Path) -> None:
         assert process.exitcode == -signal.SIGKILL
         step = header(run)["step"]
         load_checkpoint(run / "best")
+        load_checkpoint(run / "last")
     resumed = Trainer(config, resume=True)
     assert resumed.history.step == step
     resumed.run(until=step + 1)
-    assert {path.name for path in run.iterdir()} == {FILE, "best"}, "leftovers are removed"
+    assert {path.name for path in run.iterdir()} == {FILE, "best", "last"}, "leftovers are removed"
 
 
 def test_ctrl_c_saves_and_resume_finishes_and_exports(folder: Path, melrt) -> None:
@@ -241,7 +248,7 @@ def test_ctrl_c_saves_and_resume_finishes_and_exports(folder: Path, melrt) -> No
     stopped = header(folder / "run")["step"]
     assert f"stopped after {stopped} of 100000 steps and saved its state" in out
     assert f"Continue with: melrt train {folder / 'x.toml'} --resume" in out
-    assert "step 0 of 100000: validation log-mel error" in out
+    assert "step 0 of 100000: validation error" in out
     assert "Reading every recording once" in err
     assert "step 5 of 100000: discriminator" in err, "progress without a terminal"
     steps = stopped + 5
@@ -250,14 +257,49 @@ def test_ctrl_c_saves_and_resume_finishes_and_exports(folder: Path, melrt) -> No
     assert code == 0, err
     assert header(folder / "run")["step"] == steps
     provenance = Bundle.open(folder / "x.melrt").manifest.provenance
-    best, error = min(header(folder / "run")["errors"], key=lambda entry: entry[1])
+    best, error, _ = min(header(folder / "run")["validations"], key=lambda entry: entry[2])
     assert (provenance["training_steps"], provenance["validation_log_mel_error"]) == (str(best), f"{error:.4f}")
     assert (provenance["training_recordings"], provenance["validation_recordings"]) == ("2", "1")
     events = read_events(folder / "run")
-    assert {"training/generator", "training/discriminator", "training/steps_per_second", "validation/log_mel_error"} <= set(events)
-    assert events["validation/log_mel_error"] > 0
+    assert {"training/generator", "training/discriminator", "training/steps_per_second", "validation/weights/log_mel"} <= set(events)
+    assert events["validation/weights/log_mel"] > 0
     assert len(events["2/synthesis"]) > 2 * 22016, "a second of 16-bit audio"
     assert events["2/recording_above_synthesis"].startswith(b"\x89PNG")
+
+
+def test_what_a_training_keeps_is_exported(folder: Path, melrt) -> None:
+    """The average of two steps is the mean of `step-1` and `step-2`, because it begins as a plain mean."""
+    average = ("[schedule]", "[optimizer]\naverage = 0.999\n[schedule]\nkeep_every = 1\nkeep = 2")
+    trainer = Trainer(write_config(folder, 2, average))
+    result = trainer.run()
+    run = result.best.parent
+    one, two, mean = (layer_magnitude(run / name) for name in ("step-1", "step-2", "step-2-average"))
+    assert np.allclose(mean, (one + two) / 2, rtol=0, atol=1e-7)
+    assert np.abs(one - two).max() > 1e-5
+    assert np.array_equal(two, layer_magnitude(run / "last"))
+    code, out, err = melrt("export", run, "--from", "2-average", "-o", folder / "a.melrt")
+    assert (code, "Exported the voice" in out) == (0, True), err
+    state = load_checkpoint(run)
+    assert all(np.array_equal(state.weights[name], weight) for name, weight in load_checkpoint(run / "last").weights.items())
+    Trainer(write_config(folder, 3, average), resume=True).run()
+    assert {path.name for path in run.glob("step-*")} == {f"step-{n}{kind}" for n in (2, 3) for kind in ("", "-average")}
+    code, _, err = melrt("export", run, "--from", "1", "-o", folder / "b.melrt")
+    assert (code, "has no checkpoint step-1; it has best, last, last-average, step-2" in err) == (2, True), err
+
+
+def layer_magnitude(checkpoint: Path) -> np.ndarray:
+    """Return the norms of the first layer's filters, which weight norm trains as one parameter."""
+    return np.sqrt((load_checkpoint(checkpoint).weights["first.weight"].astype(np.float64) ** 2).sum(axis=(1, 2)))
+
+
+def test_best_begins_again_with_the_discriminators() -> None:
+    history = History(20, [(0, 2.0, 40.0), (10, 0.2, 4.0), (20, 0.3, 6.0)], begin=20)
+    assert history.best == (10, 0.2)
+    history.validations.append((30, 0.5, 9.0))
+    assert history.best == (30, 0.5), "the first validation with the discriminators' terms competes with no earlier one"
+    history.validations.append((40, 0.6, 8.0))
+    assert history.best == (40, 0.6), "the error is compared, not the log-mel"
+    assert replace(history, begin=0).best == (10, 0.2)
 
 
 def read_events(run: Path) -> dict[str, object]:
@@ -290,7 +332,7 @@ def test_fine_tuning_never_ends_worse_than_it_began(folder: Path) -> None:
 
 
 def test_fine_tuning_keeps_edges_and_needs_statistics(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = Trainer(write_config(folder, 1)).voice.checkpoint("original")
+    checkpoint = Trainer(write_config(folder, 1)).voice.checkpoint("original", create_voice(write_config(folder, 1)).generator)
     native.save(folder / "original", replace(checkpoint, edges=Edges(2, 2)))
     start = ('run = "run"\n[generator]\nchannels = 32\nstacks = 1', 'run = "fine"\nstart_from = "original"')
     assert load_checkpoint(Trainer(write_config(folder, 1, start)).run().best).edges == Edges(2, 2)

@@ -2,5 +2,6 @@
 
 from melrt_export.checkpoints.checkpoint import Checkpoint
 from melrt_export.checkpoints.load import load_checkpoint
+from melrt_export.checkpoints.training_run import checkpoint_of
 
-__all__ = ["Checkpoint", "load_checkpoint"]
+__all__ = ["Checkpoint", "checkpoint_of", "load_checkpoint"]

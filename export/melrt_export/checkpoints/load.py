@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from melrt.errors import CheckpointError, ConfigError, MelrtError
-from melrt_export.checkpoints import coqui, hifigan, native, neurips, parallel_wavegan, seungwonpark, tensorflow_tts
+from melrt_export.checkpoints import coqui, hifigan, native, neurips, parallel_wavegan, seungwonpark, tensorflow_tts, training_run
 from melrt_export.checkpoints.archives import is_archive, unpack_archive
 from melrt_export.checkpoints.checkpoint import Checkpoint, sha256_of
 from melrt_export.checkpoints.reading import PICKLE_SUFFIXES, CheckpointFile
@@ -38,7 +38,7 @@ class ProjectReader(Protocol):
         ...
 
 
-_READERS: tuple[ProjectReader, ...] = (native, neurips, seungwonpark, parallel_wavegan, coqui, tensorflow_tts, hifigan)
+_READERS: tuple[ProjectReader, ...] = (native, training_run, neurips, seungwonpark, parallel_wavegan, coqui, tensorflow_tts, hifigan)
 _SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors", ".h5", ".hdf5")
 
 

@@ -16,6 +16,7 @@ from melrt.errors import CheckpointError, ConfigError
 from melrt.files.atomic import atomic_folder
 from melrt.mel.spec import MelSpec
 from melrt.planning.edges import Edges
+from melrt_export.checkpoints import training_run
 from melrt_export.checkpoints.checkpoint import Checkpoint, fold_normalization, read_normalization, rename_tensors, sha256_of
 from melrt_export.checkpoints.reading import CheckpointFile, read_json, read_safetensors
 from melrt_export.generator.config import GeneratorConfig
@@ -27,8 +28,8 @@ VERSION = 1
 
 
 def recognizes(file: CheckpointFile) -> bool:
-    """Return whether the file is a safetensors file, by its suffix."""
-    return file.path.suffix == ".safetensors"
+    """Return whether the file is a safetensors file and not the state of a training, by its name."""
+    return file.path.suffix == ".safetensors" and file.path.name != training_run.STATE
 
 
 def load(file: CheckpointFile) -> Checkpoint:

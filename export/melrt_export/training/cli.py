@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import signal
 import threading
 import time
@@ -154,8 +155,12 @@ class TrainingProgress:
             self.console.print(f"step {step} of {self.steps}: {shown}; {speed}", markup=False)
 
     def on_validation(self, validation: Validation, best: bool) -> None:
+        quality = validation.qualities[validation.chosen]
+        pesq = f", PESQ {quality.pesq:.2f}" if math.isfinite(quality.pesq) else ""
+        of = " of the average" if len(validation.qualities) > 1 and validation.chosen == "average" else ""
+        facts = f"log-mel {quality.log_mel:.4f}, comb {quality.comb_db:+.1f} dB, level {quality.level_db:+.1f} dB{pesq}"
         mark = ", the best so far" if best else ""
-        _say(f"step {validation.step} of {self.steps}: validation log-mel error {validation.error:.4f}{mark}")
+        _say(f"step {validation.step} of {self.steps}: validation error{of} {quality.error:.2f} dB ({facts}){mark}")
 
 
 def _say(text: str) -> None:

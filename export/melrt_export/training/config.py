@@ -94,6 +94,8 @@ class LossConfig:
     """`paper`: the sum over layers and scales (equation 4); `neurips`: that sum times 4 / (layers + 1) / scales, as in melgan-neurips."""
     stft: float = 0.0
     """Weight of the multi-resolution STFT loss. With it and `mel`, the first steps make fast progress."""
+    stft_sizes: tuple[int, ...] = (1024, 2048, 512)
+    """FFT sizes of the STFT loss in samples, from 512, 1024, 2048 and 4096; the defaults are ParallelWaveGAN's."""
     mel: float = 0.0
     """Weight of the mean absolute difference of log-mels."""
     discriminator_from: int = 0
@@ -104,7 +106,7 @@ class LossConfig:
     def __post_init__(self) -> None:
         steps = dict.fromkeys(("discriminator_from", "adversarial_from"), whole(0, MAX_STEPS))
         weights = dict.fromkeys(("adversarial", "feature_matching", "stft", "mel"), number(0, 1e6))
-        _check(self, **weights, **steps)
+        _check(self, **weights, **steps, stft_sizes=list_of(one_of(512, 1024, 2048, 4096), 1, 4))
         if self.uses_discriminator and self.adversarial_from < self.discriminator_from:
             raise ConfigError(
                 f"adversarial_from is {self.adversarial_from}, before discriminator_from {self.discriminator_from}: "
@@ -152,11 +154,14 @@ class OptimizerConfig:
     """Step after which the learning rates fall, if `half_life` is set."""
     half_life: int = 0
     """Steps in which the learning rates halve; 0 for constant rates."""
+    average: float = 0.0
+    """Share that a running average of the generator's weights keeps in each step, such as 0.999; 0 for no average. It is validated and
+    kept beside the weights."""
 
     def __post_init__(self) -> None:
         rates = dict.fromkeys(("learning_rate", "discriminator_learning_rate"), number(1e-9, 1))
         steps = dict.fromkeys(("decay_from", "half_life"), whole(0, MAX_STEPS))
-        _check(self, **rates, **steps, betas=list_of(number(0, 1, below=True), 2, 2))
+        _check(self, **rates, **steps, betas=list_of(number(0, 1, below=True), 2, 2), average=number(0, 1, below=True))
 
     def rate_factor(self, step: int) -> float:
         """Return the factor of the learning rates at a step. It depends on the step alone, so a resumed run needs no other state."""
@@ -187,12 +192,17 @@ class ScheduleConfig:
     log_every: int = 100
     """Steps between two entries in the log, which hold the mean losses over these steps."""
     validate_every: int = 5000
-    """Steps between two validations. The weights with the smallest error are kept."""
+    """Steps between two validations. The weights with the smallest error are kept in `best`."""
     save_every: int = 1000
     """Steps between two saved states."""
+    keep_every: int = 0
+    """Steps between two checkpoints `step-N`; 0 to keep none."""
+    keep: int = 5
+    """Number of checkpoints `step-N` that are kept, the newest ones."""
 
     def __post_init__(self) -> None:
-        _check(self, **dict.fromkeys((each.name for each in fields(self)), whole(1, MAX_STEPS)))
+        rules = dict.fromkeys((each.name for each in fields(self)), whole(1, MAX_STEPS))
+        _check(self, **rules | {"keep_every": whole(0, MAX_STEPS)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +218,9 @@ class TrainingConfig:
     """Checkpoint to fine-tune, in any layout that `melrt export` reads; its shape and mel convention apply. Empty to train a new voice."""
     seed: int = 0
     """Seed of the initial weights and of the choice of segments."""
+    smooth_upsampling: bool = False
+    """True to begin with upsamplings that interpolate linearly. All output phases are alike, so the first output has no tone at multiples
+    of the frame rate."""
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     mel: MelSpec = field(default_factory=MelSpec)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
@@ -219,6 +232,8 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         _check(self, seed=whole(0, 1 << 62))
+        if self.smooth_upsampling and self.start_from:
+            raise ConfigError("smooth_upsampling sets random weights, but start_from names trained ones. Remove one of the two.")
         if self.quantization.voice and not self.start_from:
             raise ConfigError("[quantization] fine-tunes a trained voice in INT8; name its checkpoint as start_from.")
 
@@ -287,7 +302,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if is_dataclass(kind):
         return _read(typing.cast(type[Any], kind), value, where)
     if get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(_convert(float, each, where) for each in value)
+        return tuple(_convert(get_args(kind)[0], each, where) for each in value)
     # a float holds whole numbers below 2**53 exactly; no setting allows larger ones
     return float(value) if kind is float and type(value) is int and abs(value) < 1 << 53 else value
 

@@ -6,16 +6,16 @@ Hinge loss and feature matching after Kumar et al. (NeurIPS 2019, equations 1, 2
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from melrt_export.quality import RESOLUTIONS
 from melrt_export.training.discriminator import Features
 
-# FFT size, hop and window length of each resolution in samples: ParallelWaveGAN's values, after Yamamoto et al., table 1.
-RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
 # Smaller energies are raised to this value, because the slope of the logarithm has no bound near zero (ParallelWaveGAN's value).
 SMALLEST_ENERGY = 1e-7
 # Root mean square of white noise at -40 dB, relative to full scale 1. Spectral convergence is a relative error. In a pause its
@@ -59,16 +59,20 @@ class StftLoss(nn.Module):
 
     Spectral convergence is computed for each signal of the batch and averaged. ParallelWaveGAN computes it over the whole batch at once,
     which several processes could not do together.
+
+    Args:
+        sizes: FFT sizes, which are keys of `RESOLUTIONS`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: Sequence[int]) -> None:
         super().__init__()
-        for n_fft, _, window in RESOLUTIONS:
+        self.resolutions = [(size, *RESOLUTIONS[size]) for size in sizes]
+        for n_fft, _, window in self.resolutions:
             self.register_buffer(f"window_{n_fft}", torch.hann_window(window), persistent=False)
 
     def forward(self, recording: Tensor, synthesis: Tensor) -> Tensor:
         terms = []
-        for resolution in RESOLUTIONS:
+        for resolution in self.resolutions:
             real, fake = (self._magnitude(signal, *resolution) for signal in (recording, synthesis))
             taper = cast(Tensor, getattr(self, f"window_{resolution[0]}"))
             quiet = QUIET_RMS * taper.norm() * real[0].numel() ** 0.5  # norm of the spectrum of white noise

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from melrt.errors import TrainingError
 from melrt_export.generator.network import Generator
 from melrt_export.int8_plan import MERGED, SIGNED_MAX, UNSIGNED_MAX, Int8Plan, LayerPlan, Range
-from melrt_export.training.config import Int8Form
+from melrt_export.training.config import Int8Form, LossConfig
 from melrt_export.training.losses import StftLoss
 from melrt_export.training.step import SynthesizedBatch
 from melrt_export.training.voice import TrainableVoice
@@ -168,7 +168,7 @@ class DistillationLoss:
     def __init__(self, teacher: Generator, weight: float) -> None:
         self.teacher = teacher
         self.weight = weight
-        self._stft = StftLoss().to(teacher.first.weight.device)
+        self._stft = StftLoss(LossConfig().stft_sizes).to(teacher.first.weight.device)
 
     def __call__(self, batch: SynthesizedBatch) -> Tensor:
         with torch.no_grad():

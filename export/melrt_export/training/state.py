@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from melrt.errors import CheckpointError, TrainingError
 from melrt.files.atomic import atomic_write
+from melrt_export.checkpoints import training_run
 from melrt_export.checkpoints.reading import read_safetensors
 from melrt_export.training.step import AdversarialStep
 
-FILE = "training.safetensors"
-VERSION = 1
+FILE = training_run.STATE
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _SAME_CONFIG = "Resume with the config that the run was started with."
 _RESTART = "Start a new run; it can take this run's best/ folder as start_from."
@@ -29,33 +29,43 @@ _RESTART = "Start a new run; it can take this run's best/ folder as start_from."
 
 @dataclass(slots=True)
 class History:
-    """Steps done, and the validation errors so far."""
+    """Steps done, and the validations so far."""
 
     step: int = 0
     """Number of steps done."""
-    errors: list[tuple[int, float]] = field(default_factory=list)
-    """Step and log-mel error of each validation."""
+    validations: list[tuple[int, float, float]] = field(default_factory=list)
+    """Step, log-mel error, and error (`SpeechQuality.error`) of each validation, of the better of weights and average."""
+    begin: int = 0
+    """Step at which the discriminators' terms begin. Once a later validation exists, those up to this step do not compete with it."""
+
+    @property
+    def errors(self) -> list[tuple[int, float]]:
+        """Step and log-mel error of each validation."""
+        return [(step, log_mel) for step, log_mel, _ in self.validations]
 
     @property
     def best(self) -> tuple[int, float]:
-        """Step and log-mel error of the validation with the smallest error."""
-        return min(self.errors, key=lambda entry: entry[1])
+        """Step and log-mel error of the validation with the smallest error (`SpeechQuality.error`)."""
+        rivals = [entry for entry in self.validations if entry[0] > self.begin] if self.begin else []
+        step, log_mel, _ = min(rivals or self.validations, key=lambda entry: entry[2])
+        return step, log_mel
 
 
-def save_state(run: Path, train_step: AdversarialStep, history: History, voice: Mapping[str, Any]) -> None:
+def save_state(run: Path, train_step: AdversarialStep, history: History, name: str, voice: Mapping[str, Any]) -> None:
     """Write the state of a training, in place of the previous one.
 
     Args:
         run: Folder of the run.
         train_step: Networks and optimizers.
-        history: Steps done and validation errors.
-        voice: Generator shape and mel convention as plain values. A run can only be resumed with the same ones.
+        history: Steps done and validations.
+        name: Name of the voice.
+        voice: Description of the voice as plain values. A run can only be resumed with the same one.
     """
     from safetensors.torch import save as encode
 
     header = {
-        "format": "melrt training", "version": VERSION, "step": history.step, "errors": history.errors, "voice": voice,
-        "scaler": train_step.scaler.state_dict(),
+        "format": training_run.NAME, "version": training_run.VERSION, "step": history.step, "validations": history.validations,
+        "name": name, "voice": voice, "scaler": train_step.scaler.state_dict(),
     }  # fmt: skip
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(train_step)}
     with atomic_write(run / FILE) as temporary:
@@ -68,7 +78,7 @@ def load_state(run: Path, train_step: AdversarialStep, voice: Mapping[str, Any])
     Args:
         run: Folder of the run.
         train_step: Networks and optimizers, which are overwritten.
-        voice: Generator shape and mel convention of the config.
+        voice: Description of the voice in the config.
 
     Returns:
         The history of the run.
@@ -79,8 +89,8 @@ def load_state(run: Path, train_step: AdversarialStep, voice: Mapping[str, Any])
     path = run / FILE
     if not path.is_file():
         raise TrainingError(f"{path} does not exist, so there is nothing to resume. Start without --resume.")
-    header = _read_header(path)
     try:
+        header = training_run.read_header(path)
         tensors = {name: torch.from_numpy(value) for name, value in read_safetensors(path).items()}
     except CheckpointError as error:
         raise TrainingError(f"{error} {_RESTART}") from error
@@ -89,10 +99,12 @@ def load_state(run: Path, train_step: AdversarialStep, voice: Mapping[str, Any])
     for prefix, network, optimizer in _networks(train_step):
         _load_network(path, prefix, network, tensors)
         _load_optimizer(path, prefix, network, optimizer, tensors)
+    if train_step.average is not None:
+        _load_network(path, "average", train_step.average, tensors)
     if tensors:
         raise TrainingError(f"{path} has {len(tensors)} tensors that this network lacks, {min(tensors)} among them. {_SAME_CONFIG}")
     train_step.scaler.load_state_dict(header["scaler"])
-    return History(header["step"], [(int(at), float(error)) for at, error in header["errors"]])
+    return History(header["step"], [(int(at), float(log_mel), float(error)) for at, log_mel, error in header["validations"]])
 
 
 def _networks(train_step: AdversarialStep) -> Iterator[tuple[str, nn.Module, torch.optim.Optimizer]]:
@@ -107,25 +119,8 @@ def _tensors(train_step: AdversarialStep) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in network.named_parameters():
             for moment, value in optimizer.state.get(parameter, {}).items():
                 yield f"{prefix}_optimizer.{name}.{moment}", value
-
-
-def _read_header(path: Path) -> dict[str, Any]:
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, "np") as file:
-            header = json.loads(file.metadata()["melrt"])
-        if header["version"] > VERSION:
-            raise TrainingError(f"{path} has version {header['version']}; this melrt reads {VERSION}. Run `pip install --upgrade melrt`.")
-        if not (type(header["step"]) is int and header["step"] >= 0 and all(len(entry) == 2 for entry in header["errors"])):
-            raise ValueError("its step or errors are malformed")
-        if not isinstance(header["voice"], dict) or not isinstance(header["scaler"], dict):
-            raise ValueError("its voice or scaler is missing")
-    except TrainingError:
-        raise
-    except Exception as error:  # a damaged file can raise any exception in the reader
-        raise TrainingError(f"{path} is not the state of a training, or it is damaged ({error}). {_RESTART}") from error
-    return dict(header)
+    if train_step.average is not None:
+        yield from ((f"average.{name}", tensor) for name, tensor in train_step.average.state_dict().items())
 
 
 def _load_network(path: Path, prefix: str, network: nn.Module, tensors: dict[str, Tensor]) -> None:

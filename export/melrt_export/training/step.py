@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from melrt_export.generator.network import Generator
 from melrt_export.training.config import TrainingConfig
 from melrt_export.training.discriminator import Discriminator, Features
 from melrt_export.training.distributed import ProcessGroup
@@ -48,8 +50,9 @@ class AdversarialStep:
         self.extra = dict(extra)
         device = processes.device
         self.log_mel = LogMel(voice.spec).to(device)
-        self.stft_loss = StftLoss().to(device)
+        self.stft_loss = StftLoss(config.losses.stft_sizes).to(device)
         self.generator = voice.generator.to(device)
+        self.average = copy.deepcopy(self.generator).requires_grad_(False) if config.optimizer.average else None
         self.discriminator = _random_discriminator(config).to(device)
         if config.machine.compile:
             self.generator.compile()
@@ -62,6 +65,11 @@ class AdversarialStep:
         self._parallel_generator: nn.Module = self.generator
         self._parallel_discriminator: nn.Module = self.discriminator
         self._processes = processes
+
+    @property
+    def generators(self) -> dict[str, Generator]:
+        """Generators to validate and keep: `weights` and, if the config asks for one, their `average`."""
+        return {"weights": self.generator} | ({"average": self.average} if self.average is not None else {})
 
     def parallelize(self) -> None:
         """Copy the weights of rank 0 to all processes, and average gradients over all processes from then on."""
@@ -94,6 +102,7 @@ class AdversarialStep:
         total = torch.stack([weight * value for weight, value in terms.values()]).sum()
         self._update(total, self.generator_optimizer)
         self.scaler.update()
+        self._update_average(step)
         return values | {name: value.detach() for name, (_, value) in terms.items()} | {"generator": total.detach()}
 
     def _train_discriminator(self, batch: SynthesizedBatch) -> tuple[Features, Tensor]:
@@ -127,6 +136,13 @@ class AdversarialStep:
         optimizer.zero_grad()
         torch.autograd.backward(self.scaler.scale(loss))
         self.scaler.step(optimizer)
+
+    @torch.no_grad()
+    def _update_average(self, step: int) -> None:
+        """Move the average towards the weights. At first it is their plain mean, so the initial weights do not stay in it."""
+        if self.average is not None:
+            share = max(1 - self.config.optimizer.average, 1 / (step + 1))
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.generator.parameters()), share)
 
     def _set_learning_rates(self, step: int) -> None:
         rates = self.config.optimizer

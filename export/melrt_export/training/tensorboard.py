@@ -32,9 +32,11 @@ class TensorBoardLogger:
             self.writer.add_scalar(f"training/{name}", value, step)
 
     def on_validation(self, validation: Validation, best: bool) -> None:
-        """Log the error, and audio and spectrogram of some utterances. The spectrogram shows the recording above the synthesis."""
+        """Log the qualities, and audio and spectrogram of some utterances. The spectrogram shows the recording above the synthesis."""
         step, spec = validation.step, self.spec
-        self.writer.add_scalar("validation/log_mel_error", validation.error, step)
+        for weights, quality in validation.qualities.items():
+            for name, value in quality.values().items():
+                self.writer.add_scalar(f"validation/{weights}/{name}", value, step)
         for sample in validation.samples:
             both = np.concatenate([sample.recording_mel.numpy(), sample.synthesis_mel.numpy()])
             self.writer.add_image(f"{sample.name}/recording_above_synthesis", _spectrogram(both, spec), step, dataformats="HWC")

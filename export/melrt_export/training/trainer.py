@@ -15,9 +15,10 @@ from torch import Tensor
 
 from melrt.bundle import Bundle
 from melrt.errors import TrainingError
-from melrt_export.checkpoints import native
+from melrt_export.checkpoints import load_checkpoint, native
 from melrt_export.generator.network import Generator
 from melrt_export.int8_plan import read_plan
+from melrt_export.quality import SpeechQuality
 from melrt_export.training.config import TrainingConfig
 from melrt_export.training.distributed import ProcessGroup
 from melrt_export.training.quantized import DistillationLoss, quantize
@@ -25,10 +26,15 @@ from melrt_export.training.recordings import Corpus, find_corpus
 from melrt_export.training.segments import BatchSampler, SegmentDataset, load_batches
 from melrt_export.training.state import FILE, History, load_state, save_state
 from melrt_export.training.step import AdversarialStep, ExtraLoss
-from melrt_export.training.validation import Validation, validate
+from melrt_export.training.validation import Sample, Validation, validate
 from melrt_export.training.voice import create_voice
 
-BEST = "best"
+BEST, LAST = "best", "last"
+GENERATOR_ONLY = "best-generator-only"
+"""Best checkpoint from before the discriminators' terms began, because `best` begins again with them."""
+STEP = "step-"
+# End of the name of a checkpoint that is not complete yet.
+NEW = ".new"
 # Steps after which several processes ask each other if one of them was told to stop. torchrun waits 30 s before it kills.
 STOP_CHECK_EVERY = 10
 
@@ -43,7 +49,7 @@ class TrainingCallback(Protocol):
         """Handle the mean losses since the last call, with learning rate and steps per second."""
 
     def on_validation(self, validation: Validation, best: bool) -> None:
-        """Handle a validation; `best` is true if its error is the smallest so far."""
+        """Handle a validation; `best` is true if its error is the smallest since the discriminators' terms began."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +57,15 @@ class TrainingResult:
     """Result of a training that ended or was stopped."""
 
     history: History
-    """Steps done and validation errors."""
+    """Steps done and validations."""
     best: Path
-    """Checkpoint with the smallest validation error."""
+    """Checkpoint with the smallest validation error (`SpeechQuality.error`)."""
     finished: bool
     """True if all steps are done; otherwise the training was stopped and can be resumed."""
 
 
 class Trainer:
-    """Trains a voice. The run's folder holds `training.safetensors`, `best/` and the log.
+    """Trains a voice. The run's folder holds `training.safetensors`, the checkpoints `best`, `last` and `step-N`, and the log.
 
     Args:
         config: Configuration of the run.
@@ -88,8 +94,9 @@ class Trainer:
         self.corpus: Corpus = self.processes.broadcast(lambda: find_corpus(config.data, self.voice.spec.sample_rate))
         self.teacher = self._quantize_generator()
         self.train_step = AdversarialStep(config, self.voice, self.processes, {**self._distillation(), **(extra or {})})
-        self._identity = {"generator": self.voice.config.to_dict(), "mel": self.voice.spec.to_dict()}
+        self._identity = self.voice.identity() | {"int8": self.teacher is not None}
         self.history = load_state(self.run_folder, self.train_step, self._identity) if resume else History()
+        self.history.begin = config.losses.adversarial_from if config.losses.uses_discriminator else 0
         self.train_step.parallelize()
         self.callbacks: list[TrainingCallback] = []
         self._sums: dict[str, tuple[Tensor, int]] = {}
@@ -126,7 +133,7 @@ class Trainer:
     def teacher_error(self) -> float:
         """Return the validation error of the float generator that a training in INT8 began with. Every process must call this."""
         assert self.teacher is not None
-        return validate(self.teacher, self.train_step.log_mel, self.corpus.validation, self.config.data.peak, self.processes)[0]
+        return self._measure(self.teacher)[0].log_mel
 
     @property
     def _is_first(self) -> bool:
@@ -176,7 +183,11 @@ class Trainer:
             self._log()
         if done % schedule.validate_every == 0 or done == schedule.steps:
             self._validate()
-        if done % schedule.save_every == 0 and done != end:
+        if schedule.keep_every and done % schedule.keep_every == 0 and self._is_first:
+            self._keep_step()
+        if done == self.history.begin:
+            self._keep_generator_only()
+        elif done % schedule.save_every == 0 and done != end:
             self._save()
 
     def _log(self) -> None:
@@ -205,36 +216,60 @@ class Trainer:
     def _validate(self) -> None:
         self._mean_losses()
         start = time.perf_counter()
-        generator, log_mel = self.train_step.generator, self.train_step.log_mel
-        error, samples = validate(generator, log_mel, self.corpus.validation, self.config.data.peak, self.processes)
-        self.history.errors.append((self.history.step, error))
+        measured = {name: self._measure(network) for name, network in self.train_step.generators.items()}
+        validation = Validation(self.history.step, {name: quality for name, (quality, _) in measured.items()}, [*measured.values()][-1][1])
+        chosen = validation.qualities[validation.chosen]
+        self.history.validations.append((self.history.step, chosen.log_mel, chosen.error))
         best = self.history.best[0] == self.history.step
         if best and self._is_first:
-            self._keep_best()
-        self._notify(lambda callback: callback.on_validation(Validation(self.history.step, error, samples), best))
+            self._keep(BEST, self.train_step.generators[validation.chosen])
+        self._notify(lambda callback: callback.on_validation(validation, best))
         # the time of a validation does not count in the logged speed
         self._last_log = self._last_log[0], self._last_log[1] + time.perf_counter() - start
 
-    def _keep_best(self) -> None:
-        """Replace the best checkpoint file by file. Its config never changes within a run, so the checkpoint is complete at any moment."""
-        best, new = self.run_folder / BEST, self.run_folder / f"{BEST}-new"
-        native.save(new, self.voice.checkpoint(self.config.name))
-        if best.exists():
+    def _measure(self, generator: Generator) -> tuple[SpeechQuality, tuple[Sample, ...]]:
+        return validate(generator, self.train_step.log_mel, self.corpus.validation, self.config.data.peak, self.processes)
+
+    def _keep(self, name: str, generator: Generator) -> None:
+        """Replace a checkpoint file by file. Its config never changes within a run, so the checkpoint is complete at any moment."""
+        kept, new = self.run_folder / name, self.run_folder / f"{name}{NEW}"
+        native.save(new, self.voice.checkpoint(self.config.name, generator))
+        if kept.exists():
             for file in new.iterdir():
-                file.replace(best / file.name)
+                file.replace(kept / file.name)
             new.rmdir()
         else:
-            new.rename(best)
+            new.rename(kept)
+
+    def _keep_all(self, name: str) -> None:
+        """Keep the weights and, if there is one, their average."""
+        for kind, generator in self.train_step.generators.items():
+            self._keep(name if kind == "weights" else f"{name}-{kind}", generator)
+
+    def _keep_step(self) -> None:
+        """Keep the current weights as `step-N`, and remove the oldest such checkpoints if there are too many."""
+        self._keep_all(f"{STEP}{self.history.step}")
+        steps = {path: int(path.name.split("-")[1]) for path in self.run_folder.glob(f"{STEP}[0-9]*")}
+        newest = sorted(set(steps.values()))[-self.config.schedule.keep :]
+        for path in (path for path, step in steps.items() if step not in newest):
+            shutil.rmtree(path)
+
+    def _keep_generator_only(self) -> None:
+        """Copy the best checkpoint before `best` begins again, and save the state, so that a resumed run does not come here again."""
+        if self._is_first:
+            native.save(self.run_folder / GENERATOR_ONLY, load_checkpoint(self.run_folder / BEST))
+        self._save()
 
     def _remove_leftovers(self) -> None:
         """Remove files that a killed process did not finish writing."""
-        for path in (*self.run_folder.glob(f".{Path(FILE).stem}-*"), *self.run_folder.glob(f"*{BEST}-new*")):
+        for path in (*self.run_folder.glob(f".{Path(FILE).stem}-*"), *self.run_folder.glob(f"*{NEW}*")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _save(self) -> None:
         self._mean_losses()
         if self._is_first:
-            save_state(self.run_folder, self.train_step, self.history, self._identity)
+            self._keep_all(LAST)
+            save_state(self.run_folder, self.train_step, self.history, self.config.name, self._identity)
 
     def _must_stop(self, should_stop: Callable[[], bool]) -> bool:
         if self.processes.world_size == 1:

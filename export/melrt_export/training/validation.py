@@ -1,13 +1,15 @@
-"""Validation: the log-mel error of the voice on recordings that are kept from training."""
+"""Validation: the quality of the voice on recordings that are kept from training."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from melrt_export.quality import SpeechQuality
 from melrt_export.training.distributed import ProcessGroup
 from melrt_export.training.mel import LogMel
 from melrt_export.training.recordings import Recording, read_recording
@@ -38,16 +40,21 @@ class Validation:
 
     step: int
     """Number of training steps done."""
-    error: float
-    """Mean absolute difference of the log-mels over all bands and frames, in units of the convention's logarithm."""
+    qualities: Mapping[str, SpeechQuality]
+    """Mean quality over all recordings of `weights` and, if there is one, of their `average`."""
     samples: tuple[Sample, ...]
-    """First few utterances of the process of rank 0."""
+    """First few utterances of the process of rank 0, of the average if there is one."""
+
+    @property
+    def chosen(self) -> str:
+        """Name of the quality with the smallest error."""
+        return min(self.qualities, key=lambda name: self.qualities[name].error)
 
 
 def validate(
     generator: nn.Module, log_mel: LogMel, recordings: Sequence[Recording], peak: float, processes: ProcessGroup
-) -> tuple[float, tuple[Sample, ...]]:
-    """Synthesize whole recordings from their mels, and measure the log-mel error. The processes share the work.
+) -> tuple[SpeechQuality, tuple[Sample, ...]]:
+    """Synthesize whole recordings from their mels, and compare. The processes share the work.
 
     Args:
         generator: Generator to validate.
@@ -57,18 +64,19 @@ def validate(
         processes: Process group; every process must call this function.
 
     Returns:
-        Log-mel error over all recordings, and samples of this process's first few.
+        Mean quality, to which every recording contributes by its length, and samples of this process's first few.
     """
-    total, values = 0.0, 0
+    totals, length = np.zeros(len(fields(SpeechQuality))), 0
     samples: list[Sample] = []
     for recording in recordings[processes.rank :: processes.world_size]:
         sample = _sample(generator, log_mel, recording, peak, processes)
-        total += float((sample.recording_mel - sample.synthesis_mel).abs().sum())
-        values += sample.recording_mel.numel()
+        quality = SpeechQuality.between(sample.recording.numpy(), sample.synthesis.numpy(), log_mel.spec)
+        totals += np.array(astuple(quality)) * len(sample.recording)
+        length += len(sample.recording)
         if len(samples) < MAX_SAMPLES:
             samples.append(sample)
-    total, counted = processes.sum(total, values)
-    return total / counted, tuple(samples)
+    *sums, counted = processes.sum(*totals, length)
+    return SpeechQuality(*(total / counted for total in sums)), tuple(samples)
 
 
 @torch.no_grad()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from melrt.mel.spec import MelSpec
 from melrt.planning.edges import Edges
 from melrt_export.checkpoints import Checkpoint, load_checkpoint
 from melrt_export.generator.config import GeneratorConfig
-from melrt_export.generator.network import FilterBank, Generator
+from melrt_export.generator.network import FilterBank, Generator, Upsample
 from melrt_export.generator.pqmf import FilterDesign
 from melrt_export.training.config import TrainingConfig
 from melrt_export.training.weight_norm import add_weight_norm, folded_weights
@@ -34,9 +35,13 @@ class TrainableVoice:
     edges: Edges = field(default_factory=Edges)
     """Padding at the ends of an utterance in the project of the checkpoint that the training started from."""
 
-    def checkpoint(self, name: str) -> Checkpoint:
-        """Return the current weights as a checkpoint."""
-        return Checkpoint(name, "melrt", Path(), "", self.config, folded_weights(self.generator), self.spec, self.edges)
+    def checkpoint(self, name: str, generator: Generator) -> Checkpoint:
+        """Return the current weights of this generator, or of an average of it, as a checkpoint."""
+        return Checkpoint(name, "melrt", Path(), "", self.config, folded_weights(generator), self.spec, self.edges)
+
+    def identity(self) -> dict[str, Any]:
+        """Return everything but the weights as plain JSON values."""
+        return {"generator": self.config.to_dict(), "mel": self.spec.to_dict(), "edges": asdict(self.edges)}
 
 
 def create_voice(config: TrainingConfig) -> TrainableVoice:
@@ -57,15 +62,19 @@ def create_voice(config: TrainingConfig) -> TrainableVoice:
         shape, spec, edges = checkpoint.config, checkpoint.spec, checkpoint.edges
     else:
         shape, spec, edges = config.generator, config.mel, Edges()
-        generator = _random_generator(shape, config.seed)
+        generator = _random_generator(shape, config)
     _check(shape, spec, config)
     return TrainableVoice(shape, spec, add_weight_norm(generator.train()), edges=edges)
 
 
-def _random_generator(shape: GeneratorConfig, seed: int) -> Generator:
+def _random_generator(shape: GeneratorConfig, config: TrainingConfig) -> Generator:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(config.seed)
         generator = Generator(shape)
+    if config.smooth_upsampling:
+        for layer in generator.modules():
+            if isinstance(layer, Upsample):
+                _interpolate(layer)
     if isinstance(generator.pqmf, FilterBank):
         design = FilterDesign()
         if (shape.out_channels, shape.pqmf_taps) != (SUBBANDS, design.taps):
@@ -75,6 +84,20 @@ def _random_generator(shape: GeneratorConfig, seed: int) -> Generator:
             )
         generator.pqmf.load_state_dict({"weight": torch.from_numpy(design.filters(SUBBANDS))})
     return generator
+
+
+@torch.no_grad()
+def _interpolate(layer: Upsample) -> None:
+    """Give each pair of channels one random weight for all output phases, spread over the taps as linear interpolation does.
+
+    Independent weights for each phase make a pattern that repeats with the stride (Odena et al., "Deconvolution and checkerboard
+    artifacts", Distill 2016; the remedy for sub-pixel convolutions is ICNR, Aitken et al. 2017). The output's variance does not change.
+    """
+    taps, scale = layer.kernel_size[0], layer.stride[0]
+    triangle = 1 - (torch.arange(taps) - (taps - 1) / 2).abs() / scale
+    norm = triangle.square().sum() / scale  # an output sample sums two taps; independent weights of variance 1 would give it variance 2
+    weight = layer.weight[..., :1] * (2 / norm).sqrt()
+    layer.weight.copy_(weight * triangle)
 
 
 def _check(shape: GeneratorConfig, spec: MelSpec, config: TrainingConfig) -> None:
@@ -88,10 +111,9 @@ def _check(shape: GeneratorConfig, spec: MelSpec, config: TrainingConfig) -> Non
             f"it must have 1 channel, or sub-bands with pqmf_taps, and the mel's hop, {spec.hop}."
         )
     segment = config.data.segment
-    # reflection padding needs more samples than it adds: in the mel, the STFT loss (1024) and the coarsest discriminator's first layer (7)
-    smallest = max(
-        shape.smallest_input * spec.hop, spec.n_fft + 1, 1025 if config.losses.stft else 0, 16 << (config.discriminator.scales - 1)
-    )
+    # reflection padding needs more samples than it adds: in the mel, the STFT loss and the coarsest discriminator's first layer (7)
+    stft = max(config.losses.stft_sizes) // 2 + 1 if config.losses.stft else 0
+    smallest = max(shape.smallest_input * spec.hop, spec.n_fft + 1, stft, 16 << (config.discriminator.scales - 1))
     if segment % spec.hop or segment < smallest:
         best = -(-max(segment, smallest) // spec.hop) * spec.hop
         raise TrainingError(
