@@ -46,6 +46,9 @@ BackendName = Annotated[
     str, typer.Option("--backend", help="tensorrt, fused, onnxruntime, openvino, or auto: TensorRT if the bundle has engines for this GPU.")
 ]
 Threads = Annotated[int | None, typer.Option(help="Number of CPU threads; the default is one for each usable core.")]
+EndsOption = Annotated[
+    str, typer.Option("--edges", help="Ends of an utterance: voice (frames added as its project does), or model (PyTorch's forward).")
+]
 
 
 def info(
@@ -102,7 +105,7 @@ def _facts(voice: Path, manifest: Manifest) -> Iterator[str]:
     edges = manifest.edges
     if edges.left or edges.right:
         value = "the first and last frame" if edges.value is None else f"{edges.value:g}"
-        yield f"ends           its project adds {edges.left} frames before and {edges.right} after of {value}; so does synth --edges voice"
+        yield f"ends           its project adds {edges.left} frames before and {edges.right} after of {value}; so does synth"
     yield f"architecture   {', '.join(f'{k} {v}' for k, v in manifest.architecture.items())}"
     if manifest.parameters:
         yield f"size           {manifest.parameters / 1e6:.2f} M parameters, {manifest.flop_per_second / 1e9:.2f} GFLOP per second of audio"
@@ -160,18 +163,16 @@ def synth(
     precision: Precision = "auto",
     backend: BackendName = "auto",
     threads: Threads = None,
-    edges: Annotated[str, typer.Option(help="Ends of an utterance: model (as PyTorch's forward), or voice (as its project).")] = "model",
+    edges: EndsOption = "voice",
 ) -> None:
     """Synthesize WAV files from mels, and print the real-time factor (compute time / audio time).
 
     `melrt synth voice.melrt mels/*.npy -o speech/` writes one file for each mel. `melrt synth voice.melrt recording.wav -o copy.wav`
     computes the mel of the recording first. Memory does not grow with the length of an utterance.
     """
-    if edges not in ("model", "voice"):
-        raise ConfigError(f"--edges is {edges!r}; it must be model or voice.")
     bundle = Bundle.open(voice)
     given = _given_convention(bundle.manifest, mel_log, mel_gain, normalized=mel_normalized)
-    options = Options(edges=bundle.manifest.edges) if edges == "voice" else Options()
+    options = Options(edges=bundle.manifest.choose_edges(edges))
     targets = _targets(inputs, out)
     vocoder = Vocoder.load(bundle, device=device, precision=precision, backend=backend, threads=threads, options=options)
     with vocoder, Steps(len(inputs)) as steps:

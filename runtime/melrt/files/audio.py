@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from melrt.checks import all_finite
 from melrt.errors import AudioError, ConfigError, MissingExtraError
 from melrt.files.atomic import atomic_write
 from melrt.types import FloatAudio
@@ -152,7 +153,7 @@ def write_wav(
         sample_format: `int16` (clipped to full scale) or `float32` (unchanged).
 
     Raises:
-        AudioError: Not one channel of samples, or a file that libsndfile could not write.
+        AudioError: Not one channel of samples, a sample that is not finite, or a file that libsndfile could not write.
         ConfigError: `sample_format` is neither of the two.
         MissingExtraError: soundfile is not installed.
         OSError: The file cannot be written.
@@ -180,6 +181,8 @@ def write_audio(path: str | os.PathLike[str], audio: FloatAudio | Iterable[Float
                 for piece in [audio] if isinstance(audio, np.ndarray) else audio:
                     if piece.ndim != 1:
                         raise AudioError(f"audio has shape {piece.shape}; a file takes one utterance, shape (samples,).")
+                    if not all_finite(piece):
+                        raise AudioError(f"audio has samples that are not finite, so {path} was not written. Check what computed them.")
                     count += 0 if encoding == "float32" else clipped(piece)
                     write_samples(file, piece, encoding)
         except soundfile.LibsndfileError as error:  # a full disk is reported as "System error." only

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -10,6 +11,9 @@ from melrt.checks import check_fields, number, optional, whole
 from melrt.types import Mel
 
 MAX_EXTENSION = 1000
+
+Ends = Literal["voice", "model"]
+"""Ends of an utterance: as the voice's project synthesizes them, or as PyTorch's forward of the network."""
 
 
 @dataclass(frozen=True, slots=True)

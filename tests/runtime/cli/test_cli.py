@@ -11,7 +11,9 @@ import pytest
 import soundfile
 from tests.runtime.reference import speech_mel
 
-from melrt import Bundle
+from melrt import Bundle, Vocoder
+from melrt.files.audio import to_int16
+from melrt.planning.edges import Edges
 from melrt_export.assets import RECORDING
 
 WRONG_MELS = {
@@ -178,3 +180,24 @@ def test_info_shows_convention_size_and_ends(melrt, tiny_bundle: Bundle) -> None
     assert "0.01 M parameters" in out
     assert "GFLOP per second of audio" in out
     assert "0 frames before and 10 after of -11.5129" in out
+
+
+def test_synth_adds_the_frames_of_the_project(melrt, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """Synthesis and bulk synthesis add them by default; `--edges model` gives PyTorch's forward."""
+    values = json.loads((tiny_bundle.path / "manifest.json").read_text())
+    values["edges"] = {"left": 0, "right": 10, "value": -5.0}
+    (tiny_bundle.path / "manifest.json").write_text(json.dumps(values))
+    (tmp_path / "mels").mkdir()
+    mel = -2 + np.random.default_rng(0).standard_normal((80, 20)).astype(np.float32)
+    np.save(tmp_path / "mels" / "x.npy", mel)
+    with Vocoder.load(tiny_bundle.path, device="cpu") as vocoder:
+        extended = vocoder(Edges(0, 10, -5.0).extend(mel))[: 20 * 256]
+        expected = {"voice": extended, "model": vocoder(mel)}
+    assert np.abs(expected["voice"] - expected["model"]).max() > 1e-3
+    for edges, options in (("voice", ()), ("model", ("--edges", "model"))):
+        assert melrt("synth", tiny_bundle.path, tmp_path / "mels" / "x.npy", "-o", tmp_path / "x.wav", *options)[0] == 0
+        assert melrt("bulk", tiny_bundle.path, "--input", tmp_path / "mels", "--output", tmp_path / edges, *options)[0] == 0
+        for file in (tmp_path / "x.wav", tmp_path / edges / "x.wav"):
+            assert np.array_equal(soundfile.read(file, dtype="int16")[0], to_int16(expected[edges])), (edges, file.parent.name)
+    code, _, err = melrt("synth", tiny_bundle.path, tmp_path / "mels" / "x.npy", "-o", tmp_path / "x.wav", "--edges", "none")
+    assert (code, "edges is 'none'; it must be voice" in err) == (2, True)

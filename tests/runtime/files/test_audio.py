@@ -72,6 +72,10 @@ def test_wav_errors_name_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(OSError, match=r"\[Errno") as refused:
         write_wav("/proc/x.wav", silence, 22050)
     assert refused.value.filename == "/proc/x.wav"
+    for value in (np.nan, np.inf):
+        pieces = [np.full(9, 0.5, np.float32), np.array([0.5, value], np.float32)]
+        with pytest.raises(AudioError, match=r"samples that are not finite, so .*x\.wav was not written"):
+            write_wav(tmp_path / "x.wav", pieces, 22050)
 
     def fails(*_: object) -> None:
         raise soundfile.LibsndfileError(2)

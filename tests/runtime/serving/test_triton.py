@@ -9,6 +9,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,9 @@ from tritonclient.grpc import model_config_pb2 as pb
 from tritonclient.utils import InferenceServerException
 
 from melrt.bundle import Bundle
+from melrt.planning.edges import Edges
 from melrt.serving.triton.repository import add_voice, use_version
-from melrt.serving.triton.voice import ServingConfig, warm_up_mel
+from melrt.serving.triton.voice import ServingConfig, open_voice, warm_up_mel
 from melrt.vocoder import Vocoder
 
 # The server computes the same audio with another NumPy and perhaps other windows.
@@ -71,6 +73,18 @@ def test_repository_is_complete_and_keeps_versions(tiny_bundle: Bundle, tmp_path
     stream = config_of(repository / "tiny_stream")
     assert stream.model_transaction_policy.decoupled
     assert stream.WhichOneof("scheduling_choice") == "sequence_batching"
+
+
+def test_a_model_adds_the_frames_of_the_project(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    manifest = replace(tiny_bundle.manifest, edges=Edges(0, 10, -5.0))
+    (tiny_bundle.path / "manifest.json").write_bytes(manifest.dumps())
+    bundle = Bundle.open(tiny_bundle.path)
+    arguments = {"model_repository": str(tmp_path / "tiny"), "model_instance_kind": "CPU", "model_instance_device_id": "0"}
+    for version, config, expected in ((1, ServingConfig(), manifest.edges), (2, ServingConfig(edges="model"), Edges())):
+        assert add_voice(tmp_path, "tiny", bundle, config) == version
+        vocoder, _ = open_voice({**arguments, "model_version": str(version)})
+        with vocoder:
+            assert vocoder.edges == expected
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,16 @@ from rich.progress import Progress
 
 from melrt.backends.select import BackendChoice, open_backend
 from melrt.bundle import Bundle
-from melrt.cli.commands import BackendName, Device, Precision, Threads, Voice
+from melrt.cli.commands import BackendName, Device, EndsOption, Precision, Threads, Voice
 from melrt.errors import MelError
 from melrt.files.atomic import check_writable
 from melrt.files.audio import SampleFormat
+from melrt.planning.edges import Ends
 from melrt.serving.bulk.inputs import Block, find_blocks
 from melrt.serving.bulk.outputs import Kind
 from melrt.serving.bulk.ray import ActorSettings, import_ray, synthesize_on_ray
 from melrt.serving.bulk.run import OutputSettings, UtteranceResult, pending_blocks, synthesize_blocks, write_failures
-from melrt.vocoder import Vocoder
+from melrt.vocoder import Options, Vocoder
 
 console = Console(highlight=False, soft_wrap=True)
 # Mel files in a block: an actor takes one block at a time, a parquet file holds one block, and a killed run repeats unfinished blocks.
@@ -54,6 +55,7 @@ def bulk(
     precision: Precision = "auto",
     backend: BackendName = "auto",
     threads: Threads = None,
+    edges: EndsOption = "voice",
     ray: RayAddress = None,
     actors: ActorCount = 1,
 ) -> None:
@@ -62,7 +64,7 @@ def bulk(
     Run the same command again after an interruption: it keeps finished files and synthesizes the others. No file is ever half-written.
     A mel that cannot be synthesized is skipped and listed in `failed.json`, and the command ends with exit code 2.
     """
-    settings = OutputSettings(output.resolve(), cast(Kind, kind), cast(SampleFormat, sample_format))
+    settings = OutputSettings(output.resolve(), cast(Kind, kind), cast(SampleFormat, sample_format), cast(Ends, edges))
     if ray is not None:
         import_ray()  # a missing package is reported before the output folder is made
     check_writable(output, folder=True)
@@ -96,7 +98,8 @@ def _count(blocks: list[Block]) -> int:
 
 
 def _synthesize_here(bundle: Bundle, blocks: list[Block], settings: OutputSettings, choice: BackendChoice) -> Iterator[UtteranceResult]:
-    with Vocoder(bundle, open_backend(bundle, choice)) as vocoder:
+    options = Options(edges=bundle.manifest.choose_edges(settings.edges))
+    with Vocoder(bundle, open_backend(bundle, choice), options) as vocoder:
         yield from synthesize_blocks(vocoder, blocks, settings.open(vocoder.sample_rate))
 
 

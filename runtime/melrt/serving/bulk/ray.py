@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from melrt.bundle import Bundle
 from melrt.errors import MissingExtraError
 from melrt.serving.bulk.inputs import Block
 from melrt.serving.bulk.run import OutputSettings, UtteranceResult, synthesize_blocks
-from melrt.vocoder import Vocoder
+from melrt.vocoder import Options, Vocoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +43,10 @@ class SynthesisActor:
 
     def __init__(self, settings: ActorSettings, output: OutputSettings) -> None:
         threads = settings.threads if settings.device == "cpu" else None
+        bundle = Bundle.open(settings.voice)
+        options = Options(edges=bundle.manifest.choose_edges(output.edges))
         self._vocoder = Vocoder.load(
-            settings.voice, device=settings.device, precision=settings.precision, backend=settings.backend, threads=threads
+            bundle, device=settings.device, precision=settings.precision, backend=settings.backend, threads=threads, options=options
         )
         self._output = output.open(self._vocoder.sample_rate)
 

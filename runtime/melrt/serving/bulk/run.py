@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from numpy.typing import NDArray
 
@@ -26,6 +26,7 @@ from melrt.errors import BackendError, ConfigError, MelError, MelrtError
 from melrt.files.atomic import atomic_write
 from melrt.files.audio import SAMPLE_FORMATS, SampleFormat
 from melrt.files.mels import mel_pieces
+from melrt.planning.edges import Ends
 from melrt.serving.bulk.inputs import Block, Utterance, import_pyarrow
 from melrt.serving.bulk.outputs import KINDS, BlockWriter, Kind, OutputFolder, ParquetFolder, WavFolder
 from melrt.types import Audio, FloatAudio
@@ -48,9 +49,12 @@ class OutputSettings:
     """Kind of file: `wav` or `parquet`."""
     sample_format: SampleFormat
     """Format of the samples."""
+    edges: Ends = "voice"
+    """Ends of an utterance."""
 
     def __post_init__(self) -> None:
-        check_fields(self, {"kind": one_of(*KINDS), "sample_format": one_of(*SAMPLE_FORMATS)}, "output (--to, --format)")
+        rules = {"kind": one_of(*KINDS), "sample_format": one_of(*SAMPLE_FORMATS), "edges": one_of(*get_args(Ends))}
+        check_fields(self, rules, "output (--to, --format, --edges)")
         if self.kind == "parquet":
             import_pyarrow()  # a missing package is reported before the voice is loaded
 
@@ -65,12 +69,12 @@ class OutputSettings:
 
         Raises:
             MelrtError: Another run holds the lock, or `bulk.json` is damaged.
-            ConfigError: The folder was begun with another voice, precision, kind or format.
+            ConfigError: The folder was begun with another voice, precision, kind, format or ends.
         """
         voice = "".join(sorted(artifact.sha256 for artifact in bundle.manifest.artifacts if artifact.kind == "onnx"))
         settings = {
             "voice": bundle.manifest.name, "sha256": hashlib.sha256(voice.encode()).hexdigest(), "kind": self.kind,
-            "format": self.sample_format, "precision": precision,
+            "format": self.sample_format, "precision": precision, "edges": self.edges,
         }  # fmt: skip
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / f".{RECORD}.lock").open("a") as lock:
@@ -96,8 +100,8 @@ class OutputSettings:
         if begun != settings:
             changes = [f"{key} {begun.get(key)!r}, now {settings[key]!r}" for key in settings if begun.get(key) != settings[key]]
             raise ConfigError(
-                f"{self.folder} was begun with {'; '.join(changes)}. One folder holds the audio of one voice, precision, kind and format; "
-                "give another --output."
+                f"{self.folder} was begun with {'; '.join(changes)}. One folder holds the audio of one voice, precision, kind, format and "
+                "ends; give another --output."
             )
 
     def _remove_half_written(self) -> None:

@@ -9,9 +9,10 @@ import typer
 from rich.console import Console
 
 from melrt.bundle import Bundle
-from melrt.cli.commands import BackendName, Precision
+from melrt.cli.commands import BackendName, EndsOption, Precision
 from melrt.errors import ConfigError
 from melrt.files.audio import SampleFormat
+from melrt.planning.edges import Ends
 from melrt.serving.triton.voice import ServingConfig
 
 console = Console(highlight=False, soft_wrap=True)
@@ -41,6 +42,7 @@ def triton(
         float, typer.Option(help="Seconds that an admitted request may take, and that a stream may wait for frames.")
     ] = DEFAULT.timeout,
     trust: Annotated[bool, typer.Option("--trust", help="Let the server open engines that its own user did not build.")] = False,
+    edges: EndsOption = DEFAULT.edges,
 ) -> None:
     """Write a model repository for NVIDIA Triton Inference Server, or add a voice or its next version to one.
 
@@ -51,7 +53,7 @@ def triton(
 
     serving = ServingConfig(
         precision, backend, threads, cast(SampleFormat, sample_format), max_frames, max_streams, timeout, max_queue, queue_timeout,
-        instances, _gpu_indices(gpus), trust,
+        instances, _gpu_indices(gpus), trust, cast(Ends, edges),
     )  # fmt: skip
     if name and len(voices) > 1:
         raise ConfigError(f"--name is for one voice, but {len(voices)} are given; add them one at a time.")

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from melrt.bundle import Bundle
 from melrt.checks import check_fields, flag, number, one_of, whole
 from melrt.errors import ClosedError, ConfigError, MelError, OverdueError, QueueFullError
 from melrt.files.audio import SAMPLE_FORMATS, SampleFormat
+from melrt.planning.edges import Ends
 from melrt.scheduling.limits import Limits
 from melrt.scheduling.policy_tuning import recorded_policy
 from melrt.types import Mel
@@ -60,11 +61,19 @@ class ServingConfig:
     """Indices of the GPUs to use; empty for Triton's choice, which is all GPUs, or the CPU if there is none."""
     trust: bool = False
     """Open engines that the server's user did not build, see `Vocoder.load`."""
+    edges: Ends = "voice"
+    """Ends of an utterance: `voice` as its project synthesizes them, `model` as PyTorch's forward."""
 
     def __post_init__(self) -> None:
         BackendChoice(precision=self.precision, backend=self.backend, threads=self.threads or None)
         rules = dict.fromkeys(("max_frames", "max_streams", "max_queue", "instances"), _COUNT)
-        rules |= {"timeout": _SECONDS, "queue_timeout": _SECONDS, "sample_format": one_of(*SAMPLE_FORMATS), "trust": flag()}
+        rules |= {
+            "timeout": _SECONDS,
+            "queue_timeout": _SECONDS,
+            "sample_format": one_of(*SAMPLE_FORMATS),
+            "trust": flag(),
+            "edges": one_of(*get_args(Ends)),
+        }
         check_fields(self, rules, "Triton model")
         if len(set(self.gpus)) != len(self.gpus) or any(gpu < 0 for gpu in self.gpus):
             raise ConfigError(f"Triton model: gpus is {self.gpus}; it must be different whole numbers from 0 on.")
@@ -109,7 +118,8 @@ def open_voice(args: Mapping[str, str]) -> tuple[Vocoder, ServingConfig]:
         timeout=config.timeout,
         wait_timeout=config.timeout,
     )
-    return Vocoder(bundle, backend, Options(policy=policy, limits=limits, sample_format=config.sample_format)), config
+    edges = bundle.manifest.choose_edges(config.edges)
+    return Vocoder(bundle, backend, Options(policy=policy, limits=limits, edges=edges, sample_format=config.sample_format)), config
 
 
 def warm_up_mel(bundle: Bundle) -> Mel:
