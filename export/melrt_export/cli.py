@@ -273,7 +273,7 @@ def refit(
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the demo's files.")] = Path("demo"),
 ) -> None:
-    """Export and verify the demo voice, synthesize a WAV, and draw its spectrogram next to that of the recording."""
+    """Export and verify the demo voice, synthesize a WAV, and compare it with the recording and with Griffin-Lim in a page to listen to."""
     from melrt_export.demo import MEL, STEPS, VOICE, run_demo
 
     with Steps(STEPS) as steps:

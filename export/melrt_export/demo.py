@@ -9,21 +9,36 @@ from pathlib import Path
 
 import numpy as np
 
+from melrt.bundle import Bundle
 from melrt.errors import ParityError
 from melrt.files.atomic import atomic_write
 from melrt.files.audio import read_audio, write_wav
 from melrt.mel.features import mel_from_audio
-from melrt.types import Mel
+from melrt.types import FloatAudio, Mel
 from melrt.vocoder import Vocoder
 from melrt_export.assets import DEMO_VOICE, RECORDING
 from melrt_export.checkpoints import load_checkpoint
+from melrt_export.demo_page import Sound, measures, write_page
 from melrt_export.export import ExportOptions, OnStep, export_voice
 from melrt_export.generator.reference import PyTorchReference
+from melrt_export.griffin_lim import ITERATIONS, griffin_lim
 from melrt_export.parity import Difference, verify
 
 _EXPORT = ExportOptions(overwrite=True)
-STEPS = _EXPORT.steps + 3
+STEPS = _EXPORT.steps + 4
 VOICE, MEL, SPEECH, SPECTROGRAMS = "lj.melrt", "mel.npy", f"{RECORDING.stem}.wav", f"{RECORDING.stem}.png"
+PAGE = "listen.html"
+VOICE_NOTE = (
+    "The demo voice is a small network that was trained on 3.5 minutes of speech on one CPU core. Its tones at multiples of the frame "
+    "rate (the comb) sound metallic. It shows that melrt reproduces PyTorch, not how good a voice can be."
+)
+_INTRODUCTION = (
+    VOICE_NOTE,
+    "All versions are made from the mel of the recording. Comb is the power at multiples of the frame rate over the power between them, "
+    "from 1 to 4 kHz; comb and level are relative to the recording. The versions of the demo voice should sound the same. The report of "
+    "melrt calibrate has the voice in INT8.",
+)
+NAME_WIDTH = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +55,8 @@ class DemoResult:
     """Backend, precision and device of the synthesis."""
     difference: Difference
     """Difference between the deployed model and PyTorch on the whole utterance."""
+    measures: list[tuple[str, ...]]
+    """Table of the recording, Griffin-Lim and the voice: a row of headings, then a row for each."""
 
     def lines(self) -> Iterator[str]:
         """Yield sentences for the terminal."""
@@ -55,6 +72,10 @@ class DemoResult:
             f"the signal-to-noise ratio is {self.difference.snr_db:.1f} dB."
         )
         yield f"Drew the spectrograms of the recording and of the synthesis in {self.folder / SPECTROGRAMS}."
+        yield f"Wrote {self.folder / PAGE}: the recording and its versions, to listen to in a browser. Compared with the recording:"
+        for row in self.measures:
+            yield "  " + row[0].ljust(NAME_WIDTH) + "".join(cell.rjust(15) for cell in row[1:])
+        yield VOICE_NOTE
 
 
 def run_demo(folder: Path, on_step: OnStep = lambda _: None) -> DemoResult:
@@ -73,7 +94,8 @@ def run_demo(folder: Path, on_step: OnStep = lambda _: None) -> DemoResult:
         raise ParityError(f"{', '.join(failed)} out of tolerance against PyTorch. `melrt verify {bundle.path}` shows the differences.")
     on_step("synthesizing speech")
     vocoder = Vocoder.load(bundle)
-    mel = mel_from_audio(read_audio(RECORDING, vocoder.sample_rate), vocoder.spec)
+    recording = read_audio(RECORDING, vocoder.sample_rate)
+    mel = mel_from_audio(recording, vocoder.spec)
     with atomic_write(folder / MEL) as temporary, temporary.open("xb") as stream:
         np.save(stream, mel)
     vocoder(mel)  # not timed, because the first run also allocates memory
@@ -85,8 +107,30 @@ def run_demo(folder: Path, on_step: OnStep = lambda _: None) -> DemoResult:
     reference = PyTorchReference(checkpoint.config, checkpoint.weights).audio(mel[None])[0]
     on_step("drawing the spectrograms")
     _draw(folder / SPECTROGRAMS, mel, mel_from_audio(audio, vocoder.spec), vocoder)
+    on_step("comparing with Griffin-Lim")
+    sounds = _sounds(bundle, recording[: len(audio)], mel, reference)
+    write_page(folder / PAGE, "melrt: the demo voice", _INTRODUCTION, sounds, vocoder.spec)
     engine = f"{vocoder.backend.name} in {vocoder.backend.precision.upper()} on {vocoder.backend.device}"
-    return DemoResult(folder, len(audio) / vocoder.sample_rate, compute_seconds, engine, Difference.between(reference, audio))
+    difference = Difference.between(reference, audio)
+    return DemoResult(folder, len(audio) / vocoder.sample_rate, compute_seconds, engine, difference, measures(sounds[:3], vocoder.spec))
+
+
+def _sounds(bundle: Bundle, recording: FloatAudio, mel: Mel, reference: FloatAudio) -> list[Sound]:
+    """Return the recording, Griffin-Lim, and the voice in PyTorch and in each precision of the bundle."""
+    estimated = griffin_lim(mel, bundle.manifest.spec)
+    sounds = [
+        Sound("recording", "LJ Speech, public domain. It was not used in the voice's training.", recording),
+        Sound(
+            "Griffin-Lim",
+            f"{ITERATIONS} estimates of the phase from the same mel, without a network.",
+            estimated,
+        ),
+        Sound("demo voice, PyTorch", "The output of the trained network in PyTorch, in FP32.", reference),
+    ]
+    for precision in dict.fromkeys(entry.precision for entry in bundle.find("onnx")):
+        with Vocoder.load(bundle, device="cpu", precision=precision, backend="onnxruntime") as vocoder:
+            sounds.append(Sound(f"demo voice, {precision.upper()}", f"melrt with ONNX Runtime, {precision.upper()}.", vocoder(mel)))
+    return sounds
 
 
 def _draw(path: Path, recording: Mel, synthesis: Mel, vocoder: Vocoder) -> None:

@@ -110,10 +110,12 @@ def test_demo_writes_every_file_that_it_names(melrt, tiny_checkpoint: Path, tmp_
     monkeypatch.setattr("melrt_export.demo.DEMO_VOICE", tiny_checkpoint)
     code, out, err = melrt("demo", "-o", tmp_path / "demo")
     assert code == 0
-    assert sorted(file.name for file in (tmp_path / "demo").iterdir()) == ["LJ001-0032.png", "LJ001-0032.wav", "lj.melrt", "mel.npy"]
+    assert sorted(file.name for file in (tmp_path / "demo").iterdir()) == [
+        "LJ001-0032.png", "LJ001-0032.wav", "listen.html", "lj.melrt", "mel.npy",
+    ]  # fmt: skip
     assert np.load(tmp_path / "demo" / "mel.npy").shape == (80, 609)
-    assert out.count(str(tmp_path / "demo")) == 6, "four files, and two of them in the next command"
-    assert "step 10 of 10: drawing" in err
+    assert out.count(str(tmp_path / "demo")) == 7, "five files, and two of them in the next command"
+    assert "step 11 of 11: comparing" in err
     (command,) = re.findall(r"`melrt (.*speech.wav)`", out)
     monkeypatch.chdir(tmp_path)
     assert melrt(*command.split())[0] == 0
