@@ -26,6 +26,7 @@ from melrt.files.audio import read_audio
 from melrt.planning.edges import Edges
 from melrt_export.assets import RECORDING
 from melrt_export.checkpoints import load_checkpoint, native
+from melrt_export.generator.config import GeneratorConfig
 from melrt_export.generator.pqmf import FilterDesign
 from melrt_export.training.config import TrainingConfig, read_config
 from melrt_export.training.distributed import ProcessGroup
@@ -340,6 +341,19 @@ def test_fine_tuning_keeps_edges_and_needs_statistics(folder: Path, monkeypatch:
     monkeypatch.setattr("melrt_export.training.voice.load_checkpoint", lambda _: lacking)
     with pytest.raises(TrainingError, match="put its stats.h5 or stats.npy beside it"):
         create_voice(write_config(folder, 1, start))
+
+
+def test_hifigan_is_not_trained_against_melgan_s_discriminators(folder: Path) -> None:
+    shape = GeneratorConfig.from_dict(
+        {"channels": 32, "padding_mode": "zeros", "mrf": {"kernel_sizes": [3], "dilations": [[1]], "paired": False}}
+    )
+    config = replace(write_config(folder, 1), generator=shape)
+    native.save(folder / "hifigan", create_voice(config).checkpoint("x", create_voice(config).generator))
+    start = ('run = "run"\n[generator]\nchannels = 32\nstacks = 1', 'run = "fine"\nstart_from = "hifigan"')
+    with pytest.raises(TrainingError, match="is a HiFi-GAN, which was trained against other discriminators"):
+        Trainer(write_config(folder, 1, start))
+    spectral = ("[losses]", "[losses]\nadversarial = 0\nfeature_matching = 0")
+    assert Trainer(write_config(folder, 1, start, spectral)).run().finished
 
 
 def test_extra_loss_sees_every_batch(folder: Path) -> None:

@@ -10,8 +10,8 @@ import soundfile
 import torch
 
 from melrt.errors import ConfigError, TrainingError
-from melrt_export.training.config import RENAMED, DataConfig, read_config
-from melrt_export.training.recordings import Corpus, find_corpus
+from melrt_export.training.config import RENAMED, DataConfig, TrainingConfig, read_config
+from melrt_export.training.recordings import Corpus, find_corpus, list_files
 from melrt_export.training.segments import BatchSampler, SegmentDataset, load_batches
 
 RATE = 8000
@@ -68,10 +68,12 @@ def test_each_epoch_uses_every_recording_once_at_its_gain(folder: Path) -> None:
 
 def test_lists_of_files_and_separate_validation(folder: Path) -> None:
     (folder.parent / "list.txt").write_text("wavs/u0.wav\n\nwavs/u2.flac\n")
-    (folder.parent / "val.txt").write_text("wavs/u4.wav\n")
+    (folder.parent / "val.txt").write_text("wavs/u4.wav|Some text.|0\n")
     corpus = find_corpus(data(folder.parent / "list.txt", validation=str(folder.parent / "val.txt")), RATE)
     assert [r.path.name for r in corpus.train] == ["u0.wav", "u2.flac"]
     assert [r.path.name for r in corpus.validation] == ["u4.wav"]
+    (folder.parent / "metadata.csv").write_text("u0|Text of Mr. X.|Text of Mister X.\nu4|More|More\n")
+    assert list_files(folder.parent / "metadata.csv") == [folder / "u0.wav", folder / "u4.wav"]
 
 
 def test_recordings_are_resampled_and_mixed(folder: Path) -> None:
@@ -168,6 +170,17 @@ def test_wrong_config_is_reported(tmp_path: Path, text: str, message: str) -> No
     with pytest.raises(ConfigError, match=message) as caught:
         read_config(tmp_path / "x.toml")
     assert str(caught.value).startswith(str(tmp_path / "x.toml"))
+
+
+@pytest.mark.parametrize("recipe", sorted((Path(__file__).parents[2] / "docs/recipes").glob("*.toml")), ids=lambda path: path.stem)
+def test_recipes_are_read(recipe: Path) -> None:
+    config = read_config(recipe)
+    if recipe.stem == "melgan-neurips":
+        published = TrainingConfig("", DataConfig(""))
+        sections = ("generator", "mel", "discriminator", "losses", "optimizer")
+        assert [getattr(config, name) == getattr(published, name) for name in sections] == [True] * 5, (
+            "the defaults are the published values"
+        )
 
 
 def test_paths_in_a_config_are_relative_to_it(tmp_path: Path) -> None:

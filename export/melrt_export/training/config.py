@@ -49,7 +49,8 @@ class DataConfig:
     """Recordings, and the segments that are cut from them."""
 
     train: str
-    """Folder that is searched for .wav and .flac files, with its sub-folders; or a .txt file with one path per line."""
+    """Folder that is searched for .wav and .flac files, with its sub-folders; or a list of files: a .txt file with a line `path` or
+    `path|text` for each, or LJ Speech's metadata.csv."""
     validation: str = ""
     """Recordings for validation, named like `train`; empty to keep the last `held_out` files of `train` in alphabetical order."""
     held_out: int = 8

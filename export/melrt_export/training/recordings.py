@@ -15,6 +15,7 @@ from melrt.types import FloatAudio
 from melrt_export.training.config import DataConfig
 
 SUFFIXES = (".wav", ".flac")
+LISTS = (".txt", ".csv")
 MAX_LISTED = 8
 
 
@@ -79,21 +80,25 @@ def find_corpus(config: DataConfig, sample_rate: int) -> Corpus:
 
 
 def list_files(source: Path) -> list[Path]:
-    """Return the audio files of a folder in alphabetical order, or those that a text file lists relative to its folder.
+    """Return the audio files of a folder in alphabetical order, or those that a list names relative to its own folder.
+
+    A list is a .txt or .csv file with one path per line. Text after a `|` is ignored, as in the lists of acoustic models. A name without
+    suffix, as in LJ Speech's metadata.csv, means the file `wavs/NAME.wav`.
 
     Raises:
         TrainingError: The source does not exist, or it has no audio file.
     """
     if source.is_dir():
         files = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
-    elif source.is_file() and source.suffix == ".txt":
+    elif source.is_file() and source.suffix in LISTS:
         try:
             lines = source.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
             raise TrainingError(f"{source} is not UTF-8 text ({error}); it must list one path per line.") from error
-        files = [source.parent / line.strip() for line in lines if line.strip()]
+        names = [Path(line.partition("|")[0].strip()) for line in lines if line.strip()]
+        files = [source.parent / (name if name.suffix else f"wavs/{name}.wav") for name in names]
     else:
-        raise TrainingError(f"{source} is neither a folder nor a .txt file. Name a folder, or a .txt file with one path per line.")
+        raise TrainingError(f"{source} is neither a folder nor a .txt or .csv file. Name a folder, or a list with one path per line.")
     if not files:
         raise TrainingError(f"{source} has no {' or '.join(SUFFIXES)} file. Name a folder or a list that has some.")
     return files

@@ -164,6 +164,9 @@ class Trainer:
         return load_batches(segments, sampler, pinned=processes.device.type == "cuda")
 
     def _advance(self, batch: Tensor) -> None:
+        # All steps have the same shapes, so timing cuDNN's algorithms once pays, as in melgan-neurips. In validations, each recording has
+        # a shape of its own.
+        torch.backends.cudnn.benchmark = True
         try:
             values = self.train_step(batch.to(self.processes.device, non_blocking=True), self.history.step)
         except torch.OutOfMemoryError as error:
@@ -228,6 +231,7 @@ class Trainer:
         self._last_log = self._last_log[0], self._last_log[1] + time.perf_counter() - start
 
     def _measure(self, generator: Generator) -> tuple[SpeechQuality, tuple[Sample, ...]]:
+        torch.backends.cudnn.benchmark = False
         return validate(generator, self.train_step.log_mel, self.corpus.validation, self.config.data.peak, self.processes)
 
     def _keep(self, name: str, generator: Generator) -> None:

@@ -60,6 +60,11 @@ def create_voice(config: TrainingConfig) -> TrainableVoice:
                 "put its stats.h5 or stats.npy beside it."
             )
         shape, spec, edges = checkpoint.config, checkpoint.spec, checkpoint.edges
+        if shape.mrf and config.losses.uses_discriminator:
+            raise TrainingError(
+                f"{config.start_from} is a HiFi-GAN, which was trained against other discriminators than melrt has. Set adversarial = 0 "
+                "and feature_matching = 0 under [losses], and stft or mel, to fine-tune it with spectral losses."
+            )
     else:
         shape, spec, edges = config.generator, config.mel, Edges()
         generator = _random_generator(shape, config)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from melrt.files.audio import read_audio
+from melrt_benchmarks.training.bench import PlainLoop
 from melrt_export.assets import RECORDING
 from melrt_export.generator.config import GeneratorConfig
 from melrt_export.training.config import DataConfig, DiscriminatorConfig, LossConfig, MachineConfig, OptimizerConfig, TrainingConfig
@@ -14,6 +17,9 @@ from melrt_export.training.distributed import ProcessGroup
 from melrt_export.training.losses import adversarial_loss, feature_matching_loss
 from melrt_export.training.step import AdversarialStep
 from melrt_export.training.voice import create_voice
+
+# Ours runs recording and synthesis through the discriminators together, so sums over a batch have another order.
+GRADIENT_TOLERANCE = 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +41,31 @@ def test_the_generator_minimizes_each_term_with_its_weight(segments: torch.Tenso
     values = small_step()(segments, 0)
     expected = 2 * values["adversarial"] + 10 * values["feature_matching"] + values["mel"]
     assert float(values["generator"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_step_equals_that_of_an_independent_loop(segments: torch.Tensor) -> None:
+    """Adam's first moment is half the gradient. Its first step moves a weight by the learning rate against the gradient's sign."""
+    config = TrainingConfig("", DataConfig(""), generator=GeneratorConfig(channels=32))
+    step = AdversarialStep(config, create_voice(config), ProcessGroup(torch.device("cpu")), {})
+    before = {name: value.clone() for name, value in step.generator.named_parameters()}
+    plain = PlainLoop(copy.deepcopy(step.generator), copy.deepcopy(step.discriminator), config.mel)
+    step(segments[:, :4096], 0)
+    plain(segments[:, :4096])
+    pairs = ((step.generator, plain.generator), (step.discriminator, plain.discriminator))
+    optimizers = ((step.generator_optimizer, plain.generator_optimizer), (step.discriminator_optimizer, plain.discriminator_optimizer))
+    for networks, states in zip(pairs, optimizers, strict=True):
+        for (name, ours), theirs in zip(networks[0].named_parameters(), networks[1].parameters(), strict=True):
+            mine, other = states[0].state[ours]["exp_avg"], states[1].state[theirs]["exp_avg"]
+            if name.endswith("layers.6.bias"):
+                assert max(mine.abs().max(), other.abs().max()) < 1e-7, "recording and synthesis pull the score with the same weight"
+                continue
+            error = GRADIENT_TOLERANCE * other.abs().max()
+            assert error > 0, name
+            assert (mine - other).abs().max() < error, name
+            clear = other.abs() > error  # the sign of smaller gradients is rounding
+            assert torch.allclose(ours[clear], theirs[clear], rtol=0, atol=1e-6), name
+    moved = {name: float((value - before[name]).detach().abs().max()) for name, value in step.generator.named_parameters()}
+    assert all(1e-6 < distance < 1.01e-4 for distance in moved.values()), "every weight moves, at most by the learning rate"
 
 
 def test_better_scores_and_closer_features_lower_the_losses() -> None:
