@@ -150,7 +150,7 @@ def test_scales_of_shape_1_give_no_int8_and_are_refused(bundle: Bundle, speech: 
             tensor.dims.append(1)
     data = model.SerializeToString()
     bundle.add(Artifact.of(entry.name, data, "onnx", graph="interior", precision="int8-fp16"), data)
-    with pytest.raises(EngineBuildError, match=r"computes half instead of int8.*melrt calibrate"):
+    with pytest.raises(EngineBuildError, match=r"computes (half|unknown) instead of int8.*melrt calibrate"):
         build_engine(Bundle.open(bundle.path), EngineOptions(precision="int8", graph="interior"))
 
 
