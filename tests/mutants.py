@@ -21,6 +21,7 @@ DECIDE, RANGES, QDQ = "tests/calibration/test_decisions.py", "tests/calibration/
 CALIBRATE, METRICS, OBJECTIVE = "tests/calibration/test_calibrate.py", "tests/calibration/test_metrics.py", "tests/export/training"
 FUSED, KERNELS = "export/melrt_export/fused/", "tests/export/test_fused.py"
 WINDOWS, WAITING = "tests/runtime/planning/test_windows.py", "tests/runtime/scheduling"
+RUNTIME, VOICES = "runtime/melrt/", "tests/runtime/test_voices.py"
 
 # File, text, its faulty replacement, tests that must fail.
 MUTANTS = (
@@ -65,6 +66,12 @@ MUTANTS = (
     ("runtime/melrt/backends/fused/engine.py", "*values, *_HIDDEN", "*values", KERNELS),
     ("runtime/melrt/backends/fused/engine.py", "if kernel.shared > _SHARED_BYTES:", "if False:", KERNELS),
     ("runtime/melrt/backends/fused/program.py", "self.extra) // kernel.rows", "self.extra) // (kernel.rows + 8)", KERNELS),
+    (RUNTIME + "voices.py", "if vocoder is None or self._has_changed(entry, now):", "if vocoder is None:", VOICES),
+    (RUNTIME + "voices.py", "if entry.on_disk not in ((), version):", "if False:", VOICES),
+    (RUNTIME + "voices.py", "self._options, workers)", "self._options, None)", VOICES),
+    (RUNTIME + "residency.py", "(other == name, entry.busy, entry.used, other)", "(other == name, entry.busy, -entry.used, other)", VOICES),
+    (RUNTIME + "residency.py", "(held if busy else self.total) > room", "False", VOICES),
+    (RUNTIME + "residency.py", "not busy if own else", "False if own else", VOICES),
 )  # fmt: skip
 
 

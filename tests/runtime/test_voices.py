@@ -132,10 +132,12 @@ def test_changed_bundle_is_loaded_again_and_no_request_fails(folder: Path, audio
         old = voices["anna"].open_stream()
         first = old.push(MEL[:, :70])
         working = [callers.submit(calls) for _ in range(4)]
-        for version in range(5):
-            rename(folder / "anna.melrt", f"version {version}")
-            until(lambda version=version: voices["anna"].bundle.manifest.name == f"version {version}")
-        stop.set()
+        try:
+            for version in range(5):
+                rename(folder / "anna.melrt", f"version {version}")
+                until(lambda version=version: voices["anna"].bundle.manifest.name == f"version {version}")
+        finally:
+            stop.set()
         assert all(caller.result(20) for caller in working)
         assert np.array_equal(np.concatenate([first, old.push(MEL[:, 70:]), old.flush()]), audio)
         assert voices.stats()["anna"].loads == 6
