@@ -23,8 +23,9 @@ from melrt.bundle.trust import trust_engines
 from melrt.cli.progress import Steps
 from melrt.errors import BundleError, ConfigError, MelError, MissingExtraError
 from melrt.files.atomic import atomic_write, check_writable
-from melrt.files.audio import read_audio, write_wav
+from melrt.files.audio import read_audio, write_audio
 from melrt.files.mels import mel_pieces
+from melrt.files.output import Output
 from melrt.mel.convert import convert_mel
 from melrt.mel.features import mel_from_audio
 from melrt.mel.spec import MelSpec
@@ -154,8 +155,9 @@ def mel(
 def synth(
     voice: Voice,
     inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Mels (.npy, .npz, .pt), or recordings (.wav, .mp3, ...).")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="A .wav file for one input, or a folder.")],
-    sample_format: Annotated[str, typer.Option("--format", help="Format of the samples: int16 or float32.")] = "int16",
+    out: Annotated[Path, typer.Option("-o", "--out", help="A file for one input, or a folder.")],
+    encoding: Annotated[str, typer.Option("--format", help="int16, float32, mulaw or alaw (.wav); flac (.flac); opus (.opus).")] = "int16",
+    sample_rate: Annotated[int | None, typer.Option("--rate", help="Sample rate in Hz; the default is the voice's own.")] = None,
     mel_log: Annotated[str | None, typer.Option(help="Logarithm of the mels, if not the voice's: ln, log10, log2, dB, linear.")] = None,
     mel_gain: Annotated[float | None, typer.Option(help="Factor of that logarithm; the default is 1.")] = None,
     mel_normalized: Annotated[bool, typer.Option("--mel-normalized", help="The mels are normalized as in the voice's training.")] = False,
@@ -165,7 +167,7 @@ def synth(
     threads: Threads = None,
     edges: EndsOption = "voice",
 ) -> None:
-    """Synthesize WAV files from mels, and print the real-time factor (compute time / audio time).
+    """Synthesize audio files from mels, and print the real-time factor (compute time / audio time).
 
     `melrt synth voice.melrt mels/*.npy -o speech/` writes one file for each mel. `melrt synth voice.melrt recording.wav -o copy.wav`
     computes the mel of the recording first. Memory does not grow with the length of an utterance.
@@ -173,24 +175,31 @@ def synth(
     bundle = Bundle.open(voice)
     given = _given_convention(bundle.manifest, mel_log, mel_gain, normalized=mel_normalized)
     options = Options(edges=bundle.manifest.choose_edges(edges))
-    targets = _targets(inputs, out)
+    output = Output(sample_rate, encoding)  # type: ignore[arg-type]  # Output checks it
+    output.check(bundle.manifest.spec.sample_rate)
+    samples = Output(sample_rate)  # the file's writer encodes
+    rate = sample_rate or bundle.manifest.spec.sample_rate
+    targets, clipped = _targets(inputs, out, output.file_kind.suffix), 0
     vocoder = Vocoder.load(bundle, device=device, precision=precision, backend=backend, threads=threads, options=options)
     with vocoder, Steps(len(inputs)) as steps:
-        clock = _Clock(lambda samples: steps.on_phase(f"{samples / vocoder.sample_rate:.0f} s of audio"))
+        clock = _Clock(lambda count: steps.on_phase(f"{count / rate:.0f} s of audio"))
         for source, target in zip(inputs, targets, strict=True):
             steps(f"synthesizing {source.name}")
             # A long utterance is read, synthesized and written piece by piece, so that memory does not grow with it.
             mels = clock.reading(convert_mel(piece, given, vocoder.spec) for piece in mel_pieces(source, given, PIECE_FRAMES))
             try:
-                write_wav(target, clock.synthesis(vocoder.stream(mels)), vocoder.sample_rate, sample_format)  # type: ignore[arg-type]
+                pieces = clock.synthesis(vocoder.stream(mels, output=samples))
+                clipped += write_audio(target, pieces, rate, output.encoding)
             except MelError as error:
                 raise MelError(str(error) if str(source) in str(error) else f"{source}: {error}") from error
-    engine, audio = vocoder.backend, clock.samples / vocoder.sample_rate
+    engine, audio = vocoder.backend, clock.samples / rate
     _print(
         f"Wrote {targets[0] if len(targets) == 1 else f'{len(targets)} files to {out}'}: {audio:.2f} s of audio in {clock.seconds:.2f} s, "
         f"{audio / clock.seconds:.1f} times real time (real-time factor {clock.seconds / audio:.4f}), "
         f"with {engine.name} {engine.precision} on {engine.device}."
     )
+    if clipped:
+        _print(f"{clipped} of {clock.samples} samples were clipped to full scale. --format float32 keeps them.")
 
 
 def _given_convention(manifest: Manifest, log: str | None, gain: float | None, *, normalized: bool) -> MelSpec:
@@ -206,14 +215,14 @@ def _given_convention(manifest: Manifest, log: str | None, gain: float | None, *
     return replace(spec, normalization=manifest.normalization) if normalized else spec
 
 
-def _targets(inputs: list[Path], out: Path) -> list[Path]:
-    """Return the WAV file for each input."""
+def _targets(inputs: list[Path], out: Path, suffix: str) -> list[Path]:
+    """Return the audio file for each input."""
     if out.is_dir() or not out.suffix:
-        targets = [out / f"{source.stem}.wav" for source in inputs]
-    elif out.suffix.lower() != ".wav":
+        targets = [out / f"{source.stem}{suffix}" for source in inputs]
+    elif out.suffix.lower() != suffix:
         raise ConfigError(
-            f"--out is {out}, but melrt writes .wav files only. Give a name that ends in .wav for one input, or a folder. A folder with a "
-            "dot in its name must exist already."
+            f"--out is {out}, but this --format makes {suffix} files. Give a name that ends in {suffix} for one input, or a folder. "
+            "A folder with a dot in its name must exist already."
         )
     elif len(inputs) > 1:
         raise ConfigError(f"{len(inputs)} inputs cannot go to one file {out}; give a folder.")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from tests.runtime.reference import speech_mel
 
 from melrt import Bundle, convert_mel, mel_from_audio, read_audio
 from melrt.cli import commands
@@ -69,22 +70,44 @@ def test_wrong_output_paths_are_config_errors(tmp_path: Path) -> None:
     (tmp_path / "out" / "a.wav").mkdir(parents=True)
     one, other = tmp_path / "a.wav", tmp_path / "b" / "a.wav"
     for inputs, out, message in (
-        ([one], one, "a.wav would be overwritten"), ([one], tmp_path / "x.mp3", "writes .wav files only"),
+        ([one], one, "a.wav would be overwritten"), ([one], tmp_path / "x.mp3", "this --format makes .wav files"),
         ([one, other], tmp_path / "x.wav", "cannot go to one file"), ([one, other], tmp_path / "x", "same name"),
         ([one], tmp_path / "out", "a.wav is a folder"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
-            commands._targets(inputs, out)
+            commands._targets(inputs, out, ".wav")
 
 
 def test_output_of_another_format_is_refused(melrt, tiny_bundle_path: Path, mel: Path, tmp_path: Path) -> None:
     code, _, err = melrt("synth", tiny_bundle_path, mel, "-o", tmp_path / "o.mp3")
     assert code == 2
-    assert "melrt writes .wav files only" in err
+    assert "this --format makes .wav files" in err
     assert not (tmp_path / "o.mp3").exists()
     (tmp_path / "run.1").mkdir()
     assert melrt("synth", tiny_bundle_path, mel, "-o", tmp_path / "run.1")[0] == 0
     assert (tmp_path / "run.1" / "mel.wav").is_file()
+
+
+def test_synth_writes_other_rates_and_encodings(melrt, tiny_bundle_path: Path, tmp_path: Path) -> None:
+    mel = speech_mel(Bundle.open(tiny_bundle_path), 200)
+    np.save(tmp_path / "mel.npy", mel)
+    for encoding, rate, suffix, subtype in (
+        ("mulaw", 8000, "wav", "ULAW"),
+        ("opus", 24000, "opus", "OPUS"),
+        ("flac", 48000, "flac", "PCM_16"),
+    ):
+        options = ("--rate", rate, "--format", encoding, "-o", tmp_path / "out")
+        code, out, _ = melrt("synth", tiny_bundle_path, tmp_path / "mel.npy", *options)
+        assert code == 0
+        file = soundfile.SoundFile(tmp_path / "out" / f"mel.{suffix}")
+        assert (file.samplerate, file.subtype, file.frames) == (rate, subtype, round(200 * 256 * rate / 22050))
+        assert np.abs(file.read()).max() > 0.05
+        assert "2.32 s of audio in " in out
+        assert re.search(r"\d+ of 111456 samples were clipped to full scale. --format float32 keeps them", out) or rate < 48000
+    code, _, err = melrt("synth", tiny_bundle_path, tmp_path / "mel.npy", "--format", "opus", "-o", tmp_path / "x.opus")
+    assert code == 2
+    assert "Opus does not support 22050 Hz" in err
+    assert not (tmp_path / "x.opus").exists()
 
 
 def test_real_time_factor_excludes_reading(
