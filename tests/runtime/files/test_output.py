@@ -12,7 +12,7 @@ import pytest
 import soundfile
 from tests.runtime.reference import speech_mel
 
-from melrt import Bundle, ConfigError, MissingExtraError, Output, Vocoder, read_audio
+from melrt import Bundle, ConfigError, MissingExtraError, Options, Output, Vocoder, read_audio
 from melrt.files.audio import ENCODINGS, resample, write_audio
 from melrt.files.output import Encoder
 from melrt_export.assets import RECORDING
@@ -90,6 +90,16 @@ def test_every_call_takes_an_output(vocoder: Vocoder) -> None:
             assert np.array_equal(audio, wanted)
     assert vocoder(mels[0], Output()).dtype == np.float32
     assert np.array_equal(vocoder(mels[0], Output()), vocoder(mels[0]))
+
+
+def test_a_voice_of_16_bits_is_encoded_from_them(vocoder: Vocoder) -> None:
+    mel = speech_mel(vocoder.bundle, 30)
+    with Vocoder.load(vocoder.bundle, options=Options(sample_format="int16")) as short:
+        samples = short(mel)
+        assert samples.dtype == np.int16
+        assert np.abs(short(mel, Output()) - samples / 32767).max() < 1e-7
+        assert np.array_equal(short(mel, Output(8000, "mulaw")), encoded(samples, Output(8000, "mulaw")))
+        assert snr(vocoder(mel, Output(8000)), short(mel, Output(8000))) > 60
 
 
 def test_telephone_stream(vocoder: Vocoder) -> None:
