@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import secrets
@@ -12,6 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from melrt.errors import ConfigError
+
+# Linux, fcntl.h and stdio.h
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 
 
 @contextlib.contextmanager
@@ -142,15 +147,27 @@ def _replace_folder(new: Path, path: Path) -> None:
     if not path.exists():
         new.rename(path)
         return
-    # A folder cannot be renamed over one that has files: the old one is renamed first, and renamed back if the new one fails.
     aside = path.with_name(f".{path.name}-{secrets.token_hex(4)}-old")
-    path.rename(aside)
-    try:
-        new.rename(path)
-    except BaseException:
-        aside.rename(path)
-        raise
+    if _exchange(new, path):
+        new.rename(aside)
+    else:
+        # A folder cannot be renamed over one that has files: the old one is renamed first, and renamed back if the new one fails.
+        path.rename(aside)
+        try:
+            new.rename(path)
+        except BaseException:
+            aside.rename(path)
+            raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step, so that a process that is killed leaves either of them; False where this is not possible."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # not Linux, or a C library without it
+        return False
+    return bool(rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
 
 
 def _sync(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -87,3 +88,27 @@ def test_unwritable_places_are_found_early(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="file is not a folder"):
         check_writable(tmp_path / "file", folder=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "pipe"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges two folders in one step")
+def test_replaced_folder_is_never_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed between two renames would leave nothing under the folder's name."""
+    path = tmp_path / "x"
+    seen = []
+    rename = Path.rename
+
+    def watched(self: Path, target: Path) -> Path:
+        result = rename(self, target)
+        seen.append((path / "a").read_text() if path.exists() else None)
+        return result
+
+    for content in "12":
+        with atomic_folder(path) as folder:
+            (folder / "a").write_text(content)
+            monkeypatch.setattr(Path, "rename", watched)
+    assert seen == ["1", "2"]
+    assert [file.name for file in tmp_path.iterdir()] == ["x"]
+    monkeypatch.setattr("melrt.files.atomic._exchange", lambda one, other: False)  # a file system that cannot exchange folders
+    with atomic_folder(path) as folder:
+        (folder / "a").write_text("3")
+    assert seen == ["1", "2", None, "3"]
