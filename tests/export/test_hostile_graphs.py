@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from melrt import Vocoder
-from melrt.bundle import Artifact, Bundle
+from melrt.bundle import Artifact, Bundle, graph_check
 from melrt.errors import BundleError
 
 
@@ -120,3 +120,12 @@ def test_truncated_and_altered_graphs_give_bundle_errors_or_run(tiny_bundle_path
         except BundleError:
             refused += 1
     assert refused >= 15
+
+
+def test_values_of_activations_are_counted_and_constants_are_not_taken_off(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    (entry,) = tiny_bundle.find("onnx", graph="edge", precision="fp32")
+    model = onnx.load_from_string(tiny_bundle.read(entry))
+    channels = next(tensor.dims[1] for tensor in model.graph.initializer if tensor.name == model.graph.node[-3].input[1])
+    monkeypatch.setattr(graph_check, "MAX_VALUES", 2 * channels * 256 - 1)  # an activation at full rate, before and after LeakyReLU
+    with pytest.raises(BundleError, match="values at once"):
+        tiny_bundle.read(entry)
