@@ -24,6 +24,7 @@ from tests.runtime.serving.http_service import TIMEOUT, Running, eventually, run
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+from melrt import Output
 from melrt.bundle import Bundle
 from melrt.files.audio import to_int16
 from melrt.vocoder import Vocoder
@@ -115,6 +116,30 @@ def converse(service: Running, voice: str, mel: np.ndarray) -> list[np.ndarray]:
     return audio
 
 
+def test_formats_and_rates(service: Running, tiny_bundle: Bundle) -> None:
+    """A telephone gets G.711 at 8 kHz, as a stream; files are whole."""
+    mel = speech_mel(tiny_bundle, 200)
+    with Vocoder.load(tiny_bundle, device="cpu") as vocoder:
+        for form, rate, encoding in (("mulaw", 8000, "mulaw"), ("alaw", 16000, "alaw"), ("pcm", 24000, "int16"), ("opus", 24000, "opus")):
+            expected = vocoder(mel, Output(rate, encoding))
+            answer = post(service, body(mel), "tiny", format=form, rate=str(rate))
+            assert answer.status_code == 200, answer.text
+            assert answer.headers["Content-Type"].endswith("audio/ogg" if form == "opus" else f"rate={rate}")
+            if form == "opus":
+                samples, found = soundfile.read(io.BytesIO(answer.content))
+                assert (found, abs(len(samples) - 200 * 256 * rate / 22050) < 2) == (rate, True)
+                assert np.abs(samples).max() > 0.02, "not silent"
+                continue
+            samples = np.frombuffer(answer.content, expected.dtype)
+            assert samples.shape == expected.shape
+            assert np.mean(samples == expected) > 0.98, "all but rounding"
+            assert len(np.unique(samples)) > 50, "not silent"
+    refused = post(service, body(mel), "tiny", format="opus")
+    assert (refused.status_code, "24000" in refused.json()["detail"]) == (422, True)
+    with pytest.raises(InvalidStatus, match="422"):
+        connect(f"ws://127.0.0.1:{service.port}/v1/stream?voice=tiny&format=flac").__enter__()
+
+
 def test_wrong_requests_are_told_what_is_allowed(service: Running, demo_bundle: Bundle) -> None:
     mel = speech_mel(demo_bundle, 200)
     forged = npy(mel).replace(b"(80, 200)", b"(80, 9" + b"9" * 2 + b")")
@@ -124,7 +149,8 @@ def test_wrong_requests_are_told_what_is_allowed(service: Running, demo_bundle: 
         (npy(mel[None, None]), {}, 422, "(bands, frames)"), (npy(mel.T), {}, 422, "80"),
         (b"\x93NUMPY\x01\x00\xff\xff{", {}, 422, "np.save"),
         (body(np.full((80, 20), np.nan, np.float32)), {}, 422, "finite"), (body(mel[:, :2]), {}, 422, "frames"),
-        (body(mel), {"format": "mp3"}, 422, "wav, pcm"), (body(mel), {"voice": "none"}, 404, "there are: lj, tiny"),
+        (body(mel), {"format": "mp3"}, 422, "wav, flac, opus, pcm"), (body(mel), {"rate": "fast"}, 422, "fast"),
+        (body(mel), {"voice": "none"}, 404, "there are: lj, tiny"),
         (body(mel), {"voice": ""}, 422, "There are: lj, tiny"), (bytes(320 * (MAX_FRAMES + 1)), {}, 413, "at most 4000 are accepted"),
         (bytes(640 * (MAX_FRAMES + 1) + 65536), {}, 413, "enough for 4000 frames"),
     ):  # fmt: skip

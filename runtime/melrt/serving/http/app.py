@@ -18,17 +18,16 @@ from starlette.requests import ClientDisconnect
 from melrt.errors import AudioError, BundleError, ClosedError, MelError, MelrtError, OverdueError, QueueFullError
 from melrt.serving.http.bodies import NPY, mel_of, mel_of_recording, read_mel, read_recording, while_connected
 from melrt.serving.http.conversation import converse
+from melrt.serving.http.formats import FORMATS, output_of
 from melrt.serving.http.metrics import Responses, ServiceMetrics
 from melrt.serving.http.page import page
 from melrt.serving.http.service import Service
 from melrt.types import Audio
-from melrt.vocoder import Vocoder
 from melrt.voices import Voices
 
 logger = logging.getLogger(__name__)
 
 STATUS = {MelError: 422, AudioError: 422, QueueFullError: 503, ClosedError: 503, OverdueError: 504}
-FORMATS = ("wav", "pcm")
 # Frames that a stream takes at a time from a mel that is known whole.
 PIECE = 16
 
@@ -62,15 +61,17 @@ class Routes:
         self._page = page()
         self.stream = converse(service)
 
-    async def speech(self, request: Request, voice: str = "", format: str = "wav") -> Response:
-        """Return the audio of a mel: a WAV file when it is complete, or raw 16-bit samples as soon as they are ready."""
+    async def speech(self, request: Request, voice: str = "", format: str = "wav", rate: str = "") -> Response:
+        """Return the audio of a mel: a file when it is complete, or raw samples as soon as they are ready."""
         vocoder = await self._service.voice(voice)
-        if format not in FORMATS:
-            raise HTTPException(422, f"format is {format[:80]!r}; it must be one of {', '.join(FORMATS)}")
+        output = output_of(format, rate, vocoder)
+        form = FORMATS[format]
+        hertz = output.sample_rate or vocoder.sample_rate
         mel = await read_mel(request, vocoder.spec, self._service.config)
-        if format == "wav":
-            return Response(wav_file(await while_connected(request, vocoder.call_async(mel)), vocoder), media_type="audio/wav")
-        pieces = vocoder.stream_async(mel[:, start : start + PIECE] for start in range(0, mel.shape[1], PIECE))
+        if not form.streamed:
+            audio = await while_connected(request, vocoder.call_async(mel, output))
+            return Response(wav_file(audio, hertz) if format == "wav" else audio.tobytes(), media_type=form.media_type)
+        pieces = vocoder.stream_async((mel[:, start : start + PIECE] for start in range(0, mel.shape[1], PIECE)), output=output)
         first = await while_connected(request, anext(pieces))  # an error before the first audio still becomes a status
 
         async def samples() -> AsyncIterator[bytes]:
@@ -79,7 +80,7 @@ class Routes:
                 async for audio in pieces:
                     yield audio.tobytes()
 
-        return StreamingResponse(samples(), media_type=f"audio/pcm;rate={vocoder.sample_rate}")
+        return StreamingResponse(samples(), media_type=f"{form.media_type};rate={hertz}")
 
     async def mel(self, request: Request, voice: str = "") -> Response:
         """Return raw float32 frames: those of a .npy file, or the mel of a recording, raw float32 samples at the voice's rate."""
@@ -97,7 +98,7 @@ class Routes:
         config = self._service.config
         return {
             "voices": await asyncio.to_thread(_facts, self._service.voices),
-            "formats": FORMATS,
+            "formats": list(FORMATS),
             "limits": {"max_frames": config.max_frames, "max_requests": config.max_requests, "timeout_seconds": config.timeout},
         }
 
@@ -134,11 +135,11 @@ async def explain(request: Request, error: Exception) -> Response:
     return JSONResponse({"detail": str(error)}, status, {"Retry-After": "1", "Connection": "close"} if status == 503 else None)
 
 
-def wav_file(audio: Audio, vocoder: Vocoder) -> bytes:
+def wav_file(audio: Audio, sample_rate: int) -> bytes:
     """Return a WAV file of 16-bit samples."""
     file = io.BytesIO()
     with wave.open(file, "wb") as wav:
-        wav.setparams((1, 2, vocoder.sample_rate, 0, "NONE", ""))
+        wav.setparams((1, 2, sample_rate, 0, "NONE", ""))
         wav.writeframes(audio.tobytes())
     return file.getvalue()
 

@@ -60,7 +60,7 @@ def http(
     from melrt.serving.http.server import listen, serve
 
     config = ServiceConfig(max_requests, max_frames, max_connections, timeout, upload_seconds, idle_seconds, drain_seconds)
-    options = Options(limits=Limits(max_frames=max_frames, timeout=timeout, wait_timeout=timeout), sample_format="int16")
+    options = Options(limits=Limits(max_frames=max_frames, timeout=timeout, wait_timeout=timeout))
     residency = Residency(memory << 20 if memory else None, tuple(pin or ()), _weights(weight or []))
     folder = voices[0] if len(voices) == 1 and voices[0].is_dir() and not (voices[0] / MANIFEST).exists() else None
     with Voices(

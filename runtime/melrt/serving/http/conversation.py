@@ -11,7 +11,10 @@ from fastapi import HTTPException, WebSocket, WebSocketDisconnect
 from numpy.typing import NDArray
 
 from melrt.errors import ClosedError, MelError, MelrtError, QueueFullError
+from melrt.files.output import Output
 from melrt.serving.http.bodies import mel_of
+from melrt.serving.http.config import ServiceConfig
+from melrt.serving.http.formats import output_of
 from melrt.serving.http.service import Service
 from melrt.types import Audio
 from melrt.vocoder import Vocoder
@@ -28,8 +31,10 @@ def converse(service: Service) -> Callable[[WebSocket], Awaitable[None]]:
         try:
             with service.place():
                 vocoder = await service.voice(socket.query_params.get("voice", ""))
+                query = socket.query_params
+                output = output_of(query.get("format", "pcm"), query.get("rate", ""), vocoder, streamed=True)
                 await socket.accept()
-                await _Conversation(socket, vocoder, service.config.timeout, service.config.idle_seconds).run()
+                await _Conversation(socket, vocoder, output, service.config).run()
         except WebSocketDisconnect:
             pass  # other errors come before the connection is accepted, and are answered over HTTP
 
@@ -39,19 +44,20 @@ def converse(service: Service) -> Callable[[WebSocket], Awaitable[None]]:
 class _Conversation:
     """One stream of one client."""
 
-    def __init__(self, socket: WebSocket, vocoder: Vocoder, frames_seconds: float, read_seconds: float) -> None:
+    def __init__(self, socket: WebSocket, vocoder: Vocoder, output: Output, config: ServiceConfig) -> None:
         self._socket = socket
         self._vocoder = vocoder
-        self._frames_seconds = frames_seconds
-        self._read_seconds = read_seconds
+        self._output = output
+        self._frames_seconds = config.timeout
+        self._read_seconds = config.idle_seconds
         self._samples = 0
 
     async def run(self) -> None:
         """Return audio for frames until the client ends the utterance; an error is told before the connection is closed."""
         spec = self._vocoder.spec
-        await self._send_text({"sample_rate": spec.sample_rate, "n_mels": spec.n_mels, "hop": spec.hop, "format": "pcm"})
+        await self._send_text({"sample_rate": self._output.sample_rate or spec.sample_rate, "n_mels": spec.n_mels, "hop": spec.hop})
         try:
-            with self._vocoder.open_stream() as stream:
+            with self._vocoder.open_stream(output=self._output) as stream:
                 while (frames := await self._frames()) is not None:
                     await self._send(await stream.push_async(frames))
                 await self._send(await stream.flush_async())
