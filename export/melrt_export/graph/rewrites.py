@@ -173,7 +173,7 @@ class _Rewriter:
             inputs = [f"{block}.joined", f"{block}.merged.weight"]
             if len(pointwise.input) > 2:
                 biases = [self.values[f"{block}.{part}.bias"] for part in ("pointwise", "shortcut")]
-                self.values[f"{block}.merged.bias"] = np.sum(biases, axis=0, dtype=np.float32).astype(biases[0].dtype)
+                self.values[f"{block}.merged.bias"] = np.sum(biases, axis=0, dtype=np.float64).astype(biases[0].dtype)
                 inputs.append(f"{block}.merged.bias")
             self._replace(add.name, [
                 helper.make_node("Concat", [pointwise.input[0], shortcut.input[0]], [inputs[0]], name=inputs[0], axis=1),
