@@ -23,6 +23,7 @@ CAL, TRAIN, PLAN, QUEUE = (
 DECIDE, RANGES, QDQ = "tests/calibration/test_decisions.py", "tests/calibration/test_ranges.py", "tests/calibration/test_qdq.py"
 CALIBRATE, METRICS, OBJECTIVE = "tests/calibration/test_calibrate.py", "tests/calibration/test_metrics.py", "tests/export/training"
 FUSED, KERNELS = "export/melrt_export/fused/", "tests/export/test_fused.py"
+TRAINED = "tests/calibration/test_training.py"
 WINDOWS, WAITING = "tests/runtime/planning/test_windows.py", "tests/runtime/scheduling"
 RUNTIME, VOICES = "runtime/melrt/", "tests/runtime/test_voices.py"
 
@@ -50,6 +51,12 @@ MUTANTS = (
     (TRAIN + "step.py", "(losses.feature_matching, feature", "(-losses.feature_matching, feature", OBJECTIVE),
     (TRAIN + "step.py", 'if precision == "float32":', "if True:", OBJECTIVE),
     (TRAIN + "step.py", "rate * factor", "rate", OBJECTIVE),
+    (TRAIN + "config.py", "1 - done / (self.zero_at", "1 + 0 * done / (self.zero_at", OBJECTIVE),
+    (TRAIN + "activation_ranges.py", "by_zero = -scale *", "by_zero = scale *", TRAINED),
+    (TRAIN + "activation_ranges.py", "gradient * rounded - through * x", "through * x - gradient * rounded", TRAINED),
+    (TRAIN + "activation_ranges.py", "values.high * high", "values.high", TRAINED),
+    (CAL + "training.py", "if increase <= most:", "if increase > most:", TRAINED),
+    (CAL + "training.py", "if differing := [", "if False and [", TRAINED),
     (PLAN + "windows.py", "keep_stop + field.right", "keep_stop + field.right - 1", WINDOWS),
     (PLAN + "windows.py", "max(keep_start - field.left, 0)", "keep_start", WINDOWS),
     (PLAN + "windows.py", "received - field.right, 0)", "received, 0)", WINDOWS),

@@ -99,7 +99,7 @@ def calibrate(
     graphs = FloatGraphs.read(bundle)
     data = load_data(speech, bundle.manifest, options.sampling)
     held_out = Evaluator(data.held_out, bundle.manifest.spec)
-    final = _final_evaluator(bundle, data, evaluation_speech, options.sampling.peak) or held_out
+    final = final_evaluator(bundle, data, evaluation_speech, options.sampling.peak) or held_out
     window = timing.cut_window(max(data.held_out, key=lambda piece: piece.mel.shape[1]).mel)
     steps.begin("collecting statistics of the float network", len(data.windows))
     plain = Network.observed(graphs.models, data.windows, on_window=steps.advance)
@@ -121,7 +121,7 @@ def calibrate(
     )  # fmt: skip
 
 
-def _final_evaluator(bundle: Bundle, data: CalibrationData, speech: Sequence[Path], peak: float | None) -> Evaluator | None:
+def final_evaluator(bundle: Bundle, data: CalibrationData, speech: Sequence[Path], peak: float | None) -> Evaluator | None:
     """Return the evaluator of other speech; None if none was given."""
     if not speech:
         return None

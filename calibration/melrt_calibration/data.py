@@ -131,7 +131,7 @@ def read_pieces(paths: Sequence[Path], manifest: Manifest, peak: float | None) -
     """Read and check every file and cut it into pieces; a file with the same content as an earlier one is skipped."""
     first_path: dict[bytes, Path] = {}
     pieces: list[Piece] = []
-    for path in _files(paths):
+    for path in list_files(paths):
         mel = _checked_mel(path, manifest, peak)
         digest = hashlib.sha256(mel.tobytes()).digest()
         if digest in first_path:
@@ -148,7 +148,12 @@ def read_pieces(paths: Sequence[Path], manifest: Manifest, peak: float | None) -
     return pieces
 
 
-def _files(paths: Sequence[Path]) -> list[Path]:
+def list_files(paths: Sequence[Path]) -> list[Path]:
+    """Return the given files, and the audio and mel files of the given folders.
+
+    Raises:
+        CalibrationError: There is none.
+    """
     found: list[Path] = []
     for path in paths:
         if not path.is_dir():

@@ -118,7 +118,7 @@ def decide(qualities: Mapping[str, Quality], budget: Budget, speedup: float, *, 
     """Decide whether INT8 pays.
 
     Args:
-        qualities: Quality of `fp32` and `int8` on the evaluation speech.
+        qualities: Quality of `fp32`, `int8` and, if there is one, the `control` on the evaluation speech.
         budget: Allowed loss of quality.
         speedup: FP32's time over INT8's.
         found: Whether the search found a set of layers within the budget.
@@ -134,6 +134,8 @@ def decide(qualities: Mapping[str, Quality], budget: Budget, speedup: float, *, 
         f"budget limits; 95 % interval over {len(fp32.errors)} recordings {low:+z.1f} to {high:+z.1f} %), "
         f"median silent frame {int8.silence_increase(fp32):+z.1f} dB{perceptual}"
     )
+    if "control" in qualities:
+        facts += f"; FP32 trained as long has {100 * qualities['control'].error_increase(fp32):+z.1f} % of log-mel error"
     if not found:
         return False, f"No set of INT8 layers is faster than FP32 within the budget. All layers in INT8: {facts}."
     if speedup < MIN_SPEEDUP:

@@ -36,9 +36,10 @@ class ProgressReporter:
         """Report that the next step begins, with the number of its measurements if that is known."""
         self._report(Progress(self._progress.step + 1, self._progress.steps, text, 0, total))
 
-    def advance(self) -> None:
-        """Report that one more measurement of the step is finished."""
-        self._report(replace(self._progress, done=self._progress.done + 1))
+    def advance(self, count: int = 1) -> None:
+        """Report that one more measurement of the step is finished, or several."""
+        if count:
+            self._report(replace(self._progress, done=self._progress.done + count))
 
     def _report(self, progress: Progress) -> None:
         self._progress = progress

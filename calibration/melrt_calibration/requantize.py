@@ -20,9 +20,22 @@ from melrt_calibration.network import Network
 from melrt_calibration.progress import OnProgress, ProgressReporter
 from melrt_export.checkpoints import Checkpoint, load_checkpoint
 from melrt_export.graph.deploy import deploy_graph
-from melrt_export.int8_plan import read_plan
+from melrt_export.int8_plan import Int8Plan, read_plan
+from melrt_export.training.activation_ranges import read_trained_plan
 
 STEPS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """Result of a training in INT8."""
+
+    weights: Checkpoint
+    """Trained weights."""
+    plan: Int8Plan
+    """Layers and ranges that they were trained with."""
+    control: Checkpoint | None = None
+    """Weights trained as long in FP32, whose quality is added to the verdict."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +45,7 @@ class Requantized:
     names: tuple[str, ...]
     """Layers in INT8."""
     evaluated: dict[str, Quality]
-    """Quality of the bundle's `fp32`, and of `int8` and, if it was made, `int8-fp16` with the trained weights."""
+    """Quality of the bundle's `fp32`, of `int8` and, if it was made, `int8-fp16` with the trained weights, and of the `control` if any."""
     speedup: float
     """FP32's time over INT8's time for one window on one thread."""
     verdict: str
@@ -44,7 +57,9 @@ class Requantized:
 def requantize(
     bundle: Bundle, weights: Path, speech: Sequence[Path], options: CalibrationOptions, on_progress: OnProgress = lambda _: None
 ) -> Requantized:
-    """Give a calibrated voice's INT8 graphs weights that were trained with its plan. The plan fixes the layers and their ranges.
+    """Give a calibrated voice's INT8 graphs weights that were trained with its plan.
+
+    The layers and their ranges are those of the bundle's plan, or those that were trained and saved with the weights.
 
     Args:
         bundle: Voice that the training started from, with its INT8 plan and its float graphs.
@@ -59,18 +74,43 @@ def requantize(
     """
     steps = ProgressReporter(STEPS, on_progress)
     steps.begin("reading the checkpoint and the speech")
-    plan, graphs = read_plan(bundle), FloatGraphs.read(bundle)
-    checkpoint = _load_matching(weights, bundle)
+    bundle_plan, graphs = read_plan(bundle), FloatGraphs.read(bundle)
+    checkpoint = load_matching(weights, bundle)
+    evaluator = Evaluator(read_pieces(speech, bundle.manifest, options.sampling.peak), bundle.manifest.spec)
+    plan = read_trained_plan(checkpoint.source) or bundle_plan
+    return compare_trained(bundle, graphs, Trained(checkpoint, plan), evaluator, options, steps)
+
+
+def compare_trained(
+    bundle: Bundle,
+    graphs: FloatGraphs,
+    trained: Trained,
+    evaluator: Evaluator,
+    options: CalibrationOptions,
+    steps: ProgressReporter,
+) -> Requantized:
+    """Compare INT8 with trained weights with the bundle's FP32, and write it if it pays. It makes three steps of progress.
+
+    Args:
+        bundle: Voice that the training started from.
+        graphs: Its float graphs.
+        trained: Result of the training.
+        evaluator: Evaluation speech.
+        options: Budget.
+        steps: Progress of the run.
+    """
+    plan, checkpoint, control = trained.plan, trained.weights, trained.control
     models = {
         (graph, form): deploy_graph(checkpoint.config, checkpoint.weights, FLOAT_PRECISIONS[form], graph) for graph, form in graphs.entries
     }
     network = Network.planned(models, plan)
-    evaluator = Evaluator(read_pieces(speech, bundle.manifest, options.sampling.peak), bundle.manifest.spec)
     steps.begin("evaluating INT8 against FP32")
     qualities = {"fp32": evaluator.quality(graphs.models["edge", "cpu"])}
     for graph, form in graphs.entries:
         if graph == "edge":
             qualities[INT8_PRECISIONS[form]] = evaluator.quality(network.model(plan.names, form=form))
+    if control is not None:
+        qualities["control"] = evaluator.quality(deploy_graph(control.config, control.weights, "fp32", "edge"))
     steps.begin("timing INT8 against FP32")
     window = timing.cut_window(max(evaluator.pieces, key=lambda piece: piece.mel.shape[1]).mel)
     speedup = timing.measure_speedup(graphs.models["interior", "cpu"], network.model(plan.names, "interior"), window)
@@ -83,7 +123,7 @@ def requantize(
     return Requantized(plan.names, qualities, speedup, verdict, written)
 
 
-def _load_matching(weights: Path, bundle: Bundle) -> Checkpoint:
+def load_matching(weights: Path, bundle: Bundle) -> Checkpoint:
     """Load a checkpoint of the bundle's architecture and mel convention."""
     checkpoint = load_checkpoint(weights)
     for name, actual, expected in (

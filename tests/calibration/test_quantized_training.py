@@ -51,6 +51,7 @@ run = "run"
 start_from = "{start}"
 [quantization]
 voice = "{voice}"
+learn_ranges = true
 [data]
 train = "{wav}"
 validation = "{wav}"
@@ -152,7 +153,7 @@ def test_training_reduces_the_error_of_rounding(calibrated: Bundle, tmp_path: Pa
     steps = np.abs(kept).max(axis=(1, 2), keepdims=True) / SIGNED_MAX
     assert np.abs(kept / steps - np.rint(kept / steps)).max() > 0.4, "the checkpoint holds float weights, not rounded ones"
 
-    planned = read_plan(calibrated).names
+    planned = read_plan(calibrated)
     floats = [calibrated.read(entry) for entry in calibrated.find("onnx", precision="fp32")]
     options = CalibrationOptions(Budget(10, 100), Sampling(peak=0.95), force=True)
     requantized = requantize(calibrated, result.best, [tmp_path / "wavs"], options)
@@ -160,7 +161,9 @@ def test_training_reduces_the_error_of_rounding(calibrated: Bundle, tmp_path: Pa
     bundle = Bundle.open(calibrated.path)
     assert [bundle.read(entry) for entry in bundle.find("onnx", precision="fp32")] == floats, "the float graphs are unchanged"
     assert all(row.passed for row in verify(bundle))
-    assert read_plan(bundle).names == planned
+    assert read_plan(bundle).names == planned.names
+    moved = [new.input.high / old.input.high for new, old in zip(read_plan(bundle).layers, planned.layers, strict=True)]
+    assert all(ratio != 1 for ratio in moved), "the bundle has the trained ranges"
 
 
 def test_int8_weights_are_not_exported_as_float(calibrated: Bundle, tmp_path: Path, melrt) -> None:

@@ -7,6 +7,7 @@ first convolution when the checkpoint is read, so that callers pass plain log-me
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -67,13 +68,14 @@ def load(file: CheckpointFile) -> Checkpoint:
     )  # fmt: skip
 
 
-def save(folder: Path, checkpoint: Checkpoint, dtype: type[np.floating] = np.float32) -> None:
+def save(folder: Path, checkpoint: Checkpoint, dtype: type[np.floating] = np.float32, metadata: Mapping[str, str] | None = None) -> None:
     """Write a checkpoint atomically: the folder appears complete or not at all.
 
     Args:
         folder: Folder to create; an existing melrt checkpoint is replaced.
         checkpoint: Checkpoint to write.
         dtype: Type of the stored weights; float16 halves the file.
+        metadata: Texts to store in the header of the weights' file, which are then replaced together with the weights.
 
     Raises:
         CheckpointError: The folder exists and is not a melrt checkpoint.
@@ -88,5 +90,5 @@ def save(folder: Path, checkpoint: Checkpoint, dtype: type[np.floating] = np.flo
     }  # fmt: skip
     with atomic_folder(folder) as temporary:
         weights = {name: np.ascontiguousarray(value, dtype) for name, value in sorted(checkpoint.weights.items())}
-        (temporary / "model.safetensors").write_bytes(encode(weights))
+        (temporary / "model.safetensors").write_bytes(encode(weights, dict(metadata) if metadata else None))
         (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n")

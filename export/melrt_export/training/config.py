@@ -131,9 +131,11 @@ class QuantizationConfig:
     """Fine-tuning in INT8, which adapts the weights to the rounding."""
 
     voice: str = ""
-    """Calibrated bundle, whose INT8 plan lists the layers and their ranges; empty to train in float."""
+    """Calibrated bundle, whose INT8 plan lists the layers and their ranges, or a file with such a plan; empty to train in float."""
     form: Int8Form = "cpu"
     """`cpu`: round as ONNX Runtime's INT8 does on a CPU; `tensorrt`: round as TensorRT does."""
+    learn_ranges: bool = False
+    """True to train the ranges of the activations too; the plan with the trained ranges is saved with the weights."""
     distillation: float = 1.0
     """Weight of the distance to the output of the float generator that the training begins with."""
 
@@ -152,21 +154,31 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.5, 0.9)
     """Decay of the running means of the gradient and the squared gradient."""
     decay_from: int = 0
-    """Step after which the learning rates fall, if `half_life` is set."""
+    """Step after which the learning rates fall, if `half_life` or `zero_at` is set."""
     half_life: int = 0
-    """Steps in which the learning rates halve; 0 for constant rates."""
+    """Steps in which the learning rates halve; 0 for rates that do not halve."""
+    zero_at: int = 0
+    """Step at which the learning rates reach zero, falling linearly from `decay_from` on; 0 for rates that do not fall so."""
     average: float = 0.0
     """Share that a running average of the generator's weights keeps in each step, such as 0.999; 0 for no average. It is validated and
     kept beside the weights."""
 
     def __post_init__(self) -> None:
         rates = dict.fromkeys(("learning_rate", "discriminator_learning_rate"), number(1e-9, 1))
-        steps = dict.fromkeys(("decay_from", "half_life"), whole(0, MAX_STEPS))
+        steps = dict.fromkeys(("decay_from", "half_life", "zero_at"), whole(0, MAX_STEPS))
         _check(self, **rates, **steps, betas=list_of(number(0, 1, below=True), 2, 2), average=number(0, 1, below=True))
+        if self.zero_at and (self.half_life or self.zero_at <= self.decay_from):
+            raise ConfigError(
+                f"zero_at is {self.zero_at}, half_life {self.half_life} and decay_from {self.decay_from}; "
+                "set only one of zero_at and half_life, and zero_at to a step after decay_from."
+            )
 
     def rate_factor(self, step: int) -> float:
         """Return the factor of the learning rates at a step. It depends on the step alone, so a resumed run needs no other state."""
-        return 0.5 ** (max(0, step - self.decay_from) / self.half_life) if self.half_life else 1.0
+        done = max(0, step - self.decay_from)
+        if self.zero_at:
+            return max(0.0, 1 - done / (self.zero_at - self.decay_from))
+        return 0.5 ** (done / self.half_life) if self.half_life else 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ from torch.nn.utils import parametrize
 
 from melrt.errors import TrainingError
 from melrt_export.generator.network import Generator
-from melrt_export.int8_plan import MERGED, SIGNED_MAX, UNSIGNED_MAX, Int8Plan, LayerPlan, Range
+from melrt_export.int8_plan import MERGED, SIGNED_MAX, Int8Plan, LayerPlan
+from melrt_export.training.activation_ranges import ActivationRanges
 from melrt_export.training.config import Int8Form, LossConfig
 from melrt_export.training.losses import StftLoss
 from melrt_export.training.step import SynthesizedBatch
@@ -25,13 +26,14 @@ from melrt_export.training.voice import TrainableVoice
 from melrt_export.training.weight_norm import folded_weights
 
 
-def quantize(voice: TrainableVoice, plan: Int8Plan, form: Int8Form) -> Generator:
+def quantize(voice: TrainableVoice, plan: Int8Plan, form: Int8Form, *, learn_ranges: bool = False) -> Generator:
     """Add fake quantization to the voice's generator, in place. Its checkpoints still hold plain float weights.
 
     Args:
         voice: Voice with the architecture that the plan was made for.
         plan: Layers and ranges.
         form: `cpu` has unsigned inputs and rounds outputs too; `tensorrt` is symmetric.
+        learn_ranges: Train the ranges of the activations as well.
 
     Returns:
         A frozen copy of the generator without quantization, the teacher of a distillation.
@@ -43,12 +45,13 @@ def quantize(voice: TrainableVoice, plan: Int8Plan, form: Int8Form) -> Generator
         voice.config, {name: torch.from_numpy(value) for name, value in folded_weights(voice.generator).items()}
     )
     modules = dict(voice.generator.named_modules())
+    ranges = ActivationRanges(plan, form, voice.generator if learn_ranges else None)
     for layer in plan.layers:
-        _quantize_layer(modules, layer, form)
+        _quantize_layer(modules, layer, ranges)
     return teacher.requires_grad_(False)
 
 
-def _quantize_layer(modules: Mapping[str, nn.Module], layer: LayerPlan, form: Int8Form) -> None:
+def _quantize_layer(modules: Mapping[str, nn.Module], layer: LayerPlan, ranges: ActivationRanges) -> None:
     """Quantize one convolution, or the two of a residual block that INT8 merges into one over [h; x] with one rounded sum."""
     block = layer.name.removesuffix(MERGED)
     merged = block != layer.name
@@ -68,10 +71,10 @@ def _quantize_layer(modules: Mapping[str, nn.Module], layer: LayerPlan, form: In
         factors = weight.input_factors
         weight.others = (other,) if merged else ()
         parametrize.register_parametrization(conv, "weight", weight)
-        conv.add_module("rounded_input", _FakeQuantizedActivation(layer.input, factors, form))
+        conv.add_module("rounded_input", ranges.activation(layer.input, factors))
         conv.register_forward_pre_hook(lambda module, inputs: (module.rounded_input(inputs[0]), *inputs[1:]))
-    if form == "cpu":
-        owner.add_module("rounded_output", _FakeQuantizedActivation(layer.output, layer.output_factors, form))
+    if ranges.form == "cpu":
+        owner.add_module("rounded_output", ranges.activation(layer.output, layer.output_factors))
         owner.register_forward_hook(lambda module, _, output: module.rounded_output(output))
 
 
@@ -93,27 +96,6 @@ def _check_channels(layer: LayerPlan, parts: Sequence[nn.Conv1d | nn.ConvTranspo
 
 def _phases(conv: nn.Conv1d | nn.ConvTranspose1d) -> int:
     return conv.stride[0] if isinstance(conv, nn.ConvTranspose1d) else 1
-
-
-class _FakeQuantizedActivation(nn.Module):
-    """Rounds an activation (B, C, T) to the values that its bytes can represent."""
-
-    scale: Tensor
-    zero: Tensor
-
-    def __init__(self, values: Range, factors: Sequence[float], form: Int8Form) -> None:
-        super().__init__()
-        scale, zero = values.affine if form == "cpu" else (values.symmetric_scale, 0)
-        self.limits = (0, UNSIGNED_MAX) if form == "cpu" else (-SIGNED_MAX, SIGNED_MAX)
-        # dividing a channel by a factor, rounding, and multiplying again equals rounding in steps that are larger by this factor
-        self.register_buffer("scale", scale * torch.tensor(factors or [1.0]), persistent=False)
-        self.register_buffer("zero", torch.full((len(self.scale),), zero, dtype=torch.int32), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.float()
-        if len(self.scale) == 1:
-            return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero, *self.limits)
-        return torch.fake_quantize_per_channel_affine(x, self.scale, self.zero, 1, *self.limits)
 
 
 class _FakeQuantizedWeight(nn.Module):

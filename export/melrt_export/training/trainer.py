@@ -17,8 +17,9 @@ from melrt.bundle import Bundle
 from melrt.errors import TrainingError
 from melrt_export.checkpoints import load_checkpoint, native
 from melrt_export.generator.network import Generator
-from melrt_export.int8_plan import read_plan
+from melrt_export.int8_plan import Int8Plan, read_plan
 from melrt_export.quality import SpeechQuality
+from melrt_export.training.activation_ranges import PLAN_KEY, trained_plan
 from melrt_export.training.config import TrainingConfig
 from melrt_export.training.distributed import ProcessGroup
 from melrt_export.training.quantized import DistillationLoss, quantize
@@ -92,6 +93,7 @@ class Trainer:
         self._check(resume)
         self.voice = create_voice(config)
         self.corpus: Corpus = self.processes.broadcast(lambda: find_corpus(config.data, self.voice.spec.sample_rate))
+        self.plan: Int8Plan | None = None
         self.teacher = self._quantize_generator()
         self.train_step = AdversarialStep(config, self.voice, self.processes, {**self._distillation(), **(extra or {})})
         self._identity = self.voice.identity() | {"int8": self.teacher is not None}
@@ -143,7 +145,10 @@ class Trainer:
         quantization = self.config.quantization
         if not quantization.voice:
             return None
-        return quantize(self.voice, read_plan(Bundle.open(Path(quantization.voice))), quantization.form).to(self.processes.device)
+        path = Path(quantization.voice)
+        self.plan = Int8Plan.loads(path.read_bytes(), path) if path.is_file() else read_plan(Bundle.open(path))
+        teacher = quantize(self.voice, self.plan, quantization.form, learn_ranges=quantization.learn_ranges)
+        return teacher.to(self.processes.device)
 
     def _distillation(self) -> dict[str, ExtraLoss]:
         if self.teacher is None:
@@ -237,7 +242,8 @@ class Trainer:
     def _keep(self, name: str, generator: Generator) -> None:
         """Replace a checkpoint file by file. Its config never changes within a run, so the checkpoint is complete at any moment."""
         kept, new = self.run_folder / name, self.run_folder / f"{name}{NEW}"
-        native.save(new, self.voice.checkpoint(self.config.name, generator))
+        metadata = {PLAN_KEY: trained_plan(generator, self.plan).dumps()} if self.plan is not None else None
+        native.save(new, self.voice.checkpoint(self.config.name, generator), metadata=metadata)
         if kept.exists():
             for file in new.iterdir():
                 file.replace(kept / file.name)

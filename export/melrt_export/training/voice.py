@@ -36,8 +36,10 @@ class TrainableVoice:
     """Padding at the ends of an utterance in the project of the checkpoint that the training started from."""
 
     def checkpoint(self, name: str, generator: Generator) -> Checkpoint:
-        """Return the current weights of this generator, or of an average of it, as a checkpoint."""
-        return Checkpoint(name, "melrt", Path(), "", self.config, folded_weights(generator), self.spec, self.edges)
+        """Return the weights of this generator, or of an average of it, as a checkpoint, without ranges that were learned in INT8."""
+        weights = folded_weights(generator)
+        plain = {tensor: weights[tensor] for tensor, _ in self.config.tensors()}
+        return Checkpoint(name, "melrt", Path(), "", self.config, plain, self.spec, self.edges)
 
     def identity(self) -> dict[str, Any]:
         """Return everything but the weights as plain JSON values."""

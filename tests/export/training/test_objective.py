@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from melrt.errors import ConfigError
 from melrt.files.audio import read_audio
 from melrt_benchmarks.training.bench import PlainLoop
 from melrt_export.assets import RECORDING
@@ -93,3 +94,11 @@ def test_the_learning_rate_falls(segments: torch.Tensor) -> None:
         step(segments, at)
         assert step.generator_optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * factor)
         assert step.discriminator_optimizer.param_groups[0]["lr"] == pytest.approx(2e-3 * factor)
+
+
+def test_the_learning_rate_falls_linearly_to_zero() -> None:
+    assert [OptimizerConfig(zero_at=40).rate_factor(at) for at in (0, 10, 39, 50)] == pytest.approx([1, 0.75, 0.025, 0])
+    assert [OptimizerConfig(decay_from=10, zero_at=30).rate_factor(at) for at in (10, 25)] == pytest.approx([1, 0.25])
+    for settings in ({"zero_at": 40, "half_life": 5}, {"zero_at": 40, "decay_from": 40}):
+        with pytest.raises(ConfigError, match="set only one of zero_at and half_life, and zero_at to a step after decay_from"):
+            OptimizerConfig(**settings)

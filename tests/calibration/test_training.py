@@ -1,0 +1,139 @@
+"""Calibration with training: learned ranges, and one command that plans, trains, evaluates and continues where it was interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from melrt.bundle import Bundle
+from melrt.errors import CalibrationError
+from melrt.files.audio import read_audio, resample
+from melrt_calibration import timing
+from melrt_calibration.calibrate import CalibrationOptions
+from melrt_calibration.data import Sampling
+from melrt_calibration.evaluation import Budget
+from melrt_calibration.progress import Progress
+from melrt_calibration.training import TrainingOptions, calibrate_and_train
+from melrt_export.assets import RECORDING
+from melrt_export.generator.config import GeneratorConfig
+from melrt_export.int8_plan import Int8Plan, LayerPlan, Range, read_plan
+from melrt_export.parity import probe_mel, verify
+from melrt_export.training.activation_ranges import ActivationRanges, trained_plan
+from melrt_export.training.config import Int8Form
+
+ANY = CalibrationOptions(Budget(10.0, 100.0), Sampling(windows=8))
+
+
+@pytest.mark.parametrize("form", ["cpu", "tensorrt"])
+@pytest.mark.parametrize(("low", "high"), [(-9.0, 9.0), (-0.3, 0.5)], ids=["too wide", "too narrow"])
+def test_training_finds_a_range_with_less_error(form: Int8Form, low: float, high: float) -> None:
+    """The ends move towards those of the values, from -1 to 2 in two channels with different factors."""
+    given = Range(low, high, "minmax")
+    plan = Int8Plan((LayerPlan("x", given, given, (1.0,)),))
+    owner = torch.nn.Module()
+    rounded = ActivationRanges(plan, form, owner).activation(given, (1.0, 4.0))
+    x = (3 * torch.rand(1, 2, 500, generator=torch.Generator().manual_seed(0)) - 1) * torch.tensor([1.0, 4.0])[:, None]
+    optimizer = torch.optim.Adam(owner.parameters(), 0.01)
+    errors = []
+    for _ in range(20):
+        error = (rounded(x) - x).square().mean()
+        errors.append(error.item())
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+    assert errors[-1] < 0.2 * errors[0]
+    found = trained_plan(owner, plan).layers[0].input
+    assert found.method == "trained"
+    assert abs(found.high - 2) < 0.75 * abs(high - 2)
+    if form == "cpu":  # the symmetric grid of TensorRT has one end
+        assert abs(found.low + 1) < 0.75 * abs(low + 1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Use one thread: networks this small are slower on two threads if another process uses one of the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def voice(make_voice, tmp_path: Path) -> Path:
+    return make_voice(GeneratorConfig(in_channels=8, channels=16, upsample_scales=(4, 2), stacks=2), tmp_path)[0]
+
+
+@pytest.fixture
+def speech(voice: Path, tmp_path: Path) -> Path:
+    rate = Bundle.open(voice).manifest.spec.sample_rate
+    audio = resample(read_audio(RECORDING, 22050), 22050, rate)[: 6 * rate]
+    (tmp_path / "speech").mkdir()
+    for i, part in enumerate(np.array_split(np.tile(audio, 2), 4)):
+        soundfile.write(tmp_path / "speech" / f"{i}.wav", part * (1 - 0.1 * i), rate)
+    return tmp_path / "speech"
+
+
+def test_an_interrupted_training_continues_and_leaves_fp32_as_it_is(
+    voice: Path, speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "measure_speedup", lambda *_: 2.0)
+    bundle = Bundle.open(voice)
+    before = {path.name: path.read_bytes() for path in voice.iterdir()}
+    options = TrainingOptions(tmp_path / "checkpoint", tmp_path / "run", steps=10, batch=1, calibration=ANY)
+    seen: list[Progress] = []
+
+    def interrupt(progress: Progress) -> None:
+        seen.append(progress)
+        if progress.text == "training in INT8" and progress.done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_and_train(bundle, [speech], options, on_progress=interrupt)
+    assert {path.name: path.read_bytes() for path in voice.iterdir()} == before
+    planned = (tmp_path / "run" / "plan.json").read_bytes()
+    assert [p.step for p in seen if not p.done] == list(range(1, 7)), "all steps up to the training are counted"
+
+    with pytest.raises(CalibrationError, match="begun with another steps"):
+        calibrate_and_train(bundle, [speech], TrainingOptions(options.checkpoint, options.run, 11, 1, calibration=ANY))
+    seen.clear()
+    result = calibrate_and_train(bundle, [speech], options, on_progress=seen.append)
+    assert (tmp_path / "run" / "plan.json").read_bytes() == planned
+    assert [p.done for p in seen if p.text == "training in INT8"][:2] == [0, 4], "four steps were saved"
+    assert [p.step for p in seen if not p.done] == list(range(1, seen[0].steps + 1))
+    assert result.written
+    assert "FP32 trained as long" in result.verdict
+
+    bundle = Bundle.open(voice)
+    assert {entry.file: bundle.read(entry) for entry in bundle.find("onnx", precision="fp32")}.items() <= before.items()
+    written, start = read_plan(bundle), Int8Plan.loads(planned)
+    assert written.names == start.names == result.names
+    assert all(
+        layer.input.method == "trained" and layer.input != old.input for layer, old in zip(written.layers, start.layers, strict=True)
+    )
+    assert all(row.passed for row in verify(bundle))
+
+
+def test_a_training_that_cannot_begin_is_refused(voice: Path, speech: Path, tmp_path: Path, make_voice, melrt) -> None:
+    (tmp_path / "other").mkdir()
+    make_voice(GeneratorConfig(in_channels=8, channels=16, upsample_scales=(4, 2), stacks=2, final_tanh=False), tmp_path / "other")
+    mels = tmp_path / "mels"
+    mels.mkdir()
+    for seed in range(4):
+        np.save(mels / f"{seed}.npy", probe_mel(Bundle.open(voice).manifest.spec, 3000, seed) - np.float32(2))
+    own, run = tmp_path / "checkpoint", ("--run", tmp_path / "run", "--windows", "8")
+    for arguments, message in (
+        ((speech, "--train", tmp_path / "other" / "checkpoint", *run), "has another architecture"),
+        ((mels, "--train", own, *run), "Mels have no audio to train on"),
+        ((speech, "--train", own, "--run", speech), "is not empty and holds no run"),
+        ((speech, "--train", own, "--steps", "3"), "steps is 3"),
+        ((speech, "--train", own, "--report", tmp_path / "x.html"), "leave one of them out"),
+    ):
+        code, _, err = melrt("calibrate", voice, *arguments)
+        assert code == 2, err
+        assert message in err
+    assert not (tmp_path / "run").exists()
