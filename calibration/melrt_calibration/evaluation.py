@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import onnx
@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 
 from melrt.backends.onnxruntime import OnnxModel
 from melrt.checks import check_fields, number
-from melrt.mel.features import mel_distance
 from melrt.mel.spec import MelSpec
 from melrt.types import FloatAudio
 from melrt_calibration.data import Piece
-from melrt_calibration.metrics import silence_levels
+from melrt_calibration.metrics import cell_errors, silence_levels
 from melrt_export.quality import perceptual_metrics
 
 T = TypeVar("T")
@@ -38,10 +37,19 @@ class Quality:
     """Median level in dB of full scale of the frames where the recordings are silent; NaN if they never are."""
     errors: tuple[float, ...] = ()
     """Log-mel error of each recording, mean over its pieces."""
+    bands: tuple[float, ...] = ()
+    """Log-mel error of each mel band, mean over pieces."""
+    quiet: float = 0.0
+    """Part of the log-mel error that is in quiet cells of the recordings, mean over pieces."""
 
     def error_increase(self, reference: Quality) -> float:
         """Return the relative increase of the log-mel error over the reference's; 0.02 is 2 %."""
         return self.log_mel_error / reference.log_mel_error - 1
+
+    def quiet_share(self, reference: Quality) -> float:
+        """Return the share of the error's increase over the reference's that is in quiet cells; NaN if the error does not increase."""
+        increase = self.log_mel_error - reference.log_mel_error
+        return (self.quiet - reference.quiet) / increase if increase > 0 else float("nan")
 
     def increase_interval(self, reference: Quality) -> tuple[float, float]:
         """Return the 95 % interval of `error_increase` over recordings, by a percentile bootstrap (Efron 1979) with a fixed seed."""
@@ -75,6 +83,15 @@ class Budget:
         return error <= share * self.log_mel and silence <= share * self.silence_db
 
 
+class _PieceQuality(NamedTuple):
+    """Quality of one piece; fields as in `Quality`."""
+
+    error: float
+    silence: NDArray[np.float64]
+    bands: NDArray[np.float64]
+    quiet: float
+
+
 class Evaluator:
     """Runs `edge` graphs over whole pieces, one piece per CPU core at a time."""
 
@@ -86,19 +103,22 @@ class Evaluator:
         """Measure the quality of a graph."""
         rows = self._map(model, self._measure)
         recordings: dict[str, list[float]] = {}
-        for piece, (error, _) in zip(self.pieces, rows, strict=True):
-            recordings.setdefault(piece.recording, []).append(error)
-        levels = np.concatenate([levels for _, levels in rows])
+        for piece, row in zip(self.pieces, rows, strict=True):
+            recordings.setdefault(piece.recording, []).append(row.error)
+        levels = np.concatenate([row.silence for row in rows])
         silence = float(np.median(levels)) if len(levels) else float("nan")
         errors = tuple(float(np.mean(one)) for one in recordings.values())
-        return Quality(float(np.mean([error for error, _ in rows])), silence, errors)
+        bands = np.mean([row.bands for row in rows], axis=0)
+        error, quiet = (float(np.mean([getattr(row, name) for row in rows])) for name in ("error", "quiet"))
+        return Quality(error, silence, errors, tuple(map(float, bands)), quiet)
 
     def audio(self, model: onnx.ModelProto) -> list[FloatAudio]:
         """Synthesize each piece, (N,) each."""
         return self._map(model, lambda piece, audio: audio)
 
-    def _measure(self, piece: Piece, audio: FloatAudio) -> tuple[float, NDArray[np.float64]]:
-        return mel_distance(piece.mel, audio, self.spec), silence_levels(piece.mel, audio, self.spec)
+    def _measure(self, piece: Piece, audio: FloatAudio) -> _PieceQuality:
+        bands, quiet = cell_errors(piece.mel, audio, self.spec)
+        return _PieceQuality(float(bands.mean()), silence_levels(piece.mel, audio, self.spec), bands, quiet)
 
     def _map(self, model: onnx.ModelProto, function: Callable[[Piece, FloatAudio], T]) -> list[T]:
         session = OnnxModel(model.SerializeToString(), threads=1)

@@ -14,6 +14,8 @@ from melrt_export.quality import magnitudes, stft_distance
 
 # A frame is silent if its loudest band is this far below the loudest of the utterance: 40 dB, in log10 of magnitude.
 SILENCE_BELOW_PEAK = 2.0
+# A mel cell of a recording below this level in log10 of magnitude is quiet: the noise between harmonics and in pauses.
+QUIET_CELL = -3.0
 # A frame at this level in log10 of magnitude, plus a hundredth for rounding, is silent whatever the other frames: digital silence.
 DIGITAL_SILENCE = -4.0
 _TINY = 1e-20
@@ -49,6 +51,24 @@ def log_mel_error(recording: FloatAudio, audio: FloatAudio, spec: MelSpec) -> fl
     return mel_distance(mel_from_audio(recording, spec), audio, spec)
 
 
+def cell_errors(mel: Mel, audio: FloatAudio, spec: MelSpec) -> tuple[NDArray[np.float64], float]:
+    """Return where the log-mel error of a synthesis falls.
+
+    Args:
+        mel: Frames of the recording, (M, T).
+        audio: Samples of the synthesis, (N,).
+        spec: Mel convention of both.
+
+    Returns:
+        The error of each band, (M,), whose mean is the log-mel error; and the part of the log-mel error that is in quiet cells.
+    """
+    output = mel_from_audio(audio, spec)
+    frames = min(output.shape[1], mel.shape[1])
+    errors = np.abs(output[:, :frames] - mel[:, :frames])
+    quiet = _log10_magnitude(mel[:, :frames], spec) < QUIET_CELL
+    return errors.mean(axis=1, dtype=np.float64), float((errors * quiet).mean())
+
+
 def silence_level_db(recording: FloatAudio, audio: FloatAudio, spec: MelSpec) -> float:
     """Return the median level of the synthesis where the recording is silent, in dB of full scale; NaN if it is never silent.
 
@@ -75,10 +95,14 @@ def silence_levels(mel: Mel, audio: FloatAudio, spec: MelSpec) -> NDArray[np.flo
 
 def silent_frames(mel: Mel, spec: MelSpec) -> NDArray[np.bool_]:
     """Return a mask (T,) of the silent frames of an utterance (M, T)."""
-    unit = float(spec.logarithm(np.array(10.0))) / spec.power if spec.unit else 0.0
-    # in log10 of magnitude for every convention
-    loudness = mel.max(axis=0) / unit if unit else np.log10(np.maximum(mel.max(axis=0), 1e-10)) / spec.power
+    loudness = _log10_magnitude(mel.max(axis=0), spec)
     return np.asarray((loudness < loudness.max() - SILENCE_BELOW_PEAK) | (loudness < DIGITAL_SILENCE + 0.01))
+
+
+def _log10_magnitude(mel: Mel, spec: MelSpec) -> NDArray[np.floating]:
+    """Return values of a mel in log10 of magnitude, for every convention."""
+    unit = float(spec.logarithm(np.array(10.0))) / spec.power if spec.unit else 0.0
+    return np.asarray(mel / unit if unit else np.log10(np.maximum(mel, 1e-10)) / spec.power)
 
 
 def snr_db(reference: FloatAudio, output: FloatAudio) -> float:

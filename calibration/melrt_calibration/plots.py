@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.figure import Figure
 
 from melrt.mel.features import mel_from_audio
@@ -39,6 +40,20 @@ def sensitivity_bars(result: CalibrationResult, budget: float) -> Any:
     right.axvline(0, color=GRAY, linewidth=0.8)
     left.invert_yaxis()
     left.tick_params(axis="y", labelsize=TICK_SIZE - 1)
+    return figure
+
+
+@mpl.rc_context(SIZES)
+def band_errors(result: CalibrationResult) -> Any:
+    """Draw how much error each convolution, alone in INT8, adds in each mel band."""
+    reference = result.reference
+    added = np.array([np.subtract(row.alone.bands, reference.bands) for row in result.layers]) / reference.log_mel_error
+    figure, axis = _figure(1.2 + 0.2 * len(result.layers))
+    limit = float(max(np.quantile(np.abs(added), 0.98), 1e-9))
+    image = axis.imshow(100 * added, aspect="auto", cmap="RdBu_r", vmin=-100 * limit, vmax=100 * limit, interpolation="nearest")
+    axis.set_yticks(range(len(result.layers)), [row.name for row in result.layers], fontsize=TICK_SIZE - 1)
+    axis.set_xlabel("mel band")
+    figure.colorbar(image, ax=axis, label="error added in the band, % of FP32's mean error", location="bottom")
     return figure
 
 

@@ -107,7 +107,11 @@ def test_int8_is_added_to_the_bundle(bundle: Bundle, speech: Path, tmp_path: Pat
     html = report_html(result, ANY, "a <voice>")
     assert "a &lt;voice&gt;" in html
     assert "http" not in html, "the report opens offline"
-    assert json.loads(figures_json(result, ANY))["chosen"]["names"] == list(plan.names)
+    figures = json.loads(figures_json(result, ANY))
+    assert figures["chosen"]["names"] == list(plan.names)
+    for row in figures["layers"]:
+        assert np.mean(row["alone"]["bands"]) == pytest.approx(row["alone"]["log_mel_error"])
+        assert 0 <= row["alone"]["quiet"] <= row["alone"]["log_mel_error"]
 
 
 def test_evaluation_on_calibration_speech_is_refused(bundle: Bundle, speech: Path, tmp_path: Path) -> None:

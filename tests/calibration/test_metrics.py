@@ -9,8 +9,8 @@ import pytest
 
 from melrt import MelSpec, Vocoder
 from melrt.files.audio import read_audio
-from melrt.mel.features import mel_from_audio
-from melrt_calibration.metrics import log_mel_error, lsd_db, si_snr_db, silence_level_db, snr_db
+from melrt.mel.features import mel_distance, mel_from_audio
+from melrt_calibration.metrics import cell_errors, log_mel_error, lsd_db, si_snr_db, silence_level_db, snr_db
 from melrt_export.assets import RECORDING
 from melrt_export.export import export_voice
 from melrt_export.quality import perceptual_metrics, stft_distance
@@ -23,6 +23,21 @@ def test_log_mel_error_of_a_known_change() -> None:
     assert log_mel_error(audio, audio, SPEC) == 0
     loud = MelSpec(floor=1e-12)
     assert log_mel_error(audio, audio * 10, loud) == pytest.approx(1.0, abs=0.01), "a gain of 10 is 1 in log10"
+
+
+def test_where_an_error_falls() -> None:
+    """A tone changes the low bands only, and noise in a pause changes quiet cells only."""
+    noise = np.random.default_rng(0).standard_normal(22050 * 2).astype(np.float32)
+    first = np.arange(len(noise)) < 22050
+    recording = np.where(first, 0.1, 1e-5).astype(np.float32) * noise
+    tone = np.sin(2 * np.pi * 200 * np.arange(len(noise)) / 22050).astype(np.float32)
+    mel = mel_from_audio(recording, SPEC)
+    bands, quiet = cell_errors(mel, recording + np.where(first, 0.0, 1e-4).astype(np.float32) * noise, SPEC)
+    assert bands.mean() == pytest.approx(mel_distance(mel, recording + np.where(first, 0.0, 1e-4).astype(np.float32) * noise, SPEC))
+    assert quiet > 0.95 * bands.mean() > 0.1
+    bands, quiet = cell_errors(mel, recording + np.where(first, 0.5, 0.0).astype(np.float32) * tone, SPEC)
+    assert bands[:10].sum() > 0.9 * bands.sum()
+    assert quiet < 0.1 * bands.mean()
 
 
 def test_silence_level_of_known_noise() -> None:
