@@ -36,6 +36,9 @@ def bench(
     batch: Annotated[str, typer.Option(help="Numbers of utterances in one call, comma-separated.")] = "1",
     concurrency: Annotated[str, typer.Option(help="Numbers of concurrent callers, comma-separated. Default: not measured.")] = "",
     only: Annotated[str, typer.Option(help="Run only contenders whose name contains one of these, comma-separated.")] = "",
+    speech: Annotated[
+        list[Path] | None, typer.Option(help="Recordings of the voice, or a folder, to measure the log-mel error on. Repeat for several.")
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Counted rounds, at least 3. Each round runs every contender once.")] = 15,
     threads: Annotated[int | None, typer.Option(help="CPU threads of every contender. Default: all cores.")] = None,
     streams: Annotated[bool, typer.Option("--streams", help="Also find how many real-time streams run at once (minutes).")] = False,
@@ -63,8 +66,8 @@ def bench(
 
     plan = BenchPlan(
         voice, checkpoint, _words(precisions), _words(backends), _numbers("seconds", seconds, float), _numbers("batch", batch, int),
-        _numbers("concurrency", concurrency, int), rounds, threads or len(os.sched_getaffinity(0)), _words(only), profile, start_up,
-        " ".join(["melrt", *sys.argv[1:]]),
+        _numbers("concurrency", concurrency, int), rounds, threads or len(os.sched_getaffinity(0)), _words(only), tuple(speech or ()),
+        profile, start_up, " ".join(["melrt", *sys.argv[1:]]),
     )  # fmt: skip
     report = _measure(plan, streams=streams, memory=memory)
     _show(report)
@@ -151,6 +154,8 @@ def _show(report: Report) -> None:
         console.print(_latency_table(report, seconds, batch))
     _say("RTF, the real-time factor, is compute time divided by audio time; x real time is its inverse.")
     _say("The speedup is over the first contender, as the median of the rounds.")
+    if report.qualities:
+        _say(f"log-mel: increase of the log-mel error on {report.qualities[0].recordings} recordings over that of the reference.")
     if report.throughputs:
         table = _table("concurrent callers", "contender", "callers", "x real time", "p50 ms", "p99 ms")
         for row in report.throughputs:
@@ -177,13 +182,16 @@ def _show_memory_and_streams(report: Report) -> None:
 
 def _latency_table(report: Report, seconds: float, batch: int) -> Table:
     title = f"{seconds:.2f} s of audio" + (f", batch {batch}" if batch > 1 else "")
-    table = _table(title, "contender", "p50 ms", "p90 ms", "RTF", "x real time", "speedup", "max abs")
+    table = _table(
+        title, "contender", "p50 ms", "p90 ms", "RTF", "x real time", "speedup", "max abs", *(("log-mel",) if report.qualities else ())
+    )
     for row in report.latencies:
         if (row.seconds, row.batch) == (seconds, batch):
             wrong = "" if row.correct else " [bold red]WRONG[/]"
             table.add_row(
                 row.contender, f"{row.p50_ms:.1f}", f"{row.p90_ms:.1f}", f"{row.real_time_factor:.4f}", f"{row.times_real_time:.1f}",
                 f"{row.speedup[0]:.2f}", f"{row.max_abs:.0e}{wrong}",
+                *((report.log_mel_of(row.contender),) if report.qualities else ()),
             )  # fmt: skip
     return table
 

@@ -12,6 +12,8 @@ import onnx
 import pytest
 
 from melrt import Bundle, Vocoder
+from melrt.files.audio import read_audio
+from melrt.mel.features import mel_from_audio
 from melrt.timing import Timing, interleave, median_interval, noise_note, warm_up
 from melrt_benchmarks.inference import contenders
 from melrt_benchmarks.inference.bench import BenchPlan, run_bench
@@ -20,6 +22,7 @@ from melrt_benchmarks.inference.roofline import WINDOW
 from melrt_benchmarks.measure.gpu_meter import Reading
 from melrt_benchmarks.report.html import write_html
 from melrt_benchmarks.report.results import Latency, Report
+from melrt_export.assets import RECORDING
 from melrt_export.generator.config import GeneratorConfig
 
 
@@ -69,7 +72,7 @@ def report(tmp_path_factory: pytest.TempPathFactory, tiny_bundle_path: Path, tin
     pytest.importorskip("onnxscript", reason="the plain export needs onnxscript")
     plan = BenchPlan(
         tiny_bundle_path, tiny_checkpoint, precisions=("fp32", "fp16"), seconds=(0.5,), batches=(1, 2), concurrency=(2,), rounds=3,
-        threads=2, command="melrt bench",
+        threads=2, speech=(RECORDING,), command="melrt bench",
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(contenders, "_compiled", lambda _: (_ for _ in ()).throw(contenders.UnavailableError("left out: it takes minutes")))
@@ -94,7 +97,22 @@ def test_report_has_every_figure(report: Report, tmp_path: Path) -> None:
     assert {row.contender for row in report.start_ups} == {"melrt, onnxruntime fp32", "melrt, onnxruntime fp16"}
     assert all(row.import_ms > 0 < row.load_ms and row.peak_mib > 20 for row in report.start_ups)
     report.save(tmp_path / "x.json")
-    assert Report.load(tmp_path / "x.json").latencies == report.latencies
+    loaded = Report.load(tmp_path / "x.json")
+    assert (loaded.latencies, loaded.qualities) == (report.latencies, report.qualities)
+
+
+def test_quality_is_the_error_against_the_recording(report: Report, tiny_bundle_path: Path) -> None:
+    spec = Bundle.open(tiny_bundle_path).manifest.spec
+    with Vocoder.load(tiny_bundle_path, precision="fp32", device="cpu") as vocoder:
+        mel = mel_from_audio(read_audio(RECORDING, spec.sample_rate), spec)
+        expected = np.abs(mel - mel_from_audio(vocoder(mel), spec)).mean()
+    found = {row.contender: row for row in report.qualities}
+    assert found.keys() == {row.contender for row in report.latencies}
+    for name, row in found.items():
+        assert row.above_reference == pytest.approx(row.log_mel_error / expected - 1, abs=1e-3), name
+        if "fp16" not in name and "default" not in name:
+            assert row.log_mel_error == pytest.approx(expected, rel=1e-4), name
+    assert 1e-3 < abs(found["melrt, onnxruntime fp16"].above_reference) < 0.3, "rounding shows in pauses of random weights"
 
 
 def test_profile_has_every_convolution_and_its_limit(report: Report, tiny_bundle_path: Path) -> None:
@@ -133,7 +151,8 @@ def test_page_opens_offline_and_marks_wrong_outputs(report: Report, tmp_path: Pa
     assert page.count('class="wrong">WRONG<') == 1
     assert "&lt;b&gt;planted" in page
     assert "The machine was busy." in page
-    assert page.count('src="data:image/png;base64,') == 5
+    assert page.count('src="data:image/png;base64,') == 6
+    assert report.log_mel_of("melrt, onnxruntime fp16") in page
     assert "torch.compile</td><td>left out: it takes minutes" in page
     assert "Scroll the table sideways" in page
     assert not re.search(r"""(?:src|href)=["']?(?:http|//)""", page)

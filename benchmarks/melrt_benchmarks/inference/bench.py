@@ -20,11 +20,12 @@ from melrt.errors import MelrtError
 from melrt.timing import Timing, interleave, noise_note, timed
 from melrt.types import FloatAudio, Mel
 from melrt_benchmarks.inference.contenders import BenchVoice, Contender, load_contenders
+from melrt_benchmarks.inference.quality import list_recordings, measure_quality
 from melrt_benchmarks.inference.roofline import profile
 from melrt_benchmarks.inference.start_up import measure_start_up
 from melrt_benchmarks.measure.environment import environment
 from melrt_benchmarks.measure.gpu_meter import Reading, open_meter
-from melrt_benchmarks.report.results import Latency, Report, Skipped, StartUp, Throughput
+from melrt_benchmarks.report.results import Latency, Quality, Report, Skipped, StartUp, Throughput
 from melrt_export.checkpoints import load_checkpoint
 from melrt_export.generator.reference import PyTorchReference
 from melrt_export.parity import Difference, probe_mel
@@ -59,6 +60,8 @@ class BenchPlan:
     """CPU threads of every contender."""
     only: tuple[str, ...] = ()
     """Parts of names; a contender runs if its name contains one of them. Empty: all run."""
+    speech: tuple[Path, ...] = ()
+    """Recordings of the voice's speech, or folders of them, on which the log-mel error is measured; empty to leave it out."""
     profiled: bool = True
     """Time each operation of the deploy graph."""
     started: bool = True
@@ -76,7 +79,7 @@ class BenchPlan:
     @property
     def steps(self) -> int:
         """Calls of `on_step` in one run."""
-        return 1 + len(self.seconds) * len(self.batches) + len(self.concurrency) + self.profiled + self.started
+        return 1 + len(self.seconds) * len(self.batches) + len(self.concurrency) + bool(self.speech) + self.profiled + self.started
 
 
 def run_bench(plan: BenchPlan, on_step: Callable[[str], None] = lambda _: None) -> Report:
@@ -92,6 +95,8 @@ def run_bench(plan: BenchPlan, on_step: Callable[[str], None] = lambda _: None) 
     record = environment(plan.threads)
     latencies: list[Latency] = []
     throughputs: list[Throughput] = []
+    qualities: tuple[Quality, ...] = ()
+    recordings = list_recordings(plan.speech)
     on_step("loading the contenders")
     with contextlib.closing(_Contenders(plan)) as contenders:
         for seconds in plan.seconds:
@@ -101,6 +106,9 @@ def run_bench(plan: BenchPlan, on_step: Callable[[str], None] = lambda _: None) 
         for callers in plan.concurrency:
             on_step(f"{callers} concurrent callers")
             throughputs += contenders.throughputs(callers)
+        if recordings:
+            on_step(f"log-mel error on {len(recordings)} recordings")
+            qualities = tuple(measure_quality(contenders.running, contenders.reference, recordings, contenders.bundle.manifest.spec))
     if plan.profiled:
         on_step("profiling the operations")
     layers, ceilings = profile(contenders.bundle) if plan.profiled else ((), {})
@@ -109,7 +117,8 @@ def run_bench(plan: BenchPlan, on_step: Callable[[str], None] = lambda _: None) 
     manifest = contenders.bundle.manifest
     return Report(
         voice=manifest.name, command=plan.command, environment=record, rounds=plan.rounds, latencies=tuple(latencies),
-        throughputs=tuple(throughputs), start_ups=tuple(_start_ups(plan)) if plan.started else (), layers=layers, ceilings=ceilings,
+        throughputs=tuple(throughputs),
+        qualities=qualities, start_ups=tuple(_start_ups(plan)) if plan.started else (), layers=layers, ceilings=ceilings,
         skipped=tuple(contenders.skipped), noise=noise_note(contenders.timings),
         artifacts=tuple({"file": a.file, "kind": a.kind, "precision": a.precision, "bytes": a.size} for a in manifest.artifacts),
     )  # fmt: skip
@@ -183,7 +192,7 @@ class _Contenders:
 
         A third-party contender that fails on these mels is dropped and listed as skipped; a failure of melrt ends the run.
         """
-        reference = self.pytorch.audio(mel) if self.pytorch else self._graph_audio(mel)
+        reference = self.reference(mel)
         differences = {}
         for contender in list(self.running):
             try:
@@ -197,7 +206,10 @@ class _Contenders:
                 self.skipped.append(Skipped(contender.name, f"failed on mels of shape {mel.shape}: {message}"))
         return differences
 
-    def _graph_audio(self, mel: Mel) -> FloatAudio:
+    def reference(self, mel: Mel) -> FloatAudio:
+        """Return the audio that outputs are compared with, from PyTorch or from the FP32 graph."""
+        if self.pytorch:
+            return self.pytorch.audio(mel)
         edge = self.bundle.find("onnx", graph="edge", precision="fp32")
         if not edge:
             raise MelrtError(f"{self.bundle.path} has no fp32 graph to compare outputs with; give --checkpoint.")

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -50,13 +50,15 @@ class Contender:
 
     name: str
     precision: str
-    """Precision whose limit the output must keep: `fp32`, `tf32`, `fp16` or `int8`."""
+    """Precision whose limit the output must keep: `fp32`, `tf32`, `fp16`, `bf16` or `int8`."""
     run: Run
     """Turns mels (B, M, T) into audio (B, N), both on the host."""
     close: Callable[[], None] = lambda: None
     """Frees what `run` holds."""
     on_gpu: bool = False
     """True if it computes on the GPU."""
+    any_length: bool = True
+    """False if each new length takes minutes of preparation."""
 
 
 def load_contenders(
@@ -95,7 +97,8 @@ def _list(
     yield "ONNX Runtime CUDA, plain", "tf32", partial(_plain, voice, "cuda")
     yield "ONNX Runtime TensorRT GPU", "fp16", partial(_plain_tensorrt, voice)
     yield "TensorRT GPU, plain export", "tf32", partial(_tensorrt, voice)
-    yield "OpenVINO, plain export", "fp32", partial(_openvino, voice)
+    yield "OpenVINO, plain, float32", "fp32", partial(_openvino, voice, {"INFERENCE_PRECISION_HINT": "f32"})
+    yield "OpenVINO, plain, default", "bf16", partial(_openvino, voice, {})
     yield "melrt's graph, whole", "fp32", partial(_whole, voice)
     for backend in backends:
         for precision in precisions:
@@ -129,13 +132,13 @@ def _eager(voice: BenchVoice, *, weight_norm: bool = False) -> Run:
     return _on_cpu(generator)
 
 
-def _compiled(voice: BenchVoice) -> Run:
+def _compiled(voice: BenchVoice) -> Contender:
     import torch
 
     generator = _generator(voice)
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         raise UnavailableError("torch.compile needs a C++ compiler; install one, for example with `apt install g++`.")
-    return _on_cpu(torch.compile(generator, dynamic=False))
+    return Contender("torch.compile", "fp32", _on_cpu(torch.compile(generator, dynamic=False)), any_length=False)
 
 
 def _on_cpu(generator: Any) -> Run:
@@ -235,14 +238,14 @@ def _tensorrt(voice: BenchVoice) -> Contender:
     return Contender("TensorRT GPU, plain export", "tf32", run, runner.deactivate, on_gpu=True)
 
 
-def _openvino(voice: BenchVoice) -> Run:
+def _openvino(voice: BenchVoice, settings: Mapping[str, str]) -> Run:
+    """Run the plain export. By default OpenVINO rounds everything to bfloat16 on a processor that multiplies it."""
     if importlib.util.find_spec("openvino") is None:
         raise MissingExtraError("this contender", "OpenVINO", "openvino")
     openvino: Any = importlib.import_module("openvino")
     core = openvino.Core()
-    # On processors with bfloat16 OpenVINO by default rounds everything to it, which is 2e-2 off where fp32 is meant.
-    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": voice.threads, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = compile_first(core, core.read_model(plain_onnx(_generator(voice))), settings)
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": voice.threads, **settings}
+    compiled = compile_first(core, core.read_model(plain_onnx(_generator(voice))), options)
     local = threading.local()  # an inference request serves one caller at a time
 
     def run(mel: Mel) -> FloatAudio:

@@ -50,7 +50,7 @@ def _page(report: Report) -> str:
         f"<h1>{escape(title)}</h1>", *(f'<p class="quiet">{escape(line)}</p>' for line in _summary(report)),
         f'<p class="note">{escape(report.noise)}</p>' if report.noise else "",
         f'<p class="note">{skipped}</p>' if report.skipped else "",
-        _latencies(report.latencies), _skipped(report), _plots(report), _throughputs(report), _start_ups(report), _streams(report),
+        _latencies(report), _skipped(report), _plots(report), _throughputs(report), _start_ups(report), _streams(report),
         _memory(report), _layers(report), _artifacts(report), _environment(report),
     ]  # fmt: skip
     return (
@@ -66,16 +66,26 @@ def _summary(report: Report) -> tuple[str, str]:
     return where, report.command
 
 
-def _latencies(latencies: Sequence[Latency]) -> str:
+def _latencies(report: Report) -> str:
+    latencies = report.latencies
     heads = ["contender", "audio", "p50 ms", "p90", "p95", "p99", "worst", "real-time factor", "times real time", "speedup", "max abs",
              "SNR dB"]  # fmt: skip
+    if report.qualities:
+        heads.append("log-mel error")
     on_gpu = any(row.device_ms is not None for row in latencies)
-    rows = [_latency_cells(row) + (_gpu_cells(row) if on_gpu else ()) for row in latencies]
+    rows = [
+        (*_latency_cells(row), *((report.log_mel_of(row.contender),) if report.qualities else ()), *(_gpu_cells(row) if on_gpu else ()))
+        for row in latencies
+    ]
     text = (
         "Times are from the call to the result on the host. Each contender ran once per round, in changing order, after its output had "
         "been compared with the reference. The speedup is over the first contender, with its 95 % interval. The real-time factor is "
         "compute time divided by audio time."
     )
+    if report.qualities:
+        text += (
+            f" The log-mel error is that of {report.qualities[0].recordings} recordings, as its increase over the error of the reference."
+        )
     return _section("Latency", (*heads, "GPU ms", "joules") if on_gpu else heads, rows, text)
 
 

@@ -13,6 +13,8 @@ from melrt_benchmarks.report.results import Report
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 # Letters of 12 points in a figure 6 inches wide are still legible on a telephone, where the page shows it 3.6 inches wide.
 _STYLE: Any = {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
+# Log-mel errors of the same function differ by less than this, in %.
+SAME_ERROR = 0.01
 _WIDTH = 6.0
 _DPI = 160
 
@@ -24,6 +26,7 @@ def draw_plots(report: Report) -> dict[str, bytes]:
     with mpl.rc_context(_STYLE):
         plots = {
             "Times real time, by length": _speeds(report) if report.latencies else None,
+            "Speed against log-mel error": _front(report) if report.qualities else None,
             "Latency of each run": _distribution(report) if report.latencies else None,
             "Throughput under several callers": _throughput(report) if report.throughputs else None,
             "Streams against latency": _streams(report) if report.streams else None,
@@ -88,6 +91,32 @@ def _distribution(report: Report) -> bytes:
     axes.set_xlabel(f"milliseconds for {longest:.2g} s of audio")
     axes.set_ylabel("share of the runs")
     return _png(figure, len(rows))
+
+
+def _front(report: Report) -> bytes:
+    """Plot speed at the longest length against the increase of the log-mel error, and the contenders that no other beats in both."""
+    from matplotlib.ticker import FuncFormatter
+
+    figure, axes = _figure()
+    longest = max(row.seconds for row in report.latencies)
+    speeds = {row.contender: row.times_real_time for row in report.latencies if row.seconds == longest and row.batch == 1}
+    points = sorted(
+        (-speeds[row.contender], 100 * row.above_reference, row.contender) for row in report.qualities if row.contender in speeds
+    )
+    best = np.inf
+    front = []
+    for index, (speed, error, name) in enumerate(points):
+        axes.plot(error, -speed, "o", markersize=9, color=_COLORS[index % 8], label=name)
+        if error < best - SAME_ERROR:
+            best = error
+            front.append((error, -speed))
+    axes.plot(*zip(*front, strict=True), color="#888888", linewidth=1, zorder=0)
+    axes.set_xscale("symlog", linthresh=0.1)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("increase of the log-mel error, %")
+    axes.set_ylabel(f"times real time, {longest:.2g} s of audio")
+    axes.set_ylim(bottom=0)
+    return _png(figure, len(points))
 
 
 def _throughput(report: Report) -> bytes:

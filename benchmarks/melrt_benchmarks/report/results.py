@@ -51,6 +51,20 @@ class Latency:
 
 
 @dataclass(frozen=True, slots=True)
+class Quality:
+    """Quality of one contender on recorded speech."""
+
+    contender: str
+    """Name of the contender."""
+    log_mel_error: float
+    """Mean absolute difference of the log-mels of synthesis and recording, in the voice's logarithm; mean over recordings."""
+    above_reference: float
+    """Relative increase over the error of the reference, which is PyTorch or the FP32 graph; 0.02 is 2 %."""
+    recordings: int
+    """Number of recordings."""
+
+
+@dataclass(frozen=True, slots=True)
 class Throughput:
     """Throughput and latency of one contender with several concurrent callers."""
 
@@ -135,6 +149,8 @@ class Report:
     """Counted rounds."""
     latencies: tuple[Latency, ...] = ()
     throughputs: tuple[Throughput, ...] = ()
+    qualities: tuple[Quality, ...] = ()
+    """Quality on the recordings of `--speech`; empty without them."""
     start_ups: tuple[StartUp, ...] = ()
     streams: tuple[Mapping[str, Any], ...] = ()
     """`StreamRun` as a dictionary, one per number of streams (`inference/streams.py`)."""
@@ -148,6 +164,10 @@ class Report:
     skipped: tuple[Skipped, ...] = ()
     noise: str = ""
     """Figures that a busy machine made unreliable; empty if the machine was quiet."""
+
+    def log_mel_of(self, contender: str) -> str:
+        """Return the increase of a contender's log-mel error as text; empty if it was not measured."""
+        return next((f"{100 * row.above_reference:+z.2f} %" for row in self.qualities if row.contender == contender), "")
 
     def save(self, path: Path) -> None:
         """Write the JSON file atomically."""
@@ -170,14 +190,14 @@ class Report:
             if schema != SCHEMA:
                 raise MelrtError(f"{path} has schema {str(schema)[:20]}; this melrt reads schema {SCHEMA}. Run `melrt bench --json` again.")
             for name, kind in _ROWS.items():
-                values[name] = tuple(_row(kind, row) for row in values[name])
+                values[name] = tuple(_row(kind, row) for row in values.get(name, ()))
             return cls(**values)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise MelrtError(f"{path} does not hold a report of `melrt bench` ({error}); give the file that its --json wrote.") from error
 
 
 _ROWS: dict[str, Any] = {
-    "latencies": Latency, "throughputs": Throughput, "start_ups": StartUp, "layers": Layer, "skipped": Skipped,
+    "latencies": Latency, "throughputs": Throughput, "qualities": Quality, "start_ups": StartUp, "layers": Layer, "skipped": Skipped,
 }  # fmt: skip
 
 
