@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from melrt import Bundle, Vocoder
 from melrt.files.audio import to_int16
-from melrt.system import find_gpu
+from melrt.system import RTX_UNSUPPORTED, find_gpu
 from melrt.vocoder import Options
 from melrt_export.parity import FP16_MIN_SNR_DB, Difference, probe_mel
 from melrt_export.tensorrt.accuracy_check import FP32_MAX_ABS
@@ -27,14 +28,19 @@ FLAVORS = ("tensorrt", "tensorrt_rtx")
 def voice(request: pytest.FixtureRequest, demo_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, str, str]:
     """The demo voice with both engines of a flavor and precision."""
     flavor, precision = request.param
-    if find_gpu() is None:
+    gpu = find_gpu()
+    if gpu is None:
         pytest.skip("no NVIDIA GPU: no driver (libcuda.so.1) that finds a device")
+    if flavor == "tensorrt_rtx" and gpu.compute_capability in RTX_UNSUPPORTED:
+        pytest.skip(f"TensorRT-RTX does not run on compute capability {gpu.compute_capability}")
     if importlib.util.find_spec(flavor) is None:
         pytest.skip(f"{flavor} is not installed here")
+    if any(other in sys.modules for other in FLAVORS if other != flavor):
+        pytest.skip(f"Polygraphy builds for one flavor per process, and another was imported; run this file with `-k {flavor}-`")
     bundle = Bundle.open(shutil.copytree(demo_bundle.path, tmp_path_factory.mktemp("gpu") / "lj.melrt"))
     for graph in ("edge", "interior"):
         entry = build_engine(bundle, EngineOptions(precision=precision, flavor=flavor, portable=False, graph=graph))
-        assert find_gpu().name == entry.target["gpu"]
+        assert gpu.name == entry.target["gpu"]
         # TensorRT's inspector names every layer's type; TensorRT-RTX's only says so of what is compiled ahead
         assert entry.target["audited"] == "engine" or flavor == "tensorrt_rtx"
         assert entry.quality["snr_db"] > FP16_MIN_SNR_DB
