@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +16,7 @@ from rich.table import Table
 from melrt.cli.progress import Steps
 from melrt.errors import ConfigError
 from melrt.files.atomic import atomic_write
+from melrt.system import usable_cores
 
 if TYPE_CHECKING:
     from melrt_benchmarks.inference.bench import BenchPlan
@@ -66,7 +66,7 @@ def bench(
 
     plan = BenchPlan(
         voice, checkpoint, _words(precisions), _words(backends), _numbers("seconds", seconds, float), _numbers("batch", batch, int),
-        _numbers("concurrency", concurrency, int), rounds, threads or len(os.sched_getaffinity(0)), _words(only), tuple(speech or ()),
+        _numbers("concurrency", concurrency, int), rounds, threads or usable_cores(), _words(only), tuple(speech or ()),
         profile, start_up, " ".join(["melrt", *sys.argv[1:]]),
     )  # fmt: skip
     report = _measure(plan, streams=streams, memory=memory)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from melrt.backends.onnxruntime import OnnxModel
 from melrt.checks import check_fields, number
 from melrt.mel.spec import MelSpec
+from melrt.system import usable_cores
 from melrt.types import FloatAudio
 from melrt_calibration.data import Piece
 from melrt_calibration.metrics import cell_errors, silence_levels
@@ -122,7 +122,7 @@ class Evaluator:
 
     def _map(self, model: onnx.ModelProto, function: Callable[[Piece, FloatAudio], T]) -> list[T]:
         session = OnnxModel(model.SerializeToString(), threads=1)
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(usable_cores()) as pool:
             return list(pool.map(lambda piece: function(piece, session.run(piece.mel[None])[0]), self.pieces))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -15,8 +16,13 @@ _UNITS = {"bfloat16": ("amx_bf16", "avx512_bf16"), "INT8": ("amx_int8", "avx512_
 
 
 def cpu_name() -> str:
-    """Return the model name of the processor as Linux reports it."""
-    return _cpu_fact("model name") or os.uname().machine
+    """Return the model name of the processor as Linux reports it; elsewhere its architecture."""
+    return _cpu_fact("model name") or platform.machine()
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use, or of all cores where the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def arithmetic(kind: str) -> tuple[str, ...]:
@@ -26,7 +32,10 @@ def arithmetic(kind: str) -> tuple[str, ...]:
 
 
 def _cpu_fact(name: str) -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        return ""
     return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name), "")
 
 
@@ -122,7 +131,7 @@ _CAPABILITIES = (
 def examine() -> Iterator[Finding]:
     """Yield the processor, the GPU, and every capability in turn."""
     units = "; ".join(f"multiplies {kind}: {', '.join(arithmetic(kind)) or 'no'}" for kind in _UNITS)
-    yield Finding("CPU", True, f"{cpu_name()}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores usable; {units}", "")
+    yield Finding("CPU", True, f"{cpu_name()}, {usable_cores()} of {os.cpu_count()} cores usable; {units}", "")
     gpu = find_gpu()
     found = "none, or no driver (libcuda.so.1)"
     if gpu is not None:

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from melrt.system import cpu_name, driver_version, find_gpu
+from melrt.system import cpu_name, driver_version, find_gpu, usable_cores
 
 PACKAGES = ("melrt", "numpy", "torch", "onnxruntime", "onnxruntime-gpu", "onnx", "openvino", "tensorrt", "tensorrt-rtx", "cuda-core")
 _THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "KMP_AFFINITY", "OMP_WAIT_POLICY")
@@ -27,7 +27,7 @@ def environment(threads: int) -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "governor": _governor(),
         "load_1min": round(os.getloadavg()[0], 2),
         "threads": threads,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +13,7 @@ from rich.table import Table
 from melrt.cli.progress import Steps
 from melrt.errors import MelrtError
 from melrt.files.atomic import atomic_write
+from melrt.system import usable_cores
 
 console = Console(highlight=False)
 
@@ -33,7 +33,7 @@ def bench_training(
 
     if rounds < 3 or batch < 1:
         raise MelrtError(f"--rounds is {rounds} and --batch is {batch}; they must be at least 3 and 1.")
-    options = TrainingBench(channels, batch, rounds=rounds, threads=threads or len(os.sched_getaffinity(0)))
+    options = TrainingBench(channels, batch, rounds=rounds, threads=threads or usable_cores())
     with Steps(2) as step:
         report = run_training_bench(options, step)
     if json_file:

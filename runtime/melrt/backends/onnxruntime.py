@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,7 +15,7 @@ import numpy as np
 from melrt.backends.onnxruntime_capture import CapturedWindow
 from melrt.errors import BackendError, MissingExtraError
 from melrt.planning.windows import GraphKind, Policy
-from melrt.system import cpu_name, find_gpu
+from melrt.system import cpu_name, find_gpu, usable_cores
 from melrt.types import FloatAudio, Mel
 
 logger = logging.getLogger(__name__)
@@ -140,7 +139,7 @@ class OnnxRuntime:
         self._models = {graph: OnnxModel(model, device, threads=1) for graph, model in models.items()}
         if device == "cpu":
             self.machine = cpu_name()
-            self.policy = Policy(frames=CPU_WINDOW, static=False, batch=1, workers=threads or len(os.sched_getaffinity(0)))
+            self.policy = Policy(frames=CPU_WINDOW, static=False, batch=1, workers=threads or usable_cores())
             self.candidates = tuple(replace(self.policy, frames=frames) for frames in CPU_WINDOWS)
         else:
             gpu = find_gpu()

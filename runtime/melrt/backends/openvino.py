@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 import threading
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ import numpy as np
 
 from melrt.errors import BackendError, MissingExtraError
 from melrt.planning.windows import GraphKind, Policy
-from melrt.system import cpu_name
+from melrt.system import cpu_name, usable_cores
 from melrt.types import FloatAudio, Mel
 
 # Measured per kept frame (docs/windows.md).
@@ -133,7 +132,7 @@ class OpenVino:
         Raises:
             BackendError: OpenVINO rejects a model.
         """
-        workers = threads or len(os.sched_getaffinity(0))
+        workers = threads or usable_cores()
         self.precision = precision
         self.machine = cpu_name()
         self.policy = Policy(WINDOW, static=False, batch=1, workers=workers, multiple=MULTIPLE)

@@ -6,12 +6,10 @@ handed on, so that an engine receives exactly the bytes that were verified.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -23,6 +21,7 @@ from melrt.bundle.graph_check import check_graph
 from melrt.bundle.manifest import MANIFEST, Artifact, Manifest
 from melrt.errors import BundleError
 from melrt.files.atomic import atomic_folder, atomic_write
+from melrt.files.locks import locked_folder
 from melrt.types import FloatAudio, Mel
 
 # Published voices have manifests below 20 KB.
@@ -102,7 +101,7 @@ class Bundle:
         Raises:
             BundleError: The bundle was meanwhile replaced by one with other content.
         """
-        with _locked(self.path):
+        with locked_folder(self.path):
             current = Bundle.open(self.path).manifest  # another process may have added to it since
             if any(source not in current.artifacts for source in made_from):
                 raise BundleError(f"{self.path} was exported again while {files[0][0].file} was made from it; repeat the command.")
@@ -209,18 +208,3 @@ def _read_bounded(file: Path, limit: int) -> bytes:
     if len(data) > limit:
         raise BundleError(f"{file} is larger than {limit} bytes.")
     return data
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lock the folder against other processes that add to it."""
-    while True:
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            if os.path.samestat(os.fstat(handle), folder.stat()):
-                yield
-                return
-        finally:
-            os.close(handle)
-        # another folder replaced it while this process waited for the old one's lock

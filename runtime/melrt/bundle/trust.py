@@ -184,6 +184,8 @@ def _read_private(file: Path, most: int) -> bytes:
             status, data = os.fstat(stream.fileno()), stream.read(most + 1)
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror or error}.") from error
+    if not hasattr(os, "geteuid"):
+        raise ConfigError(f"{file} proves nothing, because this system does not say which user wrote it. Engines need Linux.")
     if status.st_uid not in (0, os.geteuid()):
         raise ConfigError(f"{file} belongs to another user, so it proves nothing.")
     from_root = status.st_uid == 0 and os.geteuid() != 0  # such as a secret that is mounted for this user's group

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import getpass
 import os
 import secrets
 import shutil
@@ -115,7 +116,7 @@ def user_cache() -> Path:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "melrt"
     except RuntimeError:  # a user without a home folder
-        return Path(tempfile.gettempdir()) / f"melrt-{os.getuid()}"
+        return Path(tempfile.gettempdir()) / f"melrt-{getpass.getuser()}"
 
 
 @contextlib.contextmanager
@@ -172,6 +173,8 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def _sync(path: Path) -> None:
     """Write a file's contents, or a folder's entries, to the disk, so that they survive a power failure."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows does not open folders
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

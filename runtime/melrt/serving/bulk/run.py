@@ -7,7 +7,6 @@ same folder. A run holds a lock on the folder, which the operating system releas
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import re
@@ -25,6 +24,7 @@ from melrt.checks import check_fields, one_of
 from melrt.errors import BackendError, ConfigError, MelError, MelrtError
 from melrt.files.atomic import atomic_write
 from melrt.files.audio import SAMPLE_FORMATS, SampleFormat
+from melrt.files.locks import locked_file
 from melrt.files.mels import mel_pieces
 from melrt.planning.edges import Ends
 from melrt.serving.bulk.inputs import Block, Utterance, import_pyarrow
@@ -77,9 +77,9 @@ class OutputSettings:
             "format": self.sample_format, "precision": precision, "edges": self.edges,
         }  # fmt: skip
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f".{RECORD}.lock").open("a") as lock:
+        with contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.enter_context(locked_file(self.folder / f".{RECORD}.lock"))
             except OSError as error:
                 raise MelrtError(f"another melrt bulk is writing to {self.folder}; wait for it, or give another --output.") from error
             self._check_record(settings)
