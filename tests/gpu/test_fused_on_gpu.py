@@ -33,11 +33,11 @@ def voice(demo_bundle: Bundle, tmp_path: Path) -> Bundle:
 def test_a_fused_engine_is_the_cpus(voice: Bundle) -> None:
     mels = [probe_mel(voice.manifest.spec, frames, frames) for frames in (4, 86, 255, 256, 700, 2000)]
     with Vocoder.load(voice, device="cpu", precision="fp32") as cpu, Vocoder.load(voice, backend="fused") as vocoder:
-        assert vocoder.backend.failed_captures == 0
         expected = [cpu(mel) for mel in mels]
         for reference, audio, mel in zip(expected, vocoder.batch(mels), mels, strict=True):
             assert Difference.between(reference, audio).snr_db >= FP16_MIN_SNR_DB
             assert Difference.between(reference, vocoder(mel)).snr_db >= FP16_MIN_SNR_DB
+        assert vocoder.backend.failed_captures == 0  # last, because the audio says more about a new GPU
 
 
 def test_arrays_on_the_gpu_are_the_cpus(voice: Bundle) -> None:
