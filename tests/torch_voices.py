@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from melrt_export.checkpoints import Checkpoint, native
 from melrt_export.export import ExportOptions, export_voice
 from melrt_export.generator.config import GeneratorConfig
 
-__all__ = ["make_voice", "published", "published_class", "tiny_bundle_path", "tiny_checkpoint"]
+__all__ = ["make_voice", "one_thread", "published", "published_class", "tiny_bundle_path", "tiny_checkpoint"]
 NGF = 4
 
 
@@ -104,3 +104,12 @@ def tiny_bundle_path(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFac
     path = tmp_path_factory.mktemp("bundles") / "tiny.melrt"
     export_voice(tiny_checkpoint, path)
     return path
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Use one thread: networks this small are ten times slower on two threads if another process uses one of the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

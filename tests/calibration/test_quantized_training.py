@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +35,8 @@ from melrt_export.training.config import TrainingConfig, read_config
 from melrt_export.training.quantized import quantize
 from melrt_export.training.trainer import Trainer
 from melrt_export.training.voice import TrainableVoice
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Training and graph agree better with each other than with the float network, by at least this. They are not equal, because they sum in
 # different orders, so that one value in some thousands rounds the other way, and the TensorRT form computes in half precision.
@@ -114,15 +115,6 @@ def test_training_rounds_as_the_int8_graph_does(form: Form, causal: bool, make_v
         exported = OnnxModel(insert_qdq(graph, alone, form).SerializeToString()).run(mel)
         noise, mismatch = Difference.between(plain, exported).snr_db, Difference.between(exported, trained).snr_db
         assert mismatch > noise + MARGIN_DB[form], layer.name
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Use one thread: networks this small are slower on two threads if another process uses one of the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,8 @@ from melrt_export.int8_plan import Int8Plan, LayerPlan, Range, read_plan
 from melrt_export.parity import probe_mel, verify
 from melrt_export.training.activation_ranges import ActivationRanges, trained_plan
 from melrt_export.training.config import Int8Form
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ANY = CalibrationOptions(Budget(10.0, 100.0), Sampling(windows=8))
 
@@ -52,15 +53,6 @@ def test_training_finds_a_range_with_less_error(form: Int8Form, low: float, high
     assert abs(found.high - 2) < 0.75 * abs(high - 2)
     if form == "cpu":  # the symmetric grid of TensorRT has one end
         assert abs(found.low + 1) < 0.75 * abs(low + 1)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Use one thread: networks this small are slower on two threads if another process uses one of the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

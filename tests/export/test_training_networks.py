@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import librosa
@@ -28,6 +27,8 @@ from melrt_export.training.step import AdversarialStep
 from melrt_export.training.voice import create_voice
 from melrt_export.training.weight_norm import add_weight_norm, folded_weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = DiscriminatorConfig(channels=4, layers=2)
 # Table 1 of the paper gives 4.26 M weights for the generator; the count rounds to this with and without the magnitudes of weight norm.
 GENERATOR_WEIGHTS = 4.26e6
@@ -40,15 +41,6 @@ DISCRIMINATOR_STEPS = 60
 DISCRIMINATOR_LOSS = 4.0
 # Mean score of unseen speech minus that of unseen noise. The hinge loss aims at 2; the same runs gave at least 1.39 in every scale.
 DISCRIMINATOR_MARGIN = 0.5
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Use one thread: networks this small are ten times slower on two threads if another process uses one of the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
