@@ -17,9 +17,10 @@ from melrt.cli.progress import Steps
 from melrt.errors import ConfigError
 from melrt.files.atomic import atomic_write
 from melrt.system import usable_cores
+from melrt_benchmarks.report.results import milliseconds, speed
 
 if TYPE_CHECKING:
-    from melrt_benchmarks.inference.bench import BenchPlan
+    from melrt_benchmarks.inference.plan import BenchPlan
     from melrt_benchmarks.report.results import Report
 
 console = Console(highlight=False)
@@ -56,13 +57,13 @@ def bench(
 
     Begin with `melrt bench voice.melrt --checkpoint best_netG.pt --html report.html`. Later,
     `melrt bench --compare old.json new.json` shows what became faster or slower.
-    The exit code is 1 if an output is wrong, or if the comparison finds a contender that became slower or wrong.
+    The exit code is 1 if an output is wrong or melrt fails, or if the comparison finds a contender that became slower or wrong.
     """
     if compare is not None:
         raise typer.Exit(_compare(*compare))
     if voice is None:
         raise ConfigError("give a VOICE.melrt to measure, or --compare OLD.json NEW.json.")
-    from melrt_benchmarks.inference.bench import BenchPlan
+    from melrt_benchmarks.inference.plan import BenchPlan
 
     plan = BenchPlan(
         voice, checkpoint, _words(precisions), _words(backends), _numbers("seconds", seconds, float), _numbers("batch", batch, int),
@@ -72,7 +73,8 @@ def bench(
     report = _measure(plan, streams=streams, memory=memory)
     _show(report)
     _write(report, json_file, html_file, pictures)
-    if not all(row.correct for row in report.latencies):
+    ours = any(skipped.failed and skipped.contender.startswith("melrt") for skipped in report.skipped)
+    if ours or not all(row.correct for row in report.latencies):
         raise typer.Exit(1)
 
 
@@ -152,10 +154,7 @@ def _write(report: Report, json_file: Path | None, html_file: Path | None, pictu
 def _show(report: Report) -> None:
     for seconds, batch in dict.fromkeys((row.seconds, row.batch) for row in report.latencies):
         console.print(_latency_table(report, seconds, batch))
-    _say("RTF, the real-time factor, is compute time divided by audio time; x real time is its inverse.")
-    _say("The speedup is over the first contender, as the median of the rounds.")
-    if report.qualities:
-        _say(f"log-mel: increase of the log-mel error on {report.qualities[0].recordings} recordings over that of the reference.")
+    _explain(report)
     if report.throughputs:
         table = _table("concurrent callers", "contender", "callers", "x real time", "p50 ms", "p99 ms")
         for row in report.throughputs:
@@ -172,6 +171,15 @@ def _show(report: Report) -> None:
         console.print(report.noise, markup=False, soft_wrap=True, style="yellow")
 
 
+def _explain(report: Report) -> None:
+    _say("RTF, the real-time factor, is compute time divided by audio time; x real time is its inverse.")
+    _say("The speedup is over the first contender, as the median of the rounds.")
+    if any(row.loop_ms is not None for row in report.latencies):
+        _say("loop x: calls that follow each other without a pause. GPU ms and x: by the GPU's clock, with mels and audio in its memory.")
+    if report.qualities:
+        _say(f"log-mel: increase of the log-mel error on {report.qualities[0].recordings} recordings over that of the reference.")
+
+
 def _show_memory_and_streams(report: Report) -> None:
     for row in report.memory:
         _say(f"Peak memory for {row['seconds']:g} s of audio, {row['kind']}: {row['peak_mib']:.0f} MiB.")
@@ -182,16 +190,19 @@ def _show_memory_and_streams(report: Report) -> None:
 
 def _latency_table(report: Report, seconds: float, batch: int) -> Table:
     title = f"{seconds:.2f} s of audio" + (f", batch {batch}" if batch > 1 else "")
+    on_gpu = any(row.loop_ms is not None for row in report.latencies)
     table = _table(
-        title, "contender", "p50 ms", "p90 ms", "RTF", "x real time", "speedup", "max abs", *(("log-mel",) if report.qualities else ())
-    )
+        title, "contender", "p50 ms", "p90 ms", "RTF", "x real time", "speedup", "max abs", *(("log-mel",) if report.qualities else ()),
+        *(("loop x", "GPU ms", "GPU x") if on_gpu else ()),
+    )  # fmt: skip
     for row in report.latencies:
         if (row.seconds, row.batch) == (seconds, batch):
             wrong = "" if row.correct else " [bold red]WRONG[/]"
             table.add_row(
-                row.contender, f"{row.p50_ms:.1f}", f"{row.p90_ms:.1f}", f"{row.real_time_factor:.4f}", f"{row.times_real_time:.1f}",
-                f"{row.speedup[0]:.2f}", f"{row.max_abs:.0e}{wrong}",
+                row.contender, milliseconds(row.p50_ms), milliseconds(row.p90_ms), f"{row.real_time_factor:.4f}",
+                f"{row.times_real_time:.1f}", f"{row.speedup[0]:.2f}", f"{row.max_abs:.0e}{wrong}",
                 *((report.log_mel_of(row.contender),) if report.qualities else ()),
+                *((speed(row, row.loop_ms), milliseconds(row.device_ms), speed(row, row.device_ms)) if on_gpu else ()),
             )  # fmt: skip
     return table
 

@@ -62,7 +62,7 @@ def median_interval(values: NDArray[np.float64]) -> tuple[float, float, float]:
 
 
 def interleave(
-    contenders: Mapping[Key, Callable[[], object]], rounds: int, on_timed: Callable[[], None] = lambda: None
+    contenders: Mapping[Key, Callable[[], object]], rounds: int, on_timed: Callable[[], None] = lambda: None, pause: float = SETTLE
 ) -> dict[Key, Timing]:
     """Warm up each contender, then time each one once per round, in a shuffled order (with a fixed seed) and after a short pause.
 
@@ -70,6 +70,7 @@ def interleave(
         contenders: The functions to time, by name.
         rounds: Number of counted rounds.
         on_timed: Called after each counted run, `rounds * len(contenders)` times.
+        pause: Seconds before each counted run.
     """
     for run in contenders.values():
         warm_up(run)
@@ -78,7 +79,7 @@ def interleave(
     seconds: dict[Key, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in (names[i] for i in shuffle.permutation(len(names))):
-            time.sleep(SETTLE)
+            time.sleep(pause)
             seconds[name].append(timed(contenders[name]))
             on_timed()
     return {name: Timing(np.array(values)) for name, values in seconds.items()}

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
-from melrt.backends.base import BACKENDS, PRECISIONS
 from melrt.backends.onnxruntime import OnnxModel
 from melrt.bundle import Bundle
-from melrt.checks import check_fields, list_of, number, one_of, whole
 from melrt.errors import MelrtError
-from melrt.timing import Timing, interleave, noise_note, timed
+from melrt.timing import SETTLE, Timing, interleave, noise_note, timed
 from melrt.types import FloatAudio, Mel
-from melrt_benchmarks.inference.contenders import BenchVoice, Contender, load_contenders
+from melrt_benchmarks.inference.contender import BenchVoice, Contender
+from melrt_benchmarks.inference.contenders import load_contenders
+from melrt_benchmarks.inference.plan import BenchPlan
 from melrt_benchmarks.inference.quality import list_recordings, measure_quality
 from melrt_benchmarks.inference.roofline import profile
 from melrt_benchmarks.inference.start_up import measure_start_up
 from melrt_benchmarks.measure.environment import environment
-from melrt_benchmarks.measure.gpu_meter import Reading, open_meter
+from melrt_benchmarks.measure.gpu_meter import EventClock, Loop, loop_times, open_energy_counter, shuffled
 from melrt_benchmarks.report.results import Latency, Quality, Report, Skipped, StartUp, Throughput
 from melrt_export.checkpoints import load_checkpoint
 from melrt_export.generator.reference import PyTorchReference
@@ -32,54 +30,10 @@ from melrt_export.parity import Difference, probe_mel
 
 # Requests of each caller when several call at once.
 REQUESTS = 8
-# Limit of the number of values of each setting, far above any useful one.
-MANY = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class BenchPlan:
-    """Settings of one benchmark run."""
-
-    voice: Path
-    """The bundle."""
-    checkpoint: Path | None = None
-    """Checkpoint the voice was exported from; without it only melrt is measured."""
-    precisions: tuple[str, ...] = ("fp32",)
-    """Precisions of melrt."""
-    backends: tuple[str, ...] = ("onnxruntime",)
-    """Backends of melrt."""
-    seconds: tuple[float, ...] = (1.0, 4.0, 10.0)
-    """Lengths of audio."""
-    batches: tuple[int, ...] = (1,)
-    """Utterances in one call."""
-    concurrency: tuple[int, ...] = ()
-    """Numbers of concurrent callers; each requests utterances of the first length."""
-    rounds: int = 15
-    """Counted rounds; at least 3, because fewer have no spread."""
-    threads: int = 1
-    """CPU threads of every contender."""
-    only: tuple[str, ...] = ()
-    """Parts of names; a contender runs if its name contains one of them. Empty: all run."""
-    speech: tuple[Path, ...] = ()
-    """Recordings of the voice's speech, or folders of them, on which the log-mel error is measured; empty to leave it out."""
-    profiled: bool = True
-    """Time each operation of the deploy graph."""
-    started: bool = True
-    """Time start-ups, each in a fresh process."""
-    command: str = ""
-    """Command line, for the report."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, {
-            "precisions": list_of(one_of(*PRECISIONS), 0, MANY), "backends": list_of(one_of(*BACKENDS), 0, MANY),
-            "seconds": list_of(number(0, 7200, above=True), 1, MANY), "batches": list_of(whole(1, 1024), 1, MANY),
-            "concurrency": list_of(whole(1, 1024), 0, MANY), "rounds": whole(3, 1_000_000), "threads": whole(1, 4096),
-        })  # fmt: skip
-
-    @property
-    def steps(self) -> int:
-        """Calls of `on_step` in one run."""
-        return 1 + len(self.seconds) * len(self.batches) + len(self.concurrency) + bool(self.speech) + self.profiled + self.started
+# Runs before the GPU's clock counts: a capture, and the first run after it.
+WARM_UP_RUNS = 3
+# Different utterances in a batch; later ones repeat them. A prime: utterances that change places by a power of two are noticed.
+DISTINCT = 5
 
 
 def run_bench(plan: BenchPlan, on_step: Callable[[str], None] = lambda _: None) -> Report:
@@ -103,6 +57,7 @@ def run_bench(plan: BenchPlan, on_step: Callable[[str], None] = lambda _: None) 
             for batch in plan.batches:
                 on_step(f"{seconds:g} s of audio, batch {batch}")
                 latencies += contenders.latencies(seconds, batch)
+        contenders.check(latencies)
         for callers in plan.concurrency:
             on_step(f"{callers} concurrent callers")
             throughputs += contenders.throughputs(callers)
@@ -132,7 +87,7 @@ def _start_ups(plan: BenchPlan) -> Iterator[StartUp]:
 
 
 class _Contenders:
-    """The loaded contenders and their measurements."""
+    """The loaded contenders and their measurements. One that raises an exception is dropped, and listed as skipped."""
 
     def __init__(self, plan: BenchPlan) -> None:
         self.plan = plan
@@ -143,6 +98,7 @@ class _Contenders:
         self.skipped: list[Skipped] = []
         self.timings: dict[str, Timing] = {}
         """Timings of every contender and shape, for the note on noise."""
+        self._energy = open_energy_counter()
         try:
             self._load()
         except BaseException:
@@ -156,7 +112,11 @@ class _Contenders:
                 self.running.append(contender)
             else:
                 self.skipped.append(contender)
-        if not self.running:
+        self.check(self.running)
+
+    def check(self, results: Sequence[object]) -> None:
+        """Raise MelrtError with the reasons if no contender is running, or none has a result."""
+        if not results:
             reasons = " ".join(f"{skipped.contender}: {skipped.reason}" for skipped in self.skipped)
             raise MelrtError(f"no contender runs here. {reasons or 'None has a name that contains ' + ' or '.join(self.plan.only) + '.'}")
 
@@ -168,18 +128,75 @@ class _Contenders:
     def latencies(self, seconds: float, batch: int) -> list[Latency]:
         """Check and time every contender at one length and batch; the first one is the baseline."""
         frames, audio_seconds = self._length(seconds)
-        mel = np.stack([probe_mel(self.bundle.manifest.spec, frames, seed) for seed in range(batch)])
+        mel = np.stack([probe_mel(self.bundle.manifest.spec, frames, seed % DISTINCT) for seed in range(batch)])
         differences = self._differences(mel)
-        timings = interleave({contender.name: partial(contender.run, mel) for contender in self.running}, self.plan.rounds)
-        self.timings |= {f"{name} {seconds} {batch}": timing for name, timing in timings.items()}
-        baseline = timings[self.running[0].name]
-        meter = open_meter()
-        rows = []
-        for contender in self.running:
-            reading = meter.read(partial(contender.run, mel)) if meter and contender.on_gpu else None
-            name = contender.name
-            rows.append(_latency(contender, timings[name], baseline, differences[name], (audio_seconds, batch), reading))
-        return rows
+        on_gpu = [contender for contender in self.running if contender.on_gpu]
+        # Only the thread pools of contenders on the CPU need a pause. A GPU would become idle in it.
+        pause = 0.0 if len(on_gpu) == len(self.running) else SETTLE
+        timings = interleave(self._calls(self.running, mel), self.plan.rounds, pause=pause)
+        loops = loop_times(self._calls(on_gpu, mel), self.plan.rounds, self._energy)
+        events = self._device_times(on_gpu, mel)
+        self.timings |= {f"{one.name} {seconds} {batch}": timings[one.name] for one in self.running}
+        names = [one.name for one in self.running]
+        return [
+            _latency(one, (timings[one.name], timings[names[0]]), differences[one.name], (audio_seconds, batch), loops.get(one.name),
+                     events.get(one.name))
+            for one in self.running
+        ]  # fmt: skip
+
+    def _calls(self, contenders: Iterable[Contender], mel: Mel) -> dict[str, Callable[[], object]]:
+        return {contender.name: self._guarded(contender, mel, partial(contender.run, mel)) for contender in contenders}
+
+    def _device_times(self, contenders: Iterable[Contender], mel: Mel) -> dict[str, Timing]:
+        """Time the contenders that take mels in GPU memory, by the GPU's clock. One that fails there keeps its other times."""
+        clock: EventClock | None = None
+        calls: dict[str, Callable[[], object]] = {}
+        samples: dict[str, list[float]] = {}
+        for contender in contenders:
+            if contender.on_device and contender in self.running:
+                with self._noting(f"{contender.name}, arrays on the GPU", mel):
+                    clock = clock or EventClock()
+                    call = contender.on_device(mel)
+                    for _ in range(WARM_UP_RUNS):
+                        clock.seconds(call)
+                    calls[contender.name] = call
+        for name in shuffled(list(calls), self.plan.rounds):
+            if clock and name in calls:
+                call = calls.pop(name)
+                with self._noting(f"{name}, arrays on the GPU", mel):
+                    samples.setdefault(name, []).append(clock.seconds(call))
+                    calls[name] = call
+        return {name: Timing(np.array(samples[name])) for name in calls}
+
+    def _guarded(self, contender: Contender, mel: Mel, call: Callable[[], object]) -> Callable[[], object]:
+        """Return the call, which does nothing any more once the contender has been dropped."""
+
+        def guarded() -> None:
+            if contender in self.running:
+                with self._dropping(contender, mel):
+                    call()
+
+        return guarded
+
+    @contextlib.contextmanager
+    def _dropping(self, contender: Contender, mel: Mel) -> Iterator[None]:
+        """Drop the contender if the block raises an exception."""
+        passed = False
+        with self._noting(contender.name, mel):
+            yield
+            passed = True
+        if not passed:
+            self.running.remove(contender)
+            with contextlib.suppress(Exception):
+                contender.close()
+
+    @contextlib.contextmanager
+    def _noting(self, name: str, mel: Mel) -> Iterator[None]:
+        """List this name as failed if the block raises an exception: those of other libraries have no common base."""
+        try:
+            yield
+        except Exception as error:
+            self.skipped.append(Skipped.failure(name, f"on mels of shape {mel.shape}", error))
 
     def _length(self, seconds: float) -> tuple[int, float]:
         """Frames and exact seconds of the mel next to a length of audio."""
@@ -188,22 +205,13 @@ class _Contenders:
         return frames, frames * spec.hop / spec.sample_rate
 
     def _differences(self, mel: Mel) -> dict[str, Difference]:
-        """Compare each contender's output with the reference.
-
-        A third-party contender that fails on these mels is dropped and listed as skipped; a failure of melrt ends the run.
-        """
-        reference = self.reference(mel)
+        """Compare each contender's output with the reference, which computes equal utterances once."""
+        reference = self.reference(mel[:DISTINCT])
+        reference = np.concatenate([reference] * -(-len(mel) // DISTINCT))[: len(mel)]
         differences = {}
         for contender in list(self.running):
-            try:
+            with self._dropping(contender, mel):
                 differences[contender.name] = _difference(reference, contender.run(mel))
-            except Exception as error:
-                if contender.name.startswith("melrt"):
-                    raise
-                self.running.remove(contender)
-                contender.close()
-                message = (str(error).splitlines() or [repr(error)])[0][:200]
-                self.skipped.append(Skipped(contender.name, f"failed on mels of shape {mel.shape}: {message}"))
         return differences
 
     def reference(self, mel: Mel) -> FloatAudio:
@@ -219,18 +227,19 @@ class _Contenders:
         """Time concurrent callers, each with its own utterance of the first length; a caller sends its next request after each audio."""
         frames, audio_seconds = self._length(self.plan.seconds[0])
         mels = [probe_mel(self.bundle.manifest.spec, frames, seed)[None] for seed in range(callers)]
-        for contender in self.running:
-            contender.run(mels[0])
-            with ThreadPoolExecutor(callers) as pool:
+        for contender in list(self.running):
+            elapsed = 0.0
+            with self._dropping(contender, mels[0]), ThreadPoolExecutor(callers) as pool:
+                contender.run(mels[0])
                 start = time.perf_counter()
                 times = list(pool.map(partial(_request_times, contender), mels))
                 elapsed = time.perf_counter() - start
+            if not elapsed:
+                continue
             timing = Timing(np.concatenate(times))
             requests = callers * REQUESTS
             speed = round(requests * audio_seconds / elapsed, 2)
-            yield Throughput(
-                contender.name, callers, round(audio_seconds, 3), requests, speed, round(1000 * timing.median, 3), _ms(timing, 99)
-            )
+            yield Throughput(contender.name, callers, round(audio_seconds, 3), requests, speed, _ms(timing), _ms(timing, 99))
 
 
 def _request_times(contender: Contender, mel: Mel) -> list[float]:
@@ -245,21 +254,30 @@ def _difference(reference: FloatAudio, output: FloatAudio) -> Difference:
 
 
 def _latency(
-    contender: Contender, timing: Timing, baseline: Timing, difference: Difference, shape: tuple[float, int], reading: Reading | None
+    contender: Contender,
+    timings: tuple[Timing, Timing],
+    difference: Difference,
+    shape: tuple[float, int],
+    loop: Loop | None,
+    events: Timing | None,
 ) -> Latency:
     seconds, batch = shape
+    timing, baseline = timings
     audio_seconds = seconds * batch
     ratio = baseline.ratio_to(timing)
     return Latency(
         contender=contender.name, seconds=round(seconds, 3), batch=batch,
         milliseconds=tuple(round(1000 * float(s), 3) for s in timing.seconds),
-        p50_ms=round(1000 * timing.median, 3), p90_ms=_ms(timing, 90), p95_ms=_ms(timing, 95), p99_ms=_ms(timing, 99),
+        p50_ms=_ms(timing), p90_ms=_ms(timing, 90), p95_ms=_ms(timing, 95), p99_ms=_ms(timing, 99),
         worst_ms=_ms(timing, 100), real_time_factor=round(timing.median / audio_seconds, 6),
         times_real_time=round(audio_seconds / timing.median, 2), speedup=(round(ratio[0], 3), round(ratio[1], 3), round(ratio[2], 3)),
-        device_ms=round(reading.milliseconds, 3) if reading else None, joules=reading.joules if reading else None,
+        device_ms=_ms(events) if events else None, device_p90_ms=_ms(events, 90) if events else None,
+        loop_ms=_ms(loop.timing) if loop else None, loop_p90_ms=_ms(loop.timing, 90) if loop else None,
+        joules=loop.joules if loop else None,
         max_abs=difference.max_abs, snr_db=round(difference.snr_db, 1), correct=difference.passes(contender.precision),
     )  # fmt: skip
 
 
-def _ms(timing: Timing, percent: float) -> float:
-    return round(1000 * timing.percentile(percent), 3)
+def _ms(timing: Timing, percent: float | None = None) -> float:
+    """Return a percentile in milliseconds, or the median."""
+    return round(1000 * (timing.median if percent is None else timing.percentile(percent)), 3)

@@ -12,7 +12,7 @@ from melrt.files.audio import read_audio
 from melrt.mel.features import mel_distance, mel_from_audio
 from melrt.mel.spec import MelSpec
 from melrt.types import FloatAudio, Mel
-from melrt_benchmarks.inference.contenders import Contender
+from melrt_benchmarks.inference.contender import Contender
 from melrt_benchmarks.report.results import Quality
 
 SUFFIXES = (".wav", ".flac")

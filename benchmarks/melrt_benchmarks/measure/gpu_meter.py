@@ -1,78 +1,91 @@
-"""Time, energy and memory by the GPU's own clock and counters. These readings have not been confirmed on a GPU yet."""
+"""Time and energy of the first GPU. These readings have not been confirmed on a GPU yet."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from melrt.system import find_gpu
+from melrt.timing import Timing, timed, warm_up
 
-# The energy counter moves every 20 to 100 ms: a reading over this long is good to a few percent.
-ENERGY_SECONDS = 1.0
-TIMED_CALLS = 15
+Key = TypeVar("Key")
+# Seconds of one round of a loop: many calls of a fast contender, and at least one of a slow one.
+LOOP_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """GPU time and energy of one call."""
+class Loop:
+    """Calls of one contender that follow each other without a pause."""
 
-    milliseconds: float
-    """Median time between two events on a separate stream."""
+    timing: Timing
+    """Seconds of a call, by round."""
     joules: float | None
-    """Energy of the whole board, idle power included; None where the GPU has no counter."""
+    """Energy of the whole board for one call, idle power included; None where the GPU has no counter.
 
-
-class GpuMeter:
-    """Meter of the first GPU, read through its driver and NVML.
-
-    Raises:
-        ImportError: cuda-core is not installed.
+    The counter moves every 20 to 100 ms, so this is good to a tenth or so in fifteen rounds.
     """
 
+
+def loop_times(calls: Mapping[Key, Callable[[], object]], rounds: int, energy: Callable[[], float] | None = None) -> dict[Key, Loop]:
+    """Run each call in a loop for `LOOP_SECONDS`, once per round, in a shuffled order.
+
+    Args:
+        calls: Functions that return when their result is on the host.
+        rounds: Number of rounds.
+        energy: Reads the energy in joules that the GPU has used.
+    """
+    for call in calls.values():
+        warm_up(call)
+    seconds: dict[Key, list[float]] = {name: [] for name in calls}
+    used: dict[Key, list[float]] = {name: [] for name in calls}
+    for name in shuffled(list(calls), rounds):
+        before = energy() if energy else 0.0
+        count, elapsed = 0, 0.0
+        while elapsed < LOOP_SECONDS:
+            elapsed += timed(calls[name])
+            count += 1
+        seconds[name].append(elapsed / count)
+        used[name].append((energy() - before) / count if energy else 0.0)
+    return {name: Loop(Timing(np.array(seconds[name])), float(np.mean(used[name])) if energy else None) for name in calls}
+
+
+class EventClock:
+    """Clock of the GPU: it times work that is in order with PyTorch's current stream."""
+
     def __init__(self) -> None:
-        from cuda.bindings import nvml
-        from cuda.core import Device, EventOptions
+        cuda: Any = importlib.import_module("torch.cuda")
+        self._begin, self._end = (cuda.Event(enable_timing=True) for _ in range(2))
 
-        device = Device(0)
-        device.set_current()
-        self._stream = device.create_stream()
-        self._timed = EventOptions(timing_enabled=True)
-        nvml.init_v2()
-        self._nvml: Any = nvml
-        self._handle = nvml.device_get_handle_by_index_v2(0)
-
-    def read(self, call: Callable[[], object]) -> Reading:
-        """Measure a call that returns when its result is on the host."""
-        times = sorted(self._milliseconds(call) for _ in range(TIMED_CALLS))
-        return Reading(times[TIMED_CALLS // 2], self._joules(call))
-
-    def _milliseconds(self, call: Callable[[], object]) -> float:
-        begin = self._stream.record(options=self._timed)
-        begin.sync()
+    def seconds(self, call: Callable[[], object]) -> float:
+        """Run once, and return the seconds between two events around it: the time that the GPU waits for launches is included."""
+        self._begin.record()
         call()
-        end = self._stream.record(options=self._timed)
-        end.sync()
-        return float(end - begin)
-
-    def _joules(self, call: Callable[[], object]) -> float | None:
-        try:
-            before = self._nvml.device_get_total_energy_consumption(self._handle)
-        except self._nvml.NvmlError:
-            return None
-        calls, start = 0, time.perf_counter()
-        while time.perf_counter() - start < ENERGY_SECONDS:
-            call()
-            calls += 1
-        return float(self._nvml.device_get_total_energy_consumption(self._handle) - before) / 1000 / calls
+        self._end.record()
+        self._end.synchronize()
+        return float(self._begin.elapsed_time(self._end)) / 1000
 
 
-def open_meter() -> GpuMeter | None:
-    """Return a meter of the first GPU; None without a GPU or without the packages that read it."""
+def open_energy_counter() -> Callable[[], float] | None:
+    """Return a function that reads the energy in joules that the first GPU has used; None where nothing can read it."""
     if find_gpu() is None:
         return None
     try:
-        return GpuMeter()
-    except ImportError:
+        from cuda.bindings import nvml
+
+        nvml.init_v2()
+        handle = nvml.device_get_handle_by_index_v2(0)
+        nvml.device_get_total_energy_consumption(handle)
+    except Exception:  # no such package, no NVML, or a GPU without this counter; their exceptions have no common base
         return None
+    counter: Any = nvml
+    return lambda: float(counter.device_get_total_energy_consumption(handle)) / 1000
+
+
+def shuffled(names: list[Key], rounds: int) -> list[Key]:
+    """Return each name once per round, in an order shuffled for each round (with a fixed seed)."""
+    shuffle = np.random.default_rng(0)
+    return [names[index] for _ in range(rounds) for index in shuffle.permutation(len(names))]

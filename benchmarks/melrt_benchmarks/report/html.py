@@ -9,7 +9,7 @@ from pathlib import Path
 
 from melrt.files.atomic import atomic_write
 from melrt_benchmarks.report.plots import draw_plots
-from melrt_benchmarks.report.results import Latency, Report
+from melrt_benchmarks.report.results import Latency, Report, milliseconds, speed
 
 # A table wider than the page scrolls inside its box. The four backgrounds draw a shadow at each side where columns are hidden (two
 # covers move with the content, two shadows stay), and `.hint` says so in words on narrow screens.
@@ -72,7 +72,7 @@ def _latencies(report: Report) -> str:
              "SNR dB"]  # fmt: skip
     if report.qualities:
         heads.append("log-mel error")
-    on_gpu = any(row.device_ms is not None for row in latencies)
+    on_gpu = any(row.loop_ms is not None for row in latencies)
     rows = [
         (*_latency_cells(row), *((report.log_mel_of(row.contender),) if report.qualities else ()), *(_gpu_cells(row) if on_gpu else ()))
         for row in latencies
@@ -86,19 +86,29 @@ def _latencies(report: Report) -> str:
         text += (
             f" The log-mel error is that of {report.qualities[0].recordings} recordings, as its increase over the error of the reference."
         )
-    return _section("Latency", (*heads, "GPU ms", "joules") if on_gpu else heads, rows, text)
+    if on_gpu:
+        heads += ["loop ms", "p90", "times real time", "GPU ms", "p90", "times real time", "joules"]
+        text += (
+            " The loop ran calls one after another without a pause, from host to host. GPU times are between two events on the GPU, with "
+            "mels and audio in its memory, and include its waiting for launches."
+        )
+    return _section("Latency", heads, rows, text)
 
 
 def _latency_cells(row: Latency) -> tuple[str, ...]:
+    times = row.p50_ms, row.p90_ms, row.p95_ms, row.p99_ms, row.worst_ms
     return (
-        row.contender, f"{row.seconds:.2f} s" + (f" × {row.batch}" if row.batch > 1 else ""), f"{row.p50_ms:.1f}", f"{row.p90_ms:.1f}",
-        f"{row.p95_ms:.1f}", f"{row.p99_ms:.1f}", f"{row.worst_ms:.1f}", f"{row.real_time_factor:.4f}", f"{row.times_real_time:.1f}",
-        "{:.2f} ({:.2f} to {:.2f})".format(*row.speedup), f"{row.max_abs:.0e}", f"{row.snr_db:.0f}" if row.correct else "WRONG",
+        row.contender, f"{row.seconds:.2f} s" + (f" × {row.batch}" if row.batch > 1 else ""), *map(milliseconds, times),
+        f"{row.real_time_factor:.4f}", f"{row.times_real_time:.1f}", "{:.2f} ({:.2f} to {:.2f})".format(*row.speedup),
+        f"{row.max_abs:.0e}", f"{row.snr_db:.0f}" if row.correct else "WRONG",
     )  # fmt: skip
 
 
 def _gpu_cells(row: Latency) -> tuple[str, ...]:
-    return "" if row.device_ms is None else f"{row.device_ms:.2f}", "" if row.joules is None else f"{row.joules:.2g}"
+    return (
+        milliseconds(row.loop_ms), milliseconds(row.loop_p90_ms), speed(row, row.loop_ms), milliseconds(row.device_ms),
+        milliseconds(row.device_p90_ms), speed(row, row.device_ms), "" if row.joules is None else f"{row.joules:.2g}",
+    )  # fmt: skip
 
 
 def _skipped(report: Report) -> str:

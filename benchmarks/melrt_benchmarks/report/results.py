@@ -39,7 +39,7 @@ class Latency:
     speedup: tuple[float, float, float]
     """Speedup over the baseline, which is the first contender: median of the rounds' ratios and the bounds of its 95 % interval."""
     device_ms: float | None
-    """Median time by the GPU's clock; None on a CPU."""
+    """Median time by the GPU's clock, from mels on the GPU to audio there; None on a CPU, or if the contender takes host arrays only."""
     joules: float | None
     """Energy of one call by the GPU's counter; None where there is no counter."""
     max_abs: float
@@ -48,6 +48,12 @@ class Latency:
     """Energy of the reference divided by the energy of the difference, in dB."""
     correct: bool
     """True if the difference is within the limit of the contender's precision."""
+    device_p90_ms: float | None = None
+    """90th percentile of the time by the GPU's clock."""
+    loop_ms: float | None = None
+    """Time of a call in a loop without pauses, from mels to audio on the host; median of the rounds. None on a CPU."""
+    loop_p90_ms: float | None = None
+    """90th percentile of the rounds' time of a call in that loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +139,14 @@ class Skipped:
     """Name of the contender."""
     reason: str
     """Why it did not run, with the command that installs what it needs."""
+    failed: bool = False
+    """True if it was there and raised an exception."""
+
+    @classmethod
+    def failure(cls, contender: str, when: str, error: Exception) -> Skipped:
+        """Describe a contender that raised an exception, by the first line of its text."""
+        message = (str(error).strip().splitlines() or [repr(error)])[0][:200]
+        return cls(contender, f"failed {when}: {type(error).__name__}: {message}", failed=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,3 +218,13 @@ _ROWS: dict[str, Any] = {
 def _row(kind: Any, values: Mapping[str, Any]) -> Any:
     lists = {f.name for f in fields(kind) if str(f.type).startswith("tuple")}
     return kind(**{name: tuple(value) if name in lists else value for name, value in values.items()})
+
+
+def milliseconds(value: float | None) -> str:
+    """Return a time as text, with three decimals below 10 ms; empty for None."""
+    return "" if value is None else f"{value:.{1 if value >= 10 else 3}f}"
+
+
+def speed(row: Latency, value: float | None) -> str:
+    """Return how many times faster than real time a call of this row is if it takes so many milliseconds, as text; empty for None."""
+    return f"{1000 * row.seconds * row.batch / value:,.0f}" if value else ""
