@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from melrt_benchmarks.report.results import Report
 
 console = Console(highlight=False)
+# On a GPU thousands of streams are tried, and each has enough pushes in this time.
+GPU_STREAM_SECONDS = 4.0
 # Seconds of audio that memory is measured at: in windows, and in one run over the whole utterance.
 MEMORY = {"windows": (30.0, 1800.0), "whole": (30.0, 60.0, 120.0)}
 
@@ -42,7 +44,9 @@ def bench(
     ] = None,
     rounds: Annotated[int, typer.Option(help="Counted rounds, at least 3. Each round runs every contender once.")] = 15,
     threads: Annotated[int | None, typer.Option(help="CPU threads of every contender. Default: all cores.")] = None,
-    streams: Annotated[bool, typer.Option("--streams", help="Also find how many real-time streams run at once (minutes).")] = False,
+    streams: Annotated[
+        bool, typer.Option("--streams", help="Also find how many real-time streams the first backend and precision run at once (minutes).")
+    ] = False,
     memory: Annotated[bool, typer.Option("--memory", help="Also measure peak memory by length (minutes).")] = False,
     profile: Annotated[bool, typer.Option("--profile/--no-profile", help="Time each operation and compare it with its limit.")] = True,
     start_up: Annotated[bool, typer.Option("--start-up/--no-start-up", help="Time start-ups, each in a fresh process.")] = True,
@@ -105,17 +109,20 @@ def _measure(plan: BenchPlan, *, streams: bool, memory: bool) -> Report:
         report = run_bench(plan, steps)
         if streams:
             steps("counting real-time streams")
-            report = replace(report, streams=_measure_streams(plan.voice, plan.threads, steps.detail))
+            report = replace(report, streams=_measure_streams(plan, steps.detail))
         if memory:
             steps("measuring memory")
             report = replace(report, memory=_measure_memory(plan.voice, steps.detail))
     return report
 
 
-def _measure_streams(voice: Path, threads: int, on_step: Callable[[str], None]) -> tuple[dict[str, Any], ...]:
+def _measure_streams(plan: BenchPlan, on_step: Callable[[str], None]) -> tuple[dict[str, Any], ...]:
+    from melrt.vocoder import Vocoder
     from melrt_benchmarks.inference.streams import StreamLoad, measure_capacity
 
-    return tuple(measure_capacity(str(voice), StreamLoad(), threads=threads, on_step=on_step))
+    with Vocoder.load(plan.voice, backend=plan.backends[0], precision=plan.precisions[0], threads=plan.threads) as vocoder:
+        load = StreamLoad() if vocoder.backend.device == "cpu" else StreamLoad(seconds=GPU_STREAM_SECONDS)
+        return tuple(measure_capacity(vocoder, load, on_step=on_step))
 
 
 def _measure_memory(voice: Path, on_step: Callable[[str], None]) -> tuple[dict[str, Any], ...]:

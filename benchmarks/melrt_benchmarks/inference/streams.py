@@ -17,10 +17,14 @@ from melrt.planning.windows import Policy, Span, plan
 from melrt.scheduling.request import HostRequest, OutputFormat
 from melrt.scheduling.stream import StreamPace
 from melrt.types import Audio, Mel
-from melrt.vocoder import Options, Vocoder
+from melrt.vocoder import Vocoder
 from melrt_export.parity import probe_mel
 
 MAX_STREAMS = 4096
+# Factor between the numbers of streams while all are sustained.
+GROWTH = 4
+# One push in so many may be late.
+LATE_SHARE = 100
 # Seconds after which a chunk is tried again whose stream is late.
 RETRY = 0.001
 
@@ -58,57 +62,82 @@ class StreamRun:
 
 
 def measure_capacity(
-    voice: str, load: StreamLoad, step: int = 2, threads: int | None = None, on_step: Callable[[str], None] = lambda _: None
+    vocoder: Vocoder, load: StreamLoad, step: int = 2, on_step: Callable[[str], None] = lambda _: None
 ) -> list[dict[str, Any]]:
-    """Double the number of streams until underruns occur, then halve the step, with the shared queue and without it, interleaved.
+    """Multiply the number of streams until underruns occur, then halve the step.
+
+    On a CPU the streams run with the shared queue and without it, interleaved; on a GPU only with it, because it makes the batches.
 
     Returns:
         Every `StreamRun` as a dictionary for JSON, by number of streams. The capacity of each kind is the largest sustained number.
     """
     runs: list[StreamRun] = []
-    with Vocoder.load(voice, threads=threads, options=Options()) as vocoder:
-        vocoder(probe_mel(vocoder.spec, 200))
-        bounds = {True: (0, MAX_STREAMS + 1), False: (0, MAX_STREAMS + 1)}  # sustained, and not sustained
-        while wanted := {kind: count for kind, bound in bounds.items() if (count := _next_count(*bound, step))}:
-            for shared_queue, streams in wanted.items():
-                on_step(f"{streams} real-time streams, {'shared queue' if shared_queue else 'separate threads'}")
-                runs.append(run_streams(vocoder, streams, load, shared_queue=shared_queue))
-                low, high = bounds[shared_queue]
-                bounds[shared_queue] = (streams, high) if runs[-1].sustained else (low, streams)
+    vocoder(probe_mel(vocoder.spec, 200))
+    kinds = (True, False) if vocoder.backend.device == "cpu" else (True,)
+    bounds = dict.fromkeys(kinds, (0, MAX_STREAMS + 1))  # sustained, and not sustained
+    while wanted := {kind: count for kind, bound in bounds.items() if (count := _next_count(*bound, step))}:
+        for shared_queue, streams in wanted.items():
+            on_step(f"{streams} real-time streams, {'shared queue' if shared_queue else 'separate threads'}")
+            runs.append(run_streams(vocoder, streams, load, shared_queue=shared_queue))
+            low, high = bounds[shared_queue]
+            bounds[shared_queue] = (streams, high) if runs[-1].sustained else (low, streams)
     return [asdict(run) for run in sorted(runs, key=lambda run: run.streams)]
 
 
 def _next_count(low: int, high: int, step: int) -> int:
     """Return the number of streams to try between one that was sustained and one that was not; 0 if they are within a step or 6 %."""
     if high > MAX_STREAMS:
-        return min(2 * low or step, MAX_STREAMS) if low < MAX_STREAMS else 0
+        return min(GROWTH * low or step, MAX_STREAMS) if low < MAX_STREAMS else 0
     return (low + high) // 2 if high - low > max(step, low // 16) else 0
 
 
+class _Record:
+    """Latencies of each stream's pushes."""
+
+    def __init__(self, streams: int, pushes: int, buffer: float) -> None:
+        self.latencies: list[list[float]] = [[] for _ in range(streams)]
+        self._buffer, self._allowed, self._late = buffer, streams * pushes / LATE_SHARE, 0
+
+    def add(self, index: int, due: float) -> None:
+        """Add the latency of a push that was due at this time and is done now."""
+        seconds = time.perf_counter() - due
+        self.latencies[index].append(seconds)
+        self._late += seconds > self._buffer
+
+    @property
+    def overloaded(self) -> bool:
+        """True if so many pushes were late that the number of streams is not sustained whatever follows."""
+        return self._late > self._allowed
+
+
 def run_streams(vocoder: Vocoder, streams: int, load: StreamLoad, *, shared_queue: bool) -> StreamRun:
-    """Run concurrent streams. Each starts at a random moment within a chunk's time, the same moments for both kinds."""
+    """Run concurrent streams. Each starts at a random moment within a chunk's time, the same moments for both kinds.
+
+    A run ends early once so many pushes were late that the result is known.
+    """
     spec = vocoder.spec
     period = load.chunk * spec.hop / spec.sample_rate
     pushes = round(load.seconds / period)
     mel = probe_mel(spec, load.chunk * pushes)
     starts = time.perf_counter() + 0.2 + period * np.random.default_rng(streams).random(streams)
     chunks = [mel[:, number * load.chunk : (number + 1) * load.chunk] for number in range(pushes)]
+    record = _Record(streams, pushes, load.buffer)
     run = _run_shared if shared_queue else _run_unqueued
-    latencies = run(vocoder, chunks, starts, period)
-    every = 1000 * np.concatenate(latencies)
-    first = 1000 * np.array([times[0] for times in latencies])
+    run(vocoder, chunks, starts, period, record)
+    every = 1000 * np.concatenate(record.latencies)
+    first = 1000 * np.array([times[0] for times in record.latencies if times])
     underruns = int((every > 1000 * load.buffer).sum())
-    return StreamRun(streams, shared_queue, underruns, len(every), _p50_p99(every), _p50_p99(first), underruns <= len(every) / 100)
+    sustained = underruns <= streams * pushes / LATE_SHARE
+    return StreamRun(streams, shared_queue, underruns, len(every), _p50_p99(every), _p50_p99(first), sustained)
 
 
-def _run_shared(vocoder: Vocoder, chunks: list[Mel], starts: NDArray[np.float64], period: float) -> list[list[float]]:
-    """Push to all streams from one thread, as an event loop would, and return each stream's latencies."""
+def _run_shared(vocoder: Vocoder, chunks: list[Mel], starts: NDArray[np.float64], period: float, record: _Record) -> None:
+    """Push to all streams from one thread, as an event loop would."""
     opened = [vocoder.open_stream(StreamPace(first=1, growth=1)) for _ in starts]
-    latencies: list[list[float]] = [[] for _ in starts]
     waiting: list[Future[Audio] | None] = [None for _ in starts]
     events = [(float(start), float(start), index, 0) for index, start in enumerate(starts)]  # time, time due, stream, chunk
     heapq.heapify(events)
-    while events:
+    while events and not record.overloaded:
         _, due, index, number = events[0]
         time.sleep(max(events[0][0] - time.perf_counter(), 0))
         before = waiting[index]
@@ -116,7 +145,7 @@ def _run_shared(vocoder: Vocoder, chunks: list[Mel], starts: NDArray[np.float64]
             heapq.heapreplace(events, (time.perf_counter() + RETRY, due, index, number))
             continue
         future = waiting[index] = opened[index].submit(chunks[number])
-        future.add_done_callback(lambda _, index=index, due=due: latencies[index].append(time.perf_counter() - due))  # type: ignore[misc]
+        future.add_done_callback(lambda _, index=index, due=due: record.add(index, due))  # type: ignore[misc]
         if number + 1 < len(chunks):
             heapq.heapreplace(events, (due + period, due + period, index, number + 1))
         else:
@@ -124,27 +153,26 @@ def _run_shared(vocoder: Vocoder, chunks: list[Mel], starts: NDArray[np.float64]
     for last in waiting:
         if last is not None:
             last.result()
-    return latencies
 
 
-def _run_unqueued(vocoder: Vocoder, chunks: list[Mel], starts: NDArray[np.float64], period: float) -> list[list[float]]:
-    """Give each stream a thread, which runs its windows, and return each stream's latencies."""
-    latencies: list[list[float]] = [[] for _ in starts]
+def _run_unqueued(vocoder: Vocoder, chunks: list[Mel], starts: NDArray[np.float64], period: float, record: _Record) -> None:
+    """Give each stream a thread, which runs its windows."""
 
     def push_all(index: int) -> None:
         stream = _UnqueuedStream(vocoder)
         for number, chunk in enumerate(chunks):
             due = float(starts[index]) + number * period
             time.sleep(max(due - time.perf_counter(), 0))
+            if record.overloaded:
+                return
             stream.push(chunk)
-            latencies[index].append(time.perf_counter() - due)
+            record.add(index, due)
 
     threads = [threading.Thread(target=push_all, args=(index,)) for index in range(len(starts))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return latencies
 
 
 class _UnqueuedStream:
