@@ -230,6 +230,22 @@ def test_wrong_outputs_are_marked_and_failures_do_not_end_the_run(melrt, tiny_bu
     assert (code, "no contender runs here. melrt, planted: failed on mels" in err) == (2, True)
 
 
+def test_interrupted_run_keeps_what_it_measured(melrt, tiny_bundle_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ctrl-C in the second length leaves a report of the first."""
+    made = contenders._melrt(contenders.BenchVoice(Bundle.open(tiny_bundle_path), None, 1), "onnxruntime", "fp32", "melrt, planted")
+
+    def run(mel: np.ndarray) -> np.ndarray:
+        if mel.shape[2] > 50:
+            raise KeyboardInterrupt
+        return made.run(mel)
+
+    monkeypatch.setattr("melrt_benchmarks.inference.bench.load_contenders", lambda *_: iter([replace(made, run=run)]))
+    arguments = "bench", tiny_bundle_path, "--seconds", "0.5,1", "--rounds", "3", "--json", tmp_path / "x.json"
+    code, _, err = melrt(*arguments)
+    assert (code, "interrupted" in err) == (0, True)
+    assert [round(row.seconds, 1) for row in Report.load(tmp_path / "x.json").latencies] == [0.5]
+
+
 @pytest.mark.parametrize(
     ("machine", "factor", "verdict", "code"),
     [

@@ -6,7 +6,9 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +25,7 @@ from melrt_benchmarks.inference.roofline import profile
 from melrt_benchmarks.inference.start_up import measure_start_up
 from melrt_benchmarks.measure.environment import environment
 from melrt_benchmarks.measure.gpu_meter import EventClock, Loop, loop_times, open_energy_counter, shuffled
-from melrt_benchmarks.report.results import Latency, Quality, Report, Skipped, StartUp, Throughput
+from melrt_benchmarks.report.results import Latency, Report, Skipped, StartUp, Throughput
 from melrt_export.checkpoints import load_checkpoint
 from melrt_export.generator.reference import PyTorchReference
 from melrt_export.parity import Difference, probe_mel
@@ -39,44 +41,62 @@ DISTINCT = 5
 def run_bench(plan: BenchPlan, on_step: Callable[[str], None] = lambda _: None) -> Report:
     """Measure everything that the plan names.
 
+    An interrupt (Ctrl-C) ends it early: the report has what was measured until then.
+
     Args:
         plan: Settings of the run.
         on_step: Called at the beginning of each step with a short text.
 
     Raises:
+        KeyboardInterrupt: It was interrupted before the first length was measured.
         MelrtError: The voice or the checkpoint cannot be loaded, or no contender runs.
     """
     record = environment(plan.threads)
-    latencies: list[Latency] = []
-    throughputs: list[Throughput] = []
-    qualities: tuple[Quality, ...] = ()
-    recordings = list_recordings(plan.speech)
     on_step("loading the contenders")
     with contextlib.closing(_Contenders(plan)) as contenders:
-        for seconds in plan.seconds:
-            for batch in plan.batches:
-                on_step(f"{seconds:g} s of audio, batch {batch}")
-                latencies += contenders.latencies(seconds, batch)
-        contenders.check(latencies)
-        for callers in plan.concurrency:
-            on_step(f"{callers} concurrent callers")
-            throughputs += contenders.throughputs(callers)
-        if recordings:
-            on_step(f"log-mel error on {len(recordings)} recordings")
-            qualities = tuple(measure_quality(contenders.running, contenders.reference, recordings, contenders.bundle.manifest.spec))
+        measured = Report(contenders.bundle.manifest.name, plan.command, record, plan.rounds)
+        try:
+            for part in _measurements(plan, contenders, on_step):
+                measured = replace(measured, **part)
+        except KeyboardInterrupt:
+            if not measured.latencies:
+                raise
+            on_step("interrupted: the report has what was measured until now")
+        contenders.check(measured.latencies)
+    return replace(
+        measured, skipped=tuple(contenders.skipped), noise=noise_note(contenders.timings),
+        artifacts=tuple(
+            {"file": a.file, "kind": a.kind, "precision": a.precision, "bytes": a.size} for a in contenders.bundle.manifest.artifacts
+        ),
+    )  # fmt: skip
+
+
+def _measurements(plan: BenchPlan, contenders: _Contenders, on_step: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """Yield fields of the report as they are measured."""
+    latencies: list[Latency] = []
+    throughputs: list[Throughput] = []
+    recordings = list_recordings(plan.speech)
+    for seconds in plan.seconds:
+        for batch in plan.batches:
+            on_step(f"{seconds:g} s of audio, batch {batch}")
+            latencies += contenders.latencies(seconds, batch)
+            yield {"latencies": tuple(latencies)}
+    for callers in plan.concurrency:
+        on_step(f"{callers} concurrent callers")
+        throughputs += contenders.throughputs(callers)
+        yield {"throughputs": tuple(throughputs)}
+    if recordings:
+        on_step(f"log-mel error on {len(recordings)} recordings")
+        rows = measure_quality(contenders.running, contenders.reference, recordings, contenders.bundle.manifest.spec)
+        yield {"qualities": tuple(rows)}
+    contenders.close()
     if plan.profiled:
         on_step("profiling the operations")
-    layers, ceilings = profile(contenders.bundle) if plan.profiled else ((), {})
+        layers, ceilings = profile(contenders.bundle)
+        yield {"layers": layers, "ceilings": ceilings}
     if plan.started:
         on_step("timing start-ups in fresh processes")
-    manifest = contenders.bundle.manifest
-    return Report(
-        voice=manifest.name, command=plan.command, environment=record, rounds=plan.rounds, latencies=tuple(latencies),
-        throughputs=tuple(throughputs),
-        qualities=qualities, start_ups=tuple(_start_ups(plan)) if plan.started else (), layers=layers, ceilings=ceilings,
-        skipped=tuple(contenders.skipped), noise=noise_note(contenders.timings),
-        artifacts=tuple({"file": a.file, "kind": a.kind, "precision": a.precision, "bytes": a.size} for a in manifest.artifacts),
-    )  # fmt: skip
+        yield {"start_ups": tuple(_start_ups(plan))}
 
 
 def _start_ups(plan: BenchPlan) -> Iterator[StartUp]:
@@ -122,8 +142,8 @@ class _Contenders:
 
     def close(self) -> None:
         """Close every contender."""
-        for contender in self.running:
-            contender.close()
+        while self.running:
+            self.running.pop().close()
 
     def latencies(self, seconds: float, batch: int) -> list[Latency]:
         """Check and time every contender at one length and batch; the first one is the baseline."""
