@@ -35,7 +35,7 @@ REQUESTS = 8
 # Runs before the GPU's clock counts: a capture, and the first run after it.
 WARM_UP_RUNS = 3
 # Different utterances in a batch; later ones repeat them. A prime: utterances that change places by a power of two are noticed.
-DISTINCT = 5
+DISTINCT = 3
 
 
 def run_bench(plan: BenchPlan, on_step: Callable[[str], None] = lambda _: None) -> Report:
