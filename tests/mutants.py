@@ -73,6 +73,7 @@ MUTANTS = (
     (FUSED + "lower.py", "int(crop > 0)", "0", KERNELS),
     (FUSED + "lower.py", "bias.reshape(-1, phases).T.reshape(-1)", "bias", KERNELS),
     (FUSED + "roofline.py", "reread + taps * each", "reread + each", "tests/export/test_roofline.py"),
+    (FUSED + "roofline.py", "layer.read + HALF * layer.added", "HALF * layer.read + HALF * layer.added", "tests/export/test_roofline.py"),
     ("runtime/melrt/backends/fused/engine.py", "*values, *_HIDDEN", "*values", KERNELS),
     ("runtime/melrt/backends/fused/engine.py", "if kernel.shared > _SHARED_BYTES:", "if False:", KERNELS),
     ("runtime/melrt/backends/fused/program.py", "self.extra) // kernel.rows", "self.extra) // (kernel.rows + 8)", KERNELS),

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from melrt.errors import ConfigError
 
 # Whitepapers, in the tables at the end. H200, H100 and A100 are the SXM boards (A100: 80 GB). The pages of H200 and L4 give twice these
-# rates, "with sparsity".
+# rates, "with sparsity". Independent tables agree: https://glennklockwood.com/garden/processors/h100 and .../A100 (dense rates, bandwidth,
+# multiprocessors), https://hmc-tech.com/gpus/nvidia-geforce-rtx-4090-vs-nvidia-rtx-pro-5000-blackwell (RTX 4090 by accumulator). L4: 58
+# multiprocessors with 1024 FP16 operations a clock at 2.04 GHz are 121.2 TFLOP/s.
 _HOPPER = "https://resources.nvidia.com/en-us-hopper-architecture/nvidia-h100-tensor-c"
 _ADA = "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf"
 

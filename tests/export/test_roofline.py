@@ -10,7 +10,7 @@ import pytest
 from melrt.bundle import Bundle
 from melrt.errors import ConfigError
 from melrt_export.fused.lower import Lowered, lower
-from melrt_export.fused.roofline import fused_work, real_time_factor, separate_work, whole_stage_work
+from melrt_export.fused.roofline import BATCH, FRAMES, fused_work, int8_gains, real_time_factor, separate_work, whole_stage_work
 from melrt_export.generator.config import GeneratorConfig
 from melrt_export.gpu_table import GPUS, gpu_figures
 from melrt_export.graph.deploy import deploy_graph
@@ -85,8 +85,26 @@ def test_fewer_bytes_bound_a_voice_less() -> None:
     assert h100 < h200 < h100 * 4800 / 3352, "only some kernels wait for memory"
 
 
+def test_int8_pays_where_arithmetic_or_its_input_counts() -> None:
+    h100 = int8_gains(PUBLISHED, gpu_figures("H100"))
+    assert list(h100)[:5] == ["first", *(f"stages.0.{kind}" for kind in ("upsample", "dilated", "pointwise", "shortcut"))]
+    assert "last" not in h100
+    assert len(h100) == 1 + 4 * 4
+    # stage 3, 32 channels, waits for memory: a shortcut reads and writes 2 + 2 bytes a value, in INT8 1 + 2, with its own kernel 3 more
+    steps = BATCH * FRAMES * 256 * 32
+    assert h100["stages.3.shortcut"][0] == pytest.approx((4 * steps + 2 * 32**2) / (3 * steps + 32**2), rel=1e-6)
+    assert h100["stages.3.shortcut"][1] < 0.7
+    # the first upsampling computes: 256 x 512 x 16 weights for each step
+    assert h100["stages.0.upsample"][0] == pytest.approx(2, rel=0.01)
+    assert 1.2 < h100["stages.0.upsample"][1] < 2
+    l4 = int8_gains(PUBLISHED, gpu_figures("L4"))
+    assert l4["stages.1.dilated"][1] < 1.05 < int8_gains(PUBLISHED, gpu_figures("A100"))["stages.0.upsample"][1]
+
+
 def test_the_command_shows_bounds_as_bounds(melrt, tiny_bundle: Bundle) -> None:
     code, out, _ = melrt("info", tiny_bundle.path, "--roofline")
     assert code == 0
     assert "Bounds by public figures, not measurements" in out
     assert all(gpu.name in out for gpu in GPUS)
+    assert "Bounds of INT8 over FP16" in out
+    assert "stages.1.dilated" in out

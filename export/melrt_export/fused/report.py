@@ -17,6 +17,7 @@ from melrt_export.fused.roofline import (
     Stages,
     Work,
     fused_work,
+    int8_gains,
     memory_bound,
     real_time_factor,
     separate_work,
@@ -27,6 +28,8 @@ from melrt_export.gpu_table import GPUS
 
 # Compute capability whose tiles the traffic of the second-level cache is shown for: that of H100 and H200.
 CACHE_OF = "9.0"
+# INT8 must be at least this many times faster than FP16 to be worth its noise, as on a CPU (`melrt calibrate`).
+INT8_LEAST_GAIN = 1.05
 
 
 def kernel_table(program: Program) -> Table:
@@ -71,6 +74,19 @@ def roofline_tables(bundle: Bundle) -> Iterator[Table]:
         factors = (f"{real_time_factor(stages, gpu, seconds):,.0f}" for stages in (fused, separate, whole))
         bounds.add_row(gpu.name, *factors, ", ".join(memory_bound(fused, gpu)))
     yield bounds
+    yield _int8_table(config)
+
+
+def _int8_table(config: GeneratorConfig) -> Table:
+    """Return the bounds of INT8 layers. A layer that INT8 makes less than 5 % faster has "-"."""
+    table = Table(
+        "convolution", *(gpu.name for gpu in GPUS),
+        title="Bounds of INT8 over FP16, one kernel per convolution: if the layer before writes INT8 / with a kernel that quantizes",
+    )  # fmt: skip
+    gains = [int8_gains(config, gpu) for gpu in GPUS]
+    for kind in gains[0]:
+        table.add_row(kind, *(" / ".join(f"{gain:.2f}" if gain >= INT8_LEAST_GAIN else "-" for gain in one[kind]) for one in gains))
+    return table
 
 
 def _work_table(networks: tuple[Stages, Stages, Stages], seconds: float) -> Table:

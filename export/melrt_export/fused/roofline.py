@@ -74,23 +74,73 @@ def separate_work(config: GeneratorConfig, batch: int = BATCH, frames: int = FRA
 
     The pointwise convolution of a block adds the shortcut's result, which it reads. Nothing is padded.
     """
-    steps = batch * frames
     stages: dict[str, list[Work]] = {}
-    for name, shape in config.convolutions():
-        stage = ".".join(name.split(".")[:2])
-        upsampled = name.endswith("upsample")
-        scale = config.upsample_scales[int(name.split(".")[1])] if upsampled else 1
-        weights = math.prod(shape)
-        inputs, outputs = shape[:2] if upsampled else shape[1::-1]
-        read = inputs + (outputs if name.endswith("pointwise") else 0)
-        sizes = (SINGLE if name == "first" else HALF), (SINGLE if name == "last" else HALF)
-        memory = steps * (sizes[0] * read + sizes[1] * outputs * scale) + HALF * weights
-        stages.setdefault(stage, []).append(Work(2 * steps * weights, memory))
-        steps *= scale
+    for layer in _convolutions(config, batch * frames):
+        sizes = (SINGLE if layer.name == "first" else HALF), (SINGLE if layer.name == "last" else HALF)
+        memory = sizes[0] * (layer.read + layer.added) + sizes[1] * layer.written + HALF * layer.weights
+        stages.setdefault(layer.stage, []).append(Work(layer.flop, memory))
     if config.pqmf_taps:
+        steps = batch * frames * math.prod(config.upsample_scales)
         flop = 2 * steps * config.subbands * (config.pqmf_taps + 1)
         stages["pqmf"] = [Work(flop, 2 * SINGLE * steps * config.subbands)]
     return stages
+
+
+@dataclass(frozen=True, slots=True)
+class _Convolution:
+    """One convolution in one run, in numbers of values."""
+
+    name: str
+    flop: float
+    read: int
+    """Values of its input."""
+    added: int
+    """Values of the shortcut's result, which it adds to its own."""
+    written: int
+    weights: int
+
+    @property
+    def stage(self) -> str:
+        return ".".join(self.name.split(".")[:2])
+
+    @property
+    def kind(self) -> str:
+        """Name without the number of the block: the blocks of a stage have the same work."""
+        return self.name if self.stage == self.name else f"{self.stage}.{self.name.rpartition('.')[2]}"
+
+
+def _convolutions(config: GeneratorConfig, steps: int) -> Iterator[_Convolution]:
+    for name, shape in config.convolutions():
+        upsampled = name.endswith("upsample")
+        scale = config.upsample_scales[int(name.split(".")[1])] if upsampled else 1
+        inputs, outputs = shape[:2] if upsampled else shape[1::-1]
+        weights = math.prod(shape)
+        added = steps * outputs if name.endswith("pointwise") else 0
+        yield _Convolution(name, 2 * steps * weights, steps * inputs, added, steps * outputs * scale, weights)
+        steps *= scale
+
+
+def int8_gains(config: GeneratorConfig, gpu: GpuFigures, batch: int = BATCH, frames: int = FRAMES) -> Mapping[str, tuple[float, float]]:
+    """Return how many times faster than in FP16 each kind of convolution could be in INT8, with one kernel for each.
+
+    INT8 has the tensor cores' higher rate, and reads one byte for each weight and value of its input. Its output stays in FP16, except
+    between the two convolutions of a block, where nothing else reads it. The last convolution is left out: it stays in floating point.
+
+    Returns:
+        Two factors by kind: if the layer before writes INT8, and if a kernel of its own reads it and writes INT8.
+    """
+    gains = {}
+    for layer in _convolutions(config, batch * frames):
+        if layer.name == "last":
+            continue
+        size = SINGLE if layer.name == "first" else HALF
+        before = size * layer.read + HALF * (layer.added + layer.written + layer.weights)
+        written = layer.written if layer.name.endswith("dilated") else HALF * layer.written
+        memory = layer.read + HALF * layer.added + written + layer.weights
+        half = gpu.microseconds(layer.flop, before)
+        fast = gpu.microseconds(layer.flop, memory, int8=True)
+        gains[layer.kind] = half / fast, half / (fast + gpu.microseconds(0, (size + 1) * layer.read))
+    return gains
 
 
 def whole_stage_work(config: GeneratorConfig, fused: Stages, batch: int = BATCH, frames: int = FRAMES) -> Stages:
