@@ -20,6 +20,7 @@ from melrt_benchmarks.inference import contenders, host, streams, torch_gpu
 from melrt_benchmarks.inference.bench import BenchPlan, run_bench
 from melrt_benchmarks.inference.memory import peak_memory
 from melrt_benchmarks.inference.roofline import WINDOW
+from melrt_benchmarks.measure.gpu_meter import loop_times
 from melrt_benchmarks.report.html import write_html
 from melrt_benchmarks.report.results import Latency, Report
 from melrt_export.assets import RECORDING
@@ -180,7 +181,7 @@ def test_plain_export_without_onnxscript(melrt, tiny_bundle_path: Path, tiny_che
     monkeypatch.setattr("melrt_benchmarks.inference.plain_export.find_spec", lambda _: None)
     arguments = "bench", tiny_bundle_path, "--checkpoint", tiny_checkpoint, "--only", "runtime, plain,melrt,", "--seconds", "0.5"
     code, out, _ = melrt(*arguments, "--rounds", "3", "--no-start-up", "--no-profile")
-    assert (code, "ONNX Runtime, plain export" in out) == (0, True)
+    assert (code, "ONNX Runtime, plain export" in out, "plain export: failed" in out) == (0, True, False)
 
 
 def test_unusable_arguments_are_refused(melrt, tiny_bundle_path: Path, tmp_path: Path) -> None:
@@ -273,6 +274,21 @@ def test_comparison_finds_ten_percent_in_noise(melrt, tmp_path: Path, machine: f
     result, out, _ = melrt("bench", "--compare", tmp_path / "old.json", tmp_path / "new.json")
     line = next(line for line in out.splitlines() if line.strip().startswith("melrt"))
     assert (result, verdict in line) == (code, True)
+
+
+def test_loop_counts_time_and_energy_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call takes 1 ms or more, and 2 J."""
+    calls: list[float] = []
+
+    def call() -> None:
+        calls.append(2.0)
+        time.sleep(0.001)
+
+    monkeypatch.setattr("melrt_benchmarks.measure.gpu_meter.LOOP_SECONDS", 0.01)
+    loop = loop_times({"one": call}, 3, lambda: sum(calls))["one"]
+    assert loop.joules == pytest.approx(2)
+    assert len(loop.timing.seconds) == 3
+    assert 0.001 <= loop.timing.median < 0.01
 
 
 def test_gpu_readings_reach_the_report(tiny_bundle_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

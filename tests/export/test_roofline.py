@@ -94,6 +94,8 @@ def test_int8_pays_where_arithmetic_or_its_input_counts() -> None:
     steps = BATCH * FRAMES * 256 * 32
     assert h100["stages.3.shortcut"][0] == pytest.approx((4 * steps + 2 * 32**2) / (3 * steps + 32**2), rel=1e-6)
     assert h100["stages.3.shortcut"][1] < 0.7
+    # what a dilated convolution writes is read by the pointwise one alone, so it is INT8 as well
+    assert h100["stages.3.dilated"][0] == pytest.approx(2, rel=1e-3)
     # the first upsampling computes: 256 x 512 x 16 weights for each step
     assert h100["stages.0.upsample"][0] == pytest.approx(2, rel=0.01)
     assert 1.2 < h100["stages.0.upsample"][1] < 2

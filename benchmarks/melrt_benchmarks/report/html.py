@@ -50,8 +50,8 @@ def _page(report: Report) -> str:
         f"<h1>{escape(title)}</h1>", *(f'<p class="quiet">{escape(line)}</p>' for line in _summary(report)),
         f'<p class="note">{escape(report.noise)}</p>' if report.noise else "",
         f'<p class="note">{skipped}</p>' if report.skipped else "",
-        _latencies(report), _skipped(report), _plots(report), _throughputs(report), _start_ups(report), _streams(report),
-        _memory(report), _layers(report), _artifacts(report), _environment(report),
+        _latencies(report), _gpu_times(report), _skipped(report), _plots(report), _throughputs(report), _start_ups(report),
+        _streams(report), _memory(report), _layers(report), _artifacts(report), _environment(report),
     ]  # fmt: skip
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -72,11 +72,7 @@ def _latencies(report: Report) -> str:
              "SNR dB"]  # fmt: skip
     if report.qualities:
         heads.append("log-mel error")
-    on_gpu = any(row.loop_ms is not None for row in latencies)
-    rows = [
-        (*_latency_cells(row), *((report.log_mel_of(row.contender),) if report.qualities else ()), *(_gpu_cells(row) if on_gpu else ()))
-        for row in latencies
-    ]
+    rows = [(*_latency_cells(row), *((report.log_mel_of(row.contender),) if report.qualities else ())) for row in latencies]
     text = (
         "Times are from the call to the result on the host. Each contender ran once per round, in changing order, after its output had "
         "been compared with the reference. The speedup is over the first contender, with its 95 % interval. The real-time factor is "
@@ -86,29 +82,36 @@ def _latencies(report: Report) -> str:
         text += (
             f" The log-mel error is that of {report.qualities[0].recordings} recordings, as its increase over the error of the reference."
         )
-    if on_gpu:
-        heads += ["loop ms", "p90", "times real time", "GPU ms", "p90", "times real time", "joules"]
-        text += (
-            " The loop ran calls one after another without a pause, from host to host. GPU times are between two events on the GPU, with "
-            "mels and audio in its memory, and include its waiting for launches."
-        )
     return _section("Latency", heads, rows, text)
 
 
 def _latency_cells(row: Latency) -> tuple[str, ...]:
     times = row.p50_ms, row.p90_ms, row.p95_ms, row.p99_ms, row.worst_ms
     return (
-        row.contender, f"{row.seconds:.2f} s" + (f" × {row.batch}" if row.batch > 1 else ""), *map(milliseconds, times),
+        row.contender, _audio(row), *map(milliseconds, times),
         f"{row.real_time_factor:.4f}", f"{row.times_real_time:.1f}", "{:.2f} ({:.2f} to {:.2f})".format(*row.speedup),
         f"{row.max_abs:.0e}", f"{row.snr_db:.0f}" if row.correct else "WRONG",
     )  # fmt: skip
 
 
-def _gpu_cells(row: Latency) -> tuple[str, ...]:
-    return (
-        milliseconds(row.loop_ms), milliseconds(row.loop_p90_ms), speed(row, row.loop_ms), milliseconds(row.device_ms),
-        milliseconds(row.device_p90_ms), speed(row, row.device_ms), "" if row.joules is None else f"{row.joules:.2g}",
-    )  # fmt: skip
+def _audio(row: Latency) -> str:
+    return f"{row.seconds:.2f} s" + (f" × {row.batch}" if row.batch > 1 else "")
+
+
+def _gpu_times(report: Report) -> str:
+    rows = [
+        (row.contender, _audio(row), milliseconds(row.loop_ms), milliseconds(row.loop_p90_ms), speed(row, row.loop_ms),
+         milliseconds(row.device_ms), milliseconds(row.device_p90_ms), speed(row, row.device_ms),
+         "" if row.joules is None else f"{row.joules:.2g}")
+        for row in report.latencies
+        if row.loop_ms is not None
+    ]  # fmt: skip
+    text = (
+        "The loop ran calls one after another without a pause, from host to host. GPU times are between two events on the GPU, with mels "
+        "and audio in its memory, and include its waiting for launches. The energy is that of the whole board, for one call of the loop."
+    )
+    heads = ("contender", "audio", "loop ms", "p90", "times real time", "GPU ms", "p90", "times real time", "joules")
+    return _section("On the GPU", heads, rows, text)
 
 
 def _skipped(report: Report) -> str:
