@@ -127,6 +127,9 @@ Cached = Annotated[
 TryVariants = Annotated[
     bool, typer.Option("--try-variants", help="Measure exact rewrites of the graph and several windows on this GPU, and keep the fastest.")
 ]
+Force = Annotated[
+    bool, typer.Option("--force", help="Add an INT8 engine even if it is not 5 % faster than FP16 on this GPU, without comparing them.")
+]
 EngineKind = Annotated[str, typer.Option(help="tensorrt, or fused: kernels of melrt that need no TensorRT and that no GPU has run yet.")]
 Gpus = Annotated[
     str | None,
@@ -158,6 +161,7 @@ def build(
     refittable: Annotated[bool, typer.Option("--refittable", help="Build engines whose weights `melrt refit` can exchange.")] = False,
     cached: Cached = True,
     try_variants: TryVariants = False,
+    force: Force = False,
 ) -> None:
     """Build TensorRT engines from the bundle's ONNX graphs, check their precision, and add them to the bundle.
 
@@ -170,8 +174,8 @@ def build(
     """
     if _checked_engine(context, engine) == "fused":
         return _build_fused(voice, gpus, interpret)
+    from melrt_export.tensorrt.engines import build_engines
     from melrt_export.tensorrt.options import EngineOptions
-    from melrt_export.tensorrt.variant_search import build_engines
 
     options = EngineOptions(
         precision=precision, flavor=flavor, portable=portable, batch=_sizes("batch", batch),
@@ -181,7 +185,7 @@ def build(
     graphs = ("interior", "edge") if graph == "both" else (graph,)
     with Steps(len(graphs)) as steps:
         wanted = _begin_each(options, graphs, steps)
-        for built, trials in build_engines(Bundle.open(voice), wanted, steps.on_phase, try_variants=try_variants):
+        for built, trials in build_engines(Bundle.open(voice), wanted, steps.on_phase, try_variants=try_variants, force=force):
             if trials:
                 console.print(_trials_table(built.entry.graph, trials))
             for line in _engine_lines(voice, built):
@@ -239,6 +243,9 @@ def _engine_lines(voice: Path, built: BuiltEngine) -> Iterator[str]:
         yield f"  The text of the engine confirms that its convolutions compute in {entry.precision.upper()}."
     else:
         yield f"  Its network computes in {entry.precision.upper()}. The engine itself states no types, and can be inspected on a GPU only."
+    if "against_fp16" in entry.target:
+        gain = entry.target["against_fp16"]
+        yield f"  It was {gain} with FP16." if isinstance(gain, str) else f"  It is {gain:.2f} times as fast as FP16 on this GPU."
     if "snr_db" in entry.quality:
         yield f"  On recorded speech, its signal-to-noise ratio against FP32 on the CPU is {entry.quality['snr_db']:.1f} dB."
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from melrt.system import find_gpu
 from melrt.timing import compare_paired, timed
 from melrt_export.graph.rewrites import CHOICES
 from melrt_export.tensorrt.build import BuiltEngine, build_unsaved_engine, source_graph
-from melrt_export.tensorrt.options import ENGINE_WINDOW, EngineOptions, default_frames
+from melrt_export.tensorrt.options import EngineOptions, default_frames
 from melrt_export.tensorrt.polygraphy import Progress
 
 # Windows to try, in frames: a shorter one computes more context, and a longer one does not fit the GPU's caches.
@@ -59,36 +59,6 @@ class VariantTrial:
             **self.options.variant.to_dict(), "batch": self.options.batch[1], "frames": frames[1] if frames else 0,
             "microseconds": round(self.microseconds, 3), "verdict": self.verdict,
         }  # fmt: skip
-
-
-def build_engines(
-    bundle: Bundle, wanted: Iterable[EngineOptions], on_progress: Progress = lambda *_: None, *, try_variants: bool = False
-) -> Iterator[tuple[BuiltEngine, list[VariantTrial]]]:
-    """Build several engines and add each to the bundle. An edge engine takes the window of the interior engine before it.
-
-    Args:
-        bundle: Bundle with the ONNX graphs.
-        wanted: Options of each engine.
-        on_progress: Called with the name of a phase, its steps done and their number.
-        try_variants: Search for the fastest variant of each engine.
-
-    Yields:
-        Each engine with its entry in the bundle, and the trials of its search.
-
-    Raises:
-        EngineBuildError, BundleError, MissingExtraError: As `find_fastest_engine` and `build_engine` raise them.
-    """
-    window = ENGINE_WINDOW
-    for options in wanted:
-        if options.frames is None and options.graph == "edge":
-            options = replace(options, frames=default_frames("edge", bundle.manifest.receptive_field.smallest_input, window))
-        if try_variants:
-            built, trials = find_fastest_engine(bundle, options, on_progress)
-        else:
-            built, trials = build_unsaved_engine(bundle, options, on_progress), []
-        if options.graph == "interior":
-            window = built.entry.target["profile"][1][2]
-        yield built.add_to(bundle), trials
 
 
 def find_fastest_engine(
