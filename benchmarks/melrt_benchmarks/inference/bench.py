@@ -138,7 +138,8 @@ class _Contenders:
         """Raise MelrtError with the reasons if no contender is running, or none has a result."""
         if not results:
             reasons = " ".join(f"{skipped.contender}: {skipped.reason}" for skipped in self.skipped)
-            raise MelrtError(f"no contender runs here. {reasons or 'None has a name that contains ' + ' or '.join(self.plan.only) + '.'}")
+            fact = "every contender failed" if any(skipped.failed for skipped in self.skipped) else "no contender runs here"
+            raise MelrtError(f"{fact}. {reasons or 'None has a name that contains ' + ' or '.join(self.plan.only) + '.'}")
 
     def close(self) -> None:
         """Close every contender."""
