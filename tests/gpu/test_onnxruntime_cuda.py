@@ -23,7 +23,7 @@ def gpu() -> None:
         pytest.skip("; ".join(missing))
 
 
-@pytest.mark.parametrize(("precision", "limit"), [("fp32", FP32_MIN_SNR_DB), ("fp16", FP16_MIN_SNR_DB)])
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", FP32_MIN_SNR_DB), ("tf32", FP16_MIN_SNR_DB), ("fp16", FP16_MIN_SNR_DB)])
 def test_audio_equals_the_cpus(demo_bundle: Bundle, precision: str, limit: float) -> None:
     gpu = Vocoder.load(demo_bundle, device="cuda", precision=precision)
     assert (gpu.backend.device, gpu.backend.precision) == ("cuda:0", precision)

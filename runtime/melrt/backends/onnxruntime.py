@@ -40,7 +40,7 @@ def usable_devices() -> tuple[str, ...]:
 class OnnxModel:
     """One ONNX model in one session. Safe to call from several threads."""
 
-    def __init__(self, model: bytes, device: str = "cpu", threads: int = 0, *, blocked: bool = True) -> None:
+    def __init__(self, model: bytes, device: str = "cpu", threads: int = 0, *, blocked: bool = True, tf32: bool = False) -> None:
         """Load a model.
 
         Args:
@@ -48,6 +48,7 @@ class OnnxModel:
             device: `cpu`, or `cuda:0`, `cuda:1`, ...
             threads: CPU threads that share one run; 0 for one per physical core.
             blocked: Use ONNX Runtime's blocked layout: faster on one thread, slower if several threads share a run (docs/windows.md).
+            tf32: On CUDA, round what a float32 model multiplies to 10 bits, for tensor cores.
 
         Raises:
             BackendError: ONNX Runtime rejects the model, or the device is not available.
@@ -66,11 +67,12 @@ class OnnxModel:
         if not blocked:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         self._window: CapturedWindow | None = None
+        self._tf32 = tf32
         try:
             with tempfile.TemporaryDirectory(prefix="melrt-") as empty:
                 # Weights outside the model are not verified: they are looked for in this folder, and not in the working directory.
                 options.add_session_config_entry("session.model_external_initializers_file_folder_path", empty)
-                self._session = ort.InferenceSession(model, options, providers=_providers(device))
+                self._session = ort.InferenceSession(model, options, providers=_providers(device, tf32=tf32))
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise BackendError(f"ONNX Runtime {ort.__version__} rejected the model: {error}") from error
         if device != "cpu" and self._session.get_providers()[0] != "CUDAExecutionProvider":
@@ -88,7 +90,7 @@ class OnnxModel:
             batch: Largest batch.
         """
         try:
-            self._window = CapturedWindow(_onnxruntime(), model, _providers(device, capture=True), frames, batch)
+            self._window = CapturedWindow(_onnxruntime(), model, _providers(device, tf32=self._tf32, capture=True), frames, batch)
         except Exception as error:  # an old provider refuses the option; a node that is not on the GPU, or a call of another library
             logger.info("ONNX Runtime does not capture CUDA graphs of this model, so its kernels are launched one by one: %s", error)
 
@@ -127,7 +129,7 @@ class OnnxRuntime:
 
         Args:
             models: Serialized ONNX models of `edge` and `interior`, verified by the caller.
-            precision: Precision of the models.
+            precision: Precision of the models; `tf32` for float32 models that are multiplied in TF32.
             device: `cpu`, or `cuda:0`, `cuda:1`, ...
             threads: CPU threads in all; one per usable core if None.
 
@@ -136,7 +138,7 @@ class OnnxRuntime:
         """
         self.precision = precision
         self.device = device
-        self._models = {graph: OnnxModel(model, device, threads=1) for graph, model in models.items()}
+        self._models = {graph: OnnxModel(model, device, threads=1, tf32=precision == "tf32") for graph, model in models.items()}
         if device == "cpu":
             self.machine = cpu_name()
             self.policy = Policy(frames=CPU_WINDOW, static=False, batch=1, workers=threads or usable_cores())
@@ -163,12 +165,12 @@ def _share_arena(ort: Any) -> None:
         ort.create_and_register_allocator(memory, ort.OrtArenaCfg({"arena_extend_strategy": 1}))
 
 
-def _providers(device: str, *, capture: bool = False) -> list[Any]:
+def _providers(device: str, *, tf32: bool = False, capture: bool = False) -> list[Any]:
     if device == "cpu":
         return ["CPUExecutionProvider"]
     # The default search, EXHAUSTIVE, tunes every new input shape for hundreds of milliseconds. HEURISTIC asks cuDNN once.
     # TF32 is on by default, and is not FP32: it rounds what is multiplied to 10 bits.
-    options = {"device_id": device.partition(":")[2], "cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"}
+    options = {"device_id": device.partition(":")[2], "cudnn_conv_algo_search": "HEURISTIC", "use_tf32": str(int(tf32))}
     if capture:
         return [("CUDAExecutionProvider", options | {"enable_cuda_graph": "1"})]  # a node on the CPU could not be captured
     return [("CUDAExecutionProvider", options), "CPUExecutionProvider"]

@@ -195,11 +195,13 @@ def _pair(bundle: Bundle, choice: BackendChoice, backend: str, precision: str, d
     stored = precision
     if (backend, precision) == ("openvino", "int8") and bundle.find("onnx", precision="int8-fp16"):
         stored = "int8-fp16"  # made for TensorRT; OpenVINO fuses its signed bytes better: 2.2 against 1.9 times FP32's speed
+    if precision == choice.precision == "tf32" and device != "cpu":
+        stored = "fp32"  # a way to multiply float32 numbers; `auto` computes an FP32 graph in FP32
     edge, interior = (bundle.find("onnx", graph=graph, precision=stored) for graph in ("edge", "interior"))
     if edge and interior:
         models: dict[GraphKind, Artifact] = {"edge": edge[0], "interior": interior[0]}
         name = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}[backend]
-        opened = partial(_open_models, bundle, models, backend, device, choice.threads)
+        opened = partial(_open_models, bundle, models, (backend, precision, device), choice.threads)
         yield _Candidate(f"{precision} in {name} on {device}", opened, reason)
 
 
@@ -209,12 +211,13 @@ def _cuda_is_usable() -> bool:
     return find_spec("onnxruntime") is not None and "cuda" in usable_devices()
 
 
-def _open_models(bundle: Bundle, models: dict[GraphKind, Artifact], backend: str, device: str, threads: int | None) -> Backend:
+def _open_models(bundle: Bundle, models: dict[GraphKind, Artifact], way: tuple[str, str, str], threads: int | None) -> Backend:
+    """Open models in a backend, precision and device."""
     from melrt.backends.onnxruntime import OnnxRuntime
     from melrt.backends.openvino import OpenVino
 
+    backend, precision, device = way
     contents = {graph: bundle.read(artifact) for graph, artifact in models.items()}
-    precision = models["edge"].precision.partition("-")[0]
     if precision == "bf16" and not arithmetic("bfloat16"):
         raise BackendError("this processor does not multiply bfloat16 (`melrt doctor` shows what it multiplies); take another precision.")
     return OpenVino(contents, precision, threads) if backend == "openvino" else OnnxRuntime(contents, precision, device, threads)

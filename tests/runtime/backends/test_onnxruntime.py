@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from tests.runtime.reference import speech_mel
 
-from melrt.backends import onnxruntime
+from melrt.backends import onnxruntime, select
 from melrt.backends.onnxruntime import CUDA_BATCH, CUDA_WINDOW, OnnxModel, OnnxRuntime
 from melrt.bundle import Bundle
 from melrt.errors import BackendError
+from melrt.vocoder import Vocoder
 
 # A further model of 0.07 MB takes 1.2 MB in a shared arena, and 13 MB if its runs have an arena of their own.
 MOST_MB_EACH = 5.0
@@ -45,6 +46,24 @@ class Package:
         self.calls.append("session")
         self.providers = providers
         return SimpleNamespace(get_providers=lambda: [self._used])
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("auto", "0"), ("fp32", "0"), ("tf32", "1")])
+def test_tf32_is_computed_only_by_name(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, precision: str, tf32: str) -> None:
+    """Both FP32 graphs and the captured window compute alike."""
+    used: list[str] = []
+    package = Package("CUDAExecutionProvider")
+
+    def session(model: bytes, options: object, providers: list[Any]) -> SimpleNamespace:
+        used.append(providers[0][1]["use_tf32"])
+        return SimpleNamespace(get_providers=lambda: [providers[0][0]])
+
+    monkeypatch.setattr(package, "InferenceSession", session)
+    monkeypatch.setattr(select, "_GPU_PRECISIONS", ("tf32", "fp32"))  # the bundle's FP16 graphs would come first
+    monkeypatch.setattr(onnxruntime, "_onnxruntime", lambda: package)
+    vocoder = Vocoder.load(tiny_bundle, device="cuda", backend="onnxruntime", precision=precision)
+    assert vocoder.backend.precision == ("fp32" if precision == "auto" else precision)
+    assert used[:3] == [tf32] * 3
 
 
 def test_cuda_computes_in_fp32_and_finds_its_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
