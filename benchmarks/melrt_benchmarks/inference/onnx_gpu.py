@@ -1,4 +1,4 @@
-"""The plain export on a GPU: ONNX Runtime with its CUDA and TensorRT providers, and TensorRT. Only the CUDA provider has run on a GPU."""
+"""The plain export on a GPU: ONNX Runtime with its CUDA and TensorRT providers, and TensorRT. No GPU has run these contenders yet."""
 
 from __future__ import annotations
 

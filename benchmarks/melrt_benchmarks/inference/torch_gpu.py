@@ -1,4 +1,4 @@
-"""PyTorch on a GPU, in the forms that its users run."""
+"""PyTorch on a GPU, in the forms that its users run. No GPU has run these contenders yet."""
 
 from __future__ import annotations
 
