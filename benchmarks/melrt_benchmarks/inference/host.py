@@ -84,10 +84,16 @@ def measure_host_cost(bundle: Bundle, on_step: Callable[[str], None] = lambda _:
     for name, policy in POLICIES.items():
         on_step(f"measuring the host cost of the {name} policy")
         with Vocoder(bundle, FreeBackend(policy, bundle.manifest.spec.hop)) as vocoder:
-            calls, pushes, bulk = _calls(vocoder), _pushes(vocoder), _bulk(vocoder)
+            call, push, bulk = measure_vocoder(vocoder)
         choose = {waiting: _choose(bundle, policy, waiting) for waiting in WAITING}
-        results.append(HostCost(name, _pair(1e3 * calls, np.median), _pair(1e6 * pushes, np.mean), bulk, choose))
+        results.append(HostCost(name, call, push, bulk, choose))
     return results
+
+
+def measure_vocoder(vocoder: Vocoder) -> tuple[tuple[float, float], tuple[float, float], float]:
+    """Return a vocoder's `call_ms`, `push_us` and `bulk_times_real_time`, as in `HostCost`."""
+    calls, pushes, bulk = _calls(vocoder), _pushes(vocoder), _bulk(vocoder)
+    return _pair(1e3 * calls, np.median), _pair(1e6 * pushes, np.mean), bulk
 
 
 def _mel(vocoder: Vocoder, seconds: float) -> Mel:

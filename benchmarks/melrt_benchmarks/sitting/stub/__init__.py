@@ -1,0 +1,1 @@
+"""melrt's CUDA runtime on a GPU without TensorRT: only the engine is replaced, by one whose audio numpy can compute."""
