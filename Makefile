@@ -1,11 +1,12 @@
 # make demo    export and verify the demo voice, synthesize a WAV
 # make test    run all tests          make check   style, types, imports, words          make release   build and check the wheel
+# make gpu     every check and measurement that needs a GPU, into gpu-sitting/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TRITON := .triton
 
-.PHONY: demo test check mutants fuzz triton release clean
+.PHONY: demo test check gpu mutants fuzz triton release clean
 
 demo: $(VENV)/.installed
 	$(BIN)/melrt demo
@@ -20,6 +21,10 @@ mutants: $(VENV)/.installed
 # Attacks melrt with 10,000 bundles, 5,000 checkpoints, 2,000 files of mels and 5,000 arrays, and prints the counts.
 fuzz: $(VENV)/.installed
 	$(BIN)/python tests/fuzz/attacks.py
+
+# Continues after a step that fails, and resumes if it is run again.
+gpu: $(VENV)/.installed
+	$(BIN)/python -m melrt_benchmarks.sitting --out gpu-sitting
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,0 +1,79 @@
+"""The report of a sitting as one HTML file that opens offline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+from typing import Any
+
+from melrt_benchmarks.report.page import Raw, section, whole_page
+from melrt_benchmarks.sitting.runner import Result
+
+# Longer values belong in the JSON.
+MOST_VALUE = 400
+
+
+def page(results: list[Result], began: str) -> str:
+    """Return the page: a table of the steps, then what each one found."""
+    counts: dict[str, int] = {}
+    for result in results:
+        counts[result.outcome] = counts.get(result.outcome, 0) + 1
+    summary = f"{began}. {len(results)} steps: {', '.join(f'{count} {outcome}' for outcome, count in counts.items())}."
+    gpu: dict[str, str] = next((result.data.get("gpu", {}) for result in results if result.name == "versions"), {})
+    described = ", ".join(f"{key} {value}" for key, value in gpu.items())
+    rows = [(result.title, _outcome(result.outcome), f"{result.seconds:.1f}", str(result.limit), result.reason) for result in results]
+    sections = [
+        f"<h1>GPU sitting</h1><p>{escape(summary)}</p>", f'<p class="quiet">{escape(described)}</p>',
+        section("Steps", ("step", "outcome", "seconds", "limit", "reason"), rows, css="text"), *map(_step, results),
+    ]  # fmt: skip
+    return whole_page("GPU sitting", sections)
+
+
+def _outcome(outcome: str) -> str | Raw:
+    return Raw(f'<span class="wrong">{escape(outcome)}</span>') if outcome in ("failed", "timed out") else outcome
+
+
+def _step(result: Result) -> str:
+    """Return the tables of a step, and the end of its output."""
+    if result.outcome in ("skipped", "not begun"):
+        return ""
+    data = dict(result.data)
+    parts = [_checks(result.title, data.pop("rows", data.pop("tests", []))), _latencies(data.pop("latencies", []))]
+    figures = [(name, str(value)) for name, value in _flat(data) if len(str(value)) <= MOST_VALUE]
+    parts.append(section("" if any(parts) else result.title, ("figure", "value"), figures, css="text"))
+    if not any(parts):
+        parts = [f"<h2>{escape(result.title)}</h2>"]
+    tail = escape("\n".join(result.tail))
+    opened = " open" if result.outcome != "passed" else ""
+    return "".join(parts) + f"<details{opened}><summary>{escape(result.command)}</summary><pre>{tail}</pre></details>"
+
+
+def _checks(title: str, checks: list[dict[str, Any]]) -> str:
+    rows = [(check["name"], _outcome(check["outcome"]), f"{check['seconds']:.2f}", check["detail"]) for check in checks]
+    return section(title, ("check", "outcome", "seconds", "detail"), rows, css="text")
+
+
+def _latencies(latencies: list[dict[str, Any]]) -> str:
+    heads = {"p50_ms": "p50 ms", "p90_ms": "p90 ms", "times_real_time": "times real time", "loop_ms": "loop ms", "device_ms": "GPU ms",
+             "max_abs": "max abs", "snr_db": "SNR dB", "correct": "correct"}  # fmt: skip
+    rows = [
+        (f"{row['contender']}, {row['seconds']:.2f} s × {row['batch']}", *(_number(row.get(key)) for key in heads)) for row in latencies
+    ]
+    return section("Latency", ("contender", *heads.values()), rows)
+
+
+def _number(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, int | float) else ""
+
+
+def _flat(data: Any, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the values of nested dictionaries and lists with their paths."""
+    pairs = data.items() if isinstance(data, dict) else enumerate(data)
+    for key, value in pairs:
+        name = f"{prefix}{key}"
+        if isinstance(value, dict | list) and value:
+            yield from _flat(value, f"{name} / ")
+        elif value not in ({}, [], "", None):
+            yield name, _number(value) if isinstance(value, float) else value
