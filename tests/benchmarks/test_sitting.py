@@ -47,6 +47,7 @@ def test_a_step_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
     results = sit(tmp_path, step("hangs", HANGS, limit=2), step("after", "print('here')"))
     assert time.monotonic() - start < 15
     assert (results["hangs"].outcome, results["after"].outcome) == ("timed out", "passed")
+    assert 2 <= results["hangs"].seconds < 4
     (line,) = results["hangs"].tail
     assert line.startswith("grandchild")
     assert not is_running(int(line.split()[1]))
@@ -83,7 +84,7 @@ def test_failures_do_not_stop_the_rest_and_results_are_kept(tmp_path: Path) -> N
     sit(tmp_path, *steps, again=("writes",))
     assert counter.read_text() == "xx"
     text = page(list(results.values()), "today")
-    assert "&lt;b&gt;" in text
+    assert "<b>" not in text
     assert "the reason" in text
 
 

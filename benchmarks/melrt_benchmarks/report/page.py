@@ -19,6 +19,9 @@ table { border-collapse: collapse; font-size: 13px; white-space: nowrap }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd } th { border-bottom: 2px solid #888 }
 th:first-child, td:first-child, .text th, .text td { text-align: left } .wrong { color: #b00020; font-weight: bold }
 .text td + td { white-space: normal; overflow-wrap: anywhere } .text td { vertical-align: top }
+.sentences td:first-child { min-width: 8rem } .sentences td:last-child { min-width: 16rem; white-space: pre-line }
+.scroll + .scroll { margin-top: .8rem } pre { font-size: 12px; white-space: pre-wrap; overflow-wrap: anywhere }
+details { margin: .6rem 0 } h3 { font-size: 1rem; margin: 1rem 0 .3rem }
 .plots { display: flex; flex-wrap: wrap; gap: 0 2rem } .plots section { flex: 0 1 36rem } img { width: 100%; height: auto }
 .quiet, .hint { color: #555 } .hint { display: none; font-size: 13px }
 .note { background: #fff3cd; padding: .6rem 1rem; border-radius: 4px }

@@ -11,6 +11,8 @@ from melrt_benchmarks.sitting.runner import Result
 
 # Longer values belong in the JSON.
 MOST_VALUE = 400
+# Parts of a benchmark's JSON that `versions` tells better, or that no reader compares here.
+LEFT_OUT = ("environment", "artifacts", "layers", "schema", "command")
 
 
 def page(results: list[Result], began: str) -> str:
@@ -24,7 +26,7 @@ def page(results: list[Result], began: str) -> str:
     rows = [(result.title, _outcome(result.outcome), f"{result.seconds:.1f}", str(result.limit), result.reason) for result in results]
     sections = [
         f"<h1>GPU sitting</h1><p>{escape(summary)}</p>", f'<p class="quiet">{escape(described)}</p>',
-        section("Steps", ("step", "outcome", "seconds", "limit", "reason"), rows, css="text"), *map(_step, results),
+        section("Steps", ("step", "outcome", "seconds", "limit", "reason"), rows, css="text sentences"), *map(_step, results),
     ]  # fmt: skip
     return whole_page("GPU sitting", sections)
 
@@ -37,20 +39,32 @@ def _step(result: Result) -> str:
     """Return the tables of a step, and the end of its output."""
     if result.outcome in ("skipped", "not begun"):
         return ""
-    data = dict(result.data)
-    parts = [_checks(result.title, data.pop("rows", data.pop("tests", []))), _latencies(data.pop("latencies", []))]
+    data = {name: value for name, value in result.data.items() if name not in LEFT_OUT}
+    parts = [_checks(data.pop("rows", data.pop("tests", []))), _latencies(data.pop("latencies", []))]
+    for name in [name for name, value in data.items() if _is_table(value)]:
+        parts.append(_table(name, data.pop(name)))
     figures = [(name, str(value)) for name, value in _flat(data) if len(str(value)) <= MOST_VALUE]
-    parts.append(section("" if any(parts) else result.title, ("figure", "value"), figures, css="text"))
-    if not any(parts):
-        parts = [f"<h2>{escape(result.title)}</h2>"]
+    parts.append(section("", ("figure", "value"), figures, css="text"))
     tail = escape("\n".join(result.tail))
     opened = " open" if result.outcome != "passed" else ""
-    return "".join(parts) + f"<details{opened}><summary>{escape(result.command)}</summary><pre>{tail}</pre></details>"
+    output = f"<details{opened}><summary>Command and the end of its output</summary><pre>{escape(result.command)}\n\n{tail}</pre></details>"
+    return f"<h2>{escape(result.title)}</h2>" + "".join(parts) + output
 
 
-def _checks(title: str, checks: list[dict[str, Any]]) -> str:
+def _checks(checks: list[dict[str, Any]]) -> str:
     rows = [(check["name"], _outcome(check["outcome"]), f"{check['seconds']:.2f}", check["detail"]) for check in checks]
-    return section(title, ("check", "outcome", "seconds", "detail"), rows, css="text")
+    return section("", ("check", "outcome", "seconds", "detail"), rows, css="text sentences")
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def _table(name: str, rows: list[dict[str, Any]]) -> str:
+    """Return a table of rows that have the same keys; each column is a key."""
+    heads = list(rows[0])
+    cells = [[_number(row.get(head)) or str(row.get(head, "")) for head in heads] for row in rows]
+    return f"<h3>{escape(name.replace('_', ' '))}</h3>" + section("", [head.replace("_", " ") for head in heads], cells, css="text")
 
 
 def _latencies(latencies: list[dict[str, Any]]) -> str:
@@ -59,7 +73,7 @@ def _latencies(latencies: list[dict[str, Any]]) -> str:
     rows = [
         (f"{row['contender']}, {row['seconds']:.2f} s × {row['batch']}", *(_number(row.get(key)) for key in heads)) for row in latencies
     ]
-    return section("Latency", ("contender", *heads.values()), rows)
+    return section("", ("contender", *heads.values()), rows)
 
 
 def _number(value: object) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -106,6 +107,8 @@ def run_step(step: Step, sitting: Sitting) -> Result:
     missing = [path for path in (filled(need, paths) for need in step.needs) if not Path(path).exists()]
     if missing:
         return Result(step.name, step.title, "skipped", f"{step.because or 'a file is missing'} ({missing[0]})", **facts)
+    if step.tool and shutil.which(step.tool[0]) is None:
+        return Result(step.name, step.title, "skipped", f"{step.tool[0]} is not installed", **facts)
     if step.gpu and not has_driver():
         return Result(step.name, step.title, "skipped", "no NVIDIA driver (libcuda.so.1)", **facts)
     for name in ("json", "junit"):

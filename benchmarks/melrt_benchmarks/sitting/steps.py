@@ -26,6 +26,8 @@ class Step:
     """Paths without which the step is skipped, with the same replacements."""
     because: str = ""
     """The reason that the report gives if one of `needs` is missing."""
+    tool: tuple[str, ...] = ()
+    """Program and options that run Python; the step is skipped where it is not installed."""
     gpu: bool = False
     """Skipped without an NVIDIA driver, because it would measure the processor."""
 
@@ -77,6 +79,9 @@ STEPS: tuple[Step, ...] = (
     _ours("onnxruntime", "fp32,tf32,fp16"),
     _bench("streams", "Real-time streams through the fused engine", 100, "fused", "--backends", "fused", "--precisions", "fp16",
            "--seconds", "1", "--rounds", "3", "--streams"),
+    Step("sanitizer", "Memory accesses of melrt's kernels under compute-sanitizer",
+         ("-m", "melrt_benchmarks.sitting.stub", str(STUB_VOICE), "--json", "{json}", "--limit", "140", "--only", "calls", "of torch"), 150,
+         (str(STUB_VOICE),), tool=("compute-sanitizer", "--error-exitcode", "9")),
     _pytest("tests-rest", "Tests on a GPU, others", 90, "tests/gpu", f"--ignore={ENGINES}", f"--ignore={FUSED}", f"--ignore={TRAINING}"),
     _pytest("training", "Training on a GPU", 120, TRAINING),
     _pytest("tests-tensorrt", "Tests on a GPU, TensorRT", 120, ENGINES, "-k", "tensorrt- and not rewrite"),
@@ -94,4 +99,4 @@ def filled(text: str, paths: dict[str, Path]) -> str:
 
 def command_of(step: Step, paths: dict[str, Path]) -> list[str]:
     """Return the step's command line."""
-    return [sys.executable, *(filled(argument, paths) for argument in step.command)]
+    return [*step.tool, sys.executable, *(filled(argument, paths) for argument in step.command)]

@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument("voice", type=Path, metavar="VOICE.melrt", help="A bundle; only its mel convention and receptive field are used.")
     parser.add_argument("--json", type=Path, help="Write the results to this file after each check.")
     parser.add_argument("--limit", type=int, default=LIMIT, help="Seconds after which the process prints its stacks and ends.")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="WORDS", help="Run only the checks whose name contains one of these.")
     options = parser.parse_args()
     try:
         open_device(0)
@@ -35,7 +36,7 @@ def main() -> int:
     faulthandler.dump_traceback_later(options.limit, exit=True)
     rows = Rows(options.json, _show)
     with stub_bundles(options.voice) as bundles:
-        run_checks(bundles, rows)
+        run_checks(bundles, rows, [check for check in CHECKS if any(words in _name(check) for words in options.only)])
     print(f"{len(rows.rows)} checks, {rows.failed} failed.")
     return 1 if rows.failed else 0
 
@@ -43,7 +44,11 @@ def main() -> int:
 def run_checks(bundles: Bundles, rows: Rows, wanted: Sequence[Check] = CHECKS) -> None:
     """Run checks; one that fails does not stop the others."""
     for check in wanted:
-        rows.check(check.__name__.replace("_", " "), lambda check=check: check(bundles, rows.figures))  # type: ignore[misc]
+        rows.check(_name(check), lambda check=check: check(bundles, rows.figures))  # type: ignore[misc]
+
+
+def _name(check: Check) -> str:
+    return check.__name__.replace("_", " ")
 
 
 def _show(row: Row) -> None:
