@@ -21,6 +21,7 @@ from tests.runtime.fake_tensorrt import install
 from melrt.backends.tensorrt.backend import EngineBackend
 from melrt.backends.tensorrt.slot import ExecutionSlot
 from melrt.planning.windows import ReceptiveField, Window, plan
+from melrt_benchmarks.inference import host
 from melrt_benchmarks.sitting.rows import Rows
 from melrt_benchmarks.sitting.stub import arrays, checks, engine, faults
 from melrt_benchmarks.sitting.stub.bundles import stub_bundles
@@ -43,8 +44,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     _extend_driver(gpu, sys.modules["cuda.bindings"].driver)
     monkeypatch.setitem(sys.modules, "torch", _torch(gpu))
     monkeypatch.setattr(Tensor, "total", 0)
-    monkeypatch.setattr(arrays, "COUNTS", (1, 3))
-    monkeypatch.setattr(arrays, "ROUNDS", 3)
+    for module, name, value in ((arrays, "COUNTS", (1, 3)), (arrays, "ROUNDS", 2), (host, "CALLS", 9), (host, "CHUNKS", 9),
+                                (host, "BULK_UTTERANCES", 3), (arrays, "STREAMS", 1)):  # fmt: skip  # its streams belong to one thread
+        monkeypatch.setattr(module, name, value)
     return gpu
 
 

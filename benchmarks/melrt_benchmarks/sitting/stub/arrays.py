@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ from melrt_benchmarks.sitting.stub.checks import LENGTHS, Figures, loaded, rando
 WAIT_CYCLES = 150_000_000
 # Utterances of an array; the most are more than one launch of a kernel takes.
 COUNTS = (1, 3, 70)
+# Threads that each have a stream.
+STREAMS = 12
 # Calls of a measurement.
 ROUNDS = 200
 
@@ -154,6 +157,43 @@ def order_with_a_stream_of_cupy(bundles: Bundles, figures: Figures) -> str:
     return "6 calls on a stream that does not wait for the default one, all bits equal"
 
 
+def more_shapes_than_a_slot_keeps_on_the_device(bundles: Bundles, figures: Figures) -> str:
+    """Discard prepared shapes, and their graphs, while the work that uses them is queued."""
+    library = torch_library()
+    with loaded(bundles) as vocoder:
+        mels = [random_mel(vocoder, frames, seed) for frames in range(4, 204, 2) for seed in range(3)]
+        arrays = [library.to_gpu(mel) for mel in mels]
+        audio = [vocoder(array) for array in arrays]
+        for mel, one in zip(mels, audio, strict=True):
+            same(library.to_host(one), reference(vocoder, mel), f"{mel.shape[1]} frames")
+    return f"{len(mels)} calls, none of them waited for, all bits equal"
+
+
+def threads_with_streams_of_torch(bundles: Bundles, figures: Figures) -> str:
+    """Compare calls of threads that each work on a stream of their own."""
+    library = torch_library()
+    torch, errors = library.module, list[BaseException]()
+    with loaded(bundles) as vocoder:
+
+        def work(index: int) -> None:
+            try:
+                with torch.cuda.stream(torch.cuda.Stream()):
+                    for seed in range(10):
+                        mel = random_mel(vocoder, LENGTHS[(index + seed) % len(LENGTHS)], seed)
+                        same(library.to_host(vocoder(library.to_gpu(mel))), reference(vocoder, mel), f"thread {index}, call {seed}")
+            except Exception as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(STREAMS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    if errors:
+        raise errors[0]
+    return f"{STREAMS} threads, 10 calls each, all bits equal"
+
+
 def closing_while_work_is_queued(bundles: Bundles, figures: Figures) -> str:
     """Close a voice whose work waits on the device; its audio is complete all the same."""
     library = torch_library()
@@ -199,6 +239,6 @@ def _timed(run: Callable[[], object]) -> float:
 
 
 CHECKS = (
-    arrays_of_torch, order_with_a_stream_of_torch, arrays_of_cupy, order_with_a_stream_of_cupy, arrays_of_pycuda,
-    closing_while_work_is_queued, cost_of_arrays,
+    arrays_of_torch, order_with_a_stream_of_torch, threads_with_streams_of_torch, more_shapes_than_a_slot_keeps_on_the_device,
+    arrays_of_cupy, order_with_a_stream_of_cupy, arrays_of_pycuda, closing_while_work_is_queued, cost_of_arrays,
 )  # fmt: skip

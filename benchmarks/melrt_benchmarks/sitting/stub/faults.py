@@ -75,7 +75,7 @@ def _in_thread(run: Callable[[], None]) -> None:
 
 def more_shapes_than_a_slot_keeps(bundles: Bundles, figures: Figures) -> str:
     """Compare so many lengths that prepared shapes are discarded and made again."""
-    lengths = [*range(4, 204, 2)] * 3
+    lengths = [frames for frames in range(4, 204, 2) for _ in range(3)]  # captured, then discarded
     with loaded(bundles) as vocoder:
         for index, frames in enumerate(lengths):
             mel = random_mel(vocoder, frames, index)
