@@ -54,6 +54,17 @@ def test_a_step_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
     assert results["after"].tail == ("here",)
 
 
+def test_a_sitting_that_is_terminated_leaves_no_process(tmp_path: Path) -> None:
+    code = f"from melrt_benchmarks.sitting import cli, steps; cli.STEPS = (steps.Step('hangs', '', ('-c', {HANGS!r}), 60),); cli.main()"
+    process = subprocess.Popen([sys.executable, "-c", code, "--out", str(tmp_path / "out")])
+    log = tmp_path / "out.work" / "hangs.log"
+    while not (log.is_file() and log.read_text().endswith("\n")):
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(10) == cli.TERMINATED
+    assert not is_running(int(log.read_text().split()[1]))
+
+
 def is_running(pid: int) -> bool:
     """Wait a moment for a killed process, which its new parent may not have reaped."""
     for _ in range(100):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import signal
 import sys
 import time
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from melrt_benchmarks.sitting.runner import Result, Sitting, joined_logs, run_si
 from melrt_benchmarks.sitting.steps import ROOT, STEPS, Step
 
 DEMO_VOICE = ROOT / "export/melrt_export/demo_voice"
+TERMINATED = 128 + signal.SIGTERM
 
 
 def main() -> int:
@@ -30,6 +32,7 @@ def main() -> int:
     if unknown:
         parser.error(f"no step has the name {', '.join(sorted(unknown))}; --list shows the names.")
     work = options.work or options.out.with_name(options.out.name + ".work")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # as an exception, so that the running step is killed, too
     sitting = Sitting(options.out.resolve(), work.resolve(), options.voice.resolve(), options.budget, tuple(options.again))
     return _run(sitting, [step for step in STEPS if step.name in wanted])
 

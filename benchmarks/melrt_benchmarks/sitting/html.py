@@ -20,7 +20,7 @@ def page(results: list[Result], began: str) -> str:
     counts: dict[str, int] = {}
     for result in results:
         counts[result.outcome] = counts.get(result.outcome, 0) + 1
-    summary = f"{began}. {len(results)} steps: {', '.join(f'{count} {outcome}' for outcome, count in counts.items())}."
+    summary = f"{began}. Steps: {', '.join(f'{count} {outcome}' for outcome, count in counts.items())}."
     gpu: dict[str, str] = next((result.data.get("gpu", {}) for result in results if result.name == "versions"), {})
     described = ", ".join(f"{key} {value}" for key, value in gpu.items())
     rows = [(result.title, _outcome(result.outcome), f"{result.seconds:.1f}", str(result.limit), result.reason) for result in results]

@@ -54,7 +54,7 @@ def _contenders(name: str, only: str, limit: int = 60) -> Step:
 
 
 def _ours(backend: str, precisions: str, limit: int = 60) -> Step:
-    options = ("--backends", backend, "--precisions", precisions, "--concurrency", "16")
+    options = ("--checkpoint", "{checkpoint}", "--backends", backend, "--precisions", precisions, "--concurrency", "16")
     return _bench(f"bench-{backend}", f"Benchmark: melrt, {backend}", limit, backend, *SIZES, *options)
 
 
