@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SKIPPED = 77
+from melrt_benchmarks.sitting.steps import SKIPPED
+
 ROUNDS = 15
 GIB = 1 << 30
 MIB = 1 << 20

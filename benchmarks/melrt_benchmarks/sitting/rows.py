@@ -12,8 +12,6 @@ from typing import Any
 
 from melrt.files.atomic import atomic_write
 
-# Exit code of a step that this machine cannot run; its last line of output is the reason.
-SKIPPED = 77
 # Enough of a traceback to find the line.
 LAST_LINES = 12
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from melrt_benchmarks.sitting import junit
-from melrt_benchmarks.sitting.steps import ROOT, Step, command_of, filled
+from melrt_benchmarks.sitting.steps import ROOT, SKIPPED, Step, command_of, filled
 
-# Exit codes of a step that this machine cannot run: a step's own, and pytest's for no tests.
-SKIPPED, NO_TESTS = 77, 5
+# pytest's exit code if no test was selected.
+NO_TESTS = 5
 # `melrt bench` of contenders of which none is here.
 WRONG_INPUT, NO_CONTENDER = 2, "no contender runs here"
 LAST_LINES = 15

@@ -10,7 +10,8 @@ from typing import Any
 
 from melrt.backends.tensorrt.backend import open_device
 from melrt.errors import BackendError, MissingExtraError
-from melrt_benchmarks.sitting.rows import SKIPPED, Row, Rows
+from melrt_benchmarks.sitting.rows import Row, Rows
+from melrt_benchmarks.sitting.steps import SKIPPED
 from melrt_benchmarks.sitting.stub import arrays, checks, faults
 from melrt_benchmarks.sitting.stub.bundles import Bundles, stub_bundles
 
