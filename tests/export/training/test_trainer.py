@@ -1,101 +1,32 @@
-"""Trainer and `melrt train`: learning, exact resumption after stops and kills, several processes, and error messages."""
+"""Trainer and `melrt train`: learning, several processes, what a run keeps, and error messages."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import subprocess
-import sys
-import time
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 import torch
-from safetensors import safe_open
 from safetensors.numpy import load_file
+from tests.export.training.runs import ENVIRONMENT, WATCHDOG, command, header, write_config
 
-from melrt.bundle import Bundle
 from melrt.errors import TrainingError
-from melrt.files.audio import read_audio
 from melrt.planning.edges import Edges
-from melrt_export.assets import RECORDING
 from melrt_export.checkpoints import load_checkpoint, native
 from melrt_export.generator.config import GeneratorConfig
 from melrt_export.generator.pqmf import FilterDesign
-from melrt_export.training.config import TrainingConfig, read_config
 from melrt_export.training.distributed import ProcessGroup
 from melrt_export.training.state import FILE, History
 from melrt_export.training.trainer import Trainer
 from melrt_export.training.voice import create_voice
 
-CONFIG = """
-run = "run"
-[generator]
-channels = 32
-stacks = 1
-[data]
-train = "wavs"
-held_out = 1
-batch = 2
-segment = 4096
-workers = 0
-[losses]
-stft = 1.0
-mel = 5.0
-[discriminator]
-channels = 4
-layers = 2
-[schedule]
-steps = {steps}
-log_every = 5
-validate_every = 10
-save_every = 10
-"""
 # One second of speech must be learned to this share of the initial error.
 OVERFIT_STEPS = 300
 OVERFIT_SHARE = 0.4
-RESUME_TOLERANCE = 1e-6
 # Two processes sum a gradient in another order than one process. The float32 rounding is relative to the largest gradient of a tensor.
 GRADIENT_TOLERANCE = 1e-4
-KILLS = 10
-WATCHDOG = 120
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread_in_children(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use one thread in the processes of a test, too."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Return a folder with a config and three seconds of speech in three files."""
-    audio = read_audio(RECORDING, 22050)
-    (tmp_path / "wavs").mkdir()
-    for i in range(3):
-        soundfile.write(tmp_path / "wavs" / f"{i}.wav", audio[22050 * (i + 1) : 22050 * (i + 2)], 22050)
-    write_config(tmp_path, steps=20)
-    return tmp_path
-
-
-def write_config(folder: Path, steps: int, *changes: tuple[str, str], name: str = "x.toml") -> TrainingConfig:
-    text = CONFIG.format(steps=steps)
-    for old, new in changes:
-        assert old in text
-        text = text.replace(old, new)
-    (folder / name).write_text(text)
-    return read_config(folder / name)
-
-
-def header(run: Path) -> dict:
-    with safe_open(run / FILE, "np") as file:
-        return json.loads(file.metadata()["melrt"])
 
 
 def test_generator_overfits_one_second(folder: Path) -> None:
@@ -128,49 +59,6 @@ def test_multi_band_voice_trains_from_random_weights(folder: Path) -> None:
     assert np.array_equal(trained.weights["pqmf.weight"], FilterDesign().filters(4)), "the filters are not trained"
 
 
-def test_resumed_run_equals_an_uninterrupted_one(folder: Path) -> None:
-    """With an average of the weights, and discriminators that begin after the stop: `best` begins again, at the same step in both."""
-    late = ("stft = 1.0", "stft = 1.0\ndiscriminator_from = 15\nadversarial_from = 25")
-    average = ("[schedule]", "[optimizer]\naverage = 0.9\n[schedule]")
-    config = write_config(folder, 40, ("workers = 0", "workers = 1"), late, average)
-    curves: dict[str, list[tuple[int, float]]] = {}
-
-    class Curve:
-        def __init__(self, name: str) -> None:
-            self.values = curves.setdefault(name, [])
-
-        def on_step(self, step: int) -> None: ...
-
-        def on_validation(self, validation, best: bool) -> None: ...
-
-        def on_losses(self, step: int, values) -> None:
-            self.values.extend((step, values.get(name, 0.0)) for name in ("generator", "discriminator", "feature_matching"))
-
-    def trained(name: str, resume: bool, until: int | None) -> Trainer:
-        trainer = Trainer(replace(config, run=str(folder / name)), resume=resume)
-        trainer.callbacks = [Curve(name)]
-        assert trainer.run(until).finished == (until is None)
-        return trainer
-
-    whole = trained("whole", False, None)
-    trained("parts", False, 20)
-    parts = trained("parts", True, None)
-    assert [step for step, _ in curves["whole"]] == [step for step, _ in curves["parts"]]
-    assert len(curves["whole"]) == 3 * 8
-    assert np.allclose([v for _, v in curves["whole"]], [v for _, v in curves["parts"]], rtol=0, atol=RESUME_TOLERANCE)
-    assert np.allclose(whole.history.validations, parts.history.validations, rtol=0, atol=RESUME_TOLERANCE)
-    one, other = (load_file(folder / name / FILE) for name in ("whole", "parts"))
-    assert one.keys() == other.keys()
-    assert all(np.abs(one[name] - other[name]).max() <= RESUME_TOLERANCE for name in one)
-    for kept in ("best", "best-generator-only", "last", "last-average"):
-        first, second = (load_checkpoint(folder / name / kept).weights for name in ("whole", "parts"))
-        assert all(np.abs(first[name] - second[name]).max() <= RESUME_TOLERANCE for name in first), kept
-
-
-def command(*arguments: object, launcher: tuple[str, ...] = ()) -> list[str]:
-    return [sys.executable, *launcher, "-m", "melrt", "train", *map(str, arguments)]
-
-
 def test_two_processes_compute_the_gradients_of_one(folder: Path) -> None:
     """Adam's first moment after one step is half the gradient, so the saved states of two whole trainings show their gradients."""
     alone = write_config(folder, 1, ("batch = 2", "batch = 4"), ('run = "run"', 'run = "alone"'))
@@ -189,78 +77,6 @@ def test_two_processes_compute_the_gradients_of_one(folder: Path) -> None:
         largest = np.abs(one[name]).max()
         assert np.abs(one[name] - two[name]).max() <= GRADIENT_TOLERANCE * largest + 1e-7, name
     assert sum(np.abs(one[name]).max() > 0 for name in moments) > 0.9 * len(moments)
-
-
-RESUME = """
-import torch
-from pathlib import Path
-from melrt_export.training.config import read_config
-from melrt_export.training.trainer import Trainer
-torch.set_num_threads(1)
-Trainer(read_config(Path({path!r})), resume=True).run()
-"""
-
-
-def test_run_killed_while_writing_can_be_resumed(folder: Path) -> None:
-    """Every step saves the state, so a process spends most of its time on writing. It is killed at a random moment."""
-    config = write_config(folder, 100_000, ("save_every = 10", "save_every = 1"), ("validate_every = 10", "validate_every = 3"))
-    run = Path(config.run)
-    Trainer(config).run(until=1)
-    noise = np.random.default_rng()
-    context = get_context("forkserver")  # it imports torch once, and forks processes before any thread starts
-    context.set_forkserver_preload(["melrt_export.training.trainer", "torch._dynamo"])
-    step = 1
-    for _ in range(KILLS):
-        process = context.Process(target=exec, args=(RESUME.format(path=str(folder / "x.toml")),))
-        process.start()
-        deadline = time.monotonic() + WATCHDOG
-        while header(run)["step"] == step:
-            assert process.is_alive(), "the resumed run failed"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        time.sleep(noise.uniform(0, 0.3))
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-        step = header(run)["step"]
-        load_checkpoint(run / "best")
-        load_checkpoint(run / "last")
-    resumed = Trainer(config, resume=True)
-    assert resumed.history.step == step
-    resumed.run(until=step + 1)
-    assert {path.name for path in run.iterdir()} == {FILE, "best", "last"}, "leftovers are removed"
-
-
-def test_ctrl_c_saves_and_resume_finishes_and_exports(folder: Path, melrt) -> None:
-    """The command is interrupted, resumed and exported with its figures; then its log is read back."""
-    write_config(folder, 100_000)
-    process = subprocess.Popen(command(folder / "x.toml"), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + WATCHDOG
-    while not (folder / "run" / FILE).exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=WATCHDOG)
-    assert process.returncode == 130, err
-    stopped = header(folder / "run")["step"]
-    assert f"stopped after {stopped} of 100000 steps and saved its state" in out
-    assert f"Continue with: melrt train {folder / 'x.toml'} --resume" in out
-    assert "step 0 of 100000: validation error" in out
-    assert "Reading every recording once" in err
-    assert "step 5 of 100000: discriminator" in err, "progress without a terminal"
-    steps = stopped + 5
-    write_config(folder, steps)
-    code, out, err = melrt("train", folder / "x.toml", "--resume", "--export", folder / "x.melrt")
-    assert code == 0, err
-    assert header(folder / "run")["step"] == steps
-    provenance = Bundle.open(folder / "x.melrt").manifest.provenance
-    best, error, _ = min(header(folder / "run")["validations"], key=lambda entry: entry[2])
-    assert (provenance["training_steps"], provenance["validation_log_mel_error"]) == (str(best), f"{error:.4f}")
-    assert (provenance["training_recordings"], provenance["validation_recordings"]) == ("2", "1")
-    events = read_events(folder / "run")
-    assert {"training/generator", "training/discriminator", "training/steps_per_second", "validation/weights/log_mel"} <= set(events)
-    assert events["validation/weights/log_mel"] > 0
-    assert len(events["2/synthesis"]) > 2 * 22016, "a second of 16-bit audio"
-    assert events["2/recording_above_synthesis"].startswith(b"\x89PNG")
 
 
 def test_what_a_training_keeps_is_exported(folder: Path, melrt) -> None:
@@ -296,23 +112,6 @@ def test_best_begins_again_with_the_discriminators() -> None:
     history.validations.append((40, 0.6, 8.0))
     assert history.best == (40, 0.6), "the error is compared, not the log-mel"
     assert replace(history, begin=0).best == (10, 0.2)
-
-
-def read_events(run: Path) -> dict[str, object]:
-    """Return the last value of each tag in the event files. Their records are length, checksum, data, checksum (TFRecord)."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    values: dict[str, object] = {}
-    for file in sorted(run.glob("events*")):
-        data = file.read_bytes()
-        while data:
-            size = int.from_bytes(data[:8], "little")
-            for value in Event.FromString(data[12 : 12 + size]).summary.value:
-                kind = value.WhichOneof("value")
-                content = getattr(value, kind)
-                values[value.tag] = content if kind == "simple_value" else getattr(content, f"encoded_{kind}_string")
-            data = data[16 + size :]
-    return values
 
 
 def test_fine_tuning_never_ends_worse_than_it_began(folder: Path) -> None:
@@ -384,28 +183,6 @@ def test_too_little_gpu_memory_is_reported(folder: Path) -> None:
 
     with pytest.raises(TrainingError, match="does not hold a step of 2 segments of 4096 samples; set a smaller batch"):
         Trainer(write_config(folder, 20), extra={"greedy": greedy}).run()
-
-
-def test_state_that_cannot_be_resumed_is_reported(folder: Path) -> None:
-    config = write_config(folder, 20)
-    with pytest.raises(TrainingError, match="nothing to resume"):
-        Trainer(config, resume=True)
-    Trainer(config).run(until=2)
-    with pytest.raises(TrainingError, match="already holds a training"):
-        Trainer(config)
-    cases = (("channels = 32", "channels = 64"), "another generator"), (("channels = 4", "channels = 8"), "expected shape"), (
-        ("layers = 2", "layers = 1"), "expected shape|tensors that this network lacks|is missing",
-    )  # fmt: skip
-    for change, message in cases:
-        with pytest.raises(TrainingError, match=message):
-            Trainer(write_config(folder, 20, change, name="other.toml"), resume=True)
-    file = folder / "run" / FILE
-    good = file.read_bytes()
-    for bad in (good[: len(good) // 2], b"", b"\xff" * 100, good.replace(b'\\"step\\": 2', b'\\"stop\\": 2')):
-        assert bad != good
-        file.write_bytes(bad)
-        with pytest.raises(TrainingError, match="Start a new run"):
-            Trainer(config, resume=True)
 
 
 def test_settings_that_do_not_fit_together_are_reported(folder: Path, melrt) -> None:
