@@ -64,7 +64,10 @@ def init_distributed(machine: MachineConfig) -> Iterator[ProcessGroup]:
     if world_size == 1:
         yield ProcessGroup(device)
         return
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        distributed.init_process_group("nccl", device_id=device)  # without a device, NCCL guesses it at the first barrier, and warns
+    else:
+        distributed.init_process_group("gloo")
     try:
         yield ProcessGroup(device, rank, world_size)
     finally:
