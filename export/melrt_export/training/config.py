@@ -17,6 +17,7 @@ from melrt_export.generator.config import GeneratorConfig
 MAX_CONFIG_BYTES = 1 << 20
 MAX_STEPS = 1 << 40
 
+AdversarialForm = Literal["hinge", "least_squares"]
 Int8Form = Literal["cpu", "tensorrt"]
 # Settings that were renamed.
 RENAMED = {
@@ -88,7 +89,9 @@ class LossConfig:
     """Weights of the terms in the generator's objective. The defaults are MelGAN's."""
 
     adversarial: float = 1.0
-    """Weight of the hinge loss."""
+    """Weight of the adversarial loss."""
+    adversarial_form: AdversarialForm = "hinge"
+    """`hinge`: MelGAN's loss, summed over scales; `least_squares`: ParallelWaveGAN's, averaged over scales."""
     feature_matching: float = 10.0
     """Weight of the distance between the discriminators' features of recording and synthesis."""
     feature_scale: Literal["neurips", "paper"] = "neurips"

@@ -1,7 +1,8 @@
 """Losses of the generator and the discriminators.
 
-Hinge loss and feature matching after Kumar et al. (NeurIPS 2019, equations 1, 2 and 4), multi-resolution STFT after Yamamoto et al.
-(ICASSP 2020). All are means over the batch, so the averaged gradients of several processes equal those of one process with the whole batch.
+Hinge loss and feature matching after Kumar et al. (NeurIPS 2019, equations 1, 2 and 4), least squares after Mao et al. (ICCV 2017,
+equation 9), multi-resolution STFT after Yamamoto et al. (ICASSP 2020). All are means over the batch, so the
+averaged gradients of several processes equal those of one process with the whole batch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from melrt_export.quality import RESOLUTIONS
+from melrt_export.training.config import AdversarialForm
 from melrt_export.training.discriminator import Features
 
 # Smaller energies are raised to this value, because the slope of the logarithm has no bound near zero (ParallelWaveGAN's value).
@@ -24,18 +26,33 @@ SMALLEST_ENERGY = 1e-7
 QUIET_RMS = 0.01
 
 
-def discriminator_loss(real: Features, fake: Features) -> Tensor:
-    """Return the hinge loss, summed over scales: mean max(0, 1 - D(recording)) + mean max(0, 1 + D(synthesis)).
+def discriminator_loss(real: Features, fake: Features, form: AdversarialForm = "hinge") -> Tensor:
+    """Return the discriminators' loss from their scores.
 
-    Equation 1 of the paper has min where max is meant: with min the minimized loss would have no lower bound.
+    Args:
+        real: Features of the recording.
+        fake: Features of the synthesis.
+        form: `hinge`: mean max(0, 1 - D(recording)) + mean max(0, 1 + D(synthesis)), summed over scales. Equation 1 of the paper has
+            min where max is meant: with min the minimized loss would have no lower bound. `least_squares`:
+            mean (D(recording) - 1)^2 + mean D(synthesis)^2, averaged over scales, as in ParallelWaveGAN.
     """
-    terms = [F.relu(1 - r[-1].float()).mean() + F.relu(1 + f[-1].float()).mean() for r, f in zip(real, fake, strict=True)]
-    return torch.stack(terms).sum()
+    scores = [(r[-1].float(), f[-1].float()) for r, f in zip(real, fake, strict=True)]
+    if form == "hinge":
+        return torch.stack([F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in scores]).sum()
+    return torch.stack([(r - 1).square().mean() + f.square().mean() for r, f in scores]).mean()
 
 
-def adversarial_loss(fake: Features) -> Tensor:
-    """Return the generator's loss from the discriminators' scores, summed over scales: -mean D(synthesis)."""
-    return torch.stack([-scale[-1].float().mean() for scale in fake]).sum()
+def adversarial_loss(fake: Features, form: AdversarialForm = "hinge") -> Tensor:
+    """Return the generator's loss from the discriminators' scores.
+
+    Args:
+        fake: Features of the synthesis.
+        form: `hinge`: -mean D(synthesis), summed over scales; `least_squares`: mean (D(synthesis) - 1)^2, averaged over scales.
+    """
+    scores = [scale[-1].float() for scale in fake]
+    if form == "hinge":
+        return torch.stack([-score.mean() for score in scores]).sum()
+    return torch.stack([(score - 1).square().mean() for score in scores]).mean()
 
 
 def feature_matching_loss(real: Features, fake: Features, scale: Literal["neurips", "paper"]) -> Tensor:

@@ -111,7 +111,7 @@ class AdversarialStep:
             features = self._parallel_discriminator(both)
         half = len(both) // 2
         real, fake = ([[layer[part] for layer in scale] for scale in features] for part in (slice(half), slice(half, None)))
-        loss = discriminator_loss(real, fake)
+        loss = discriminator_loss(real, fake, self.config.losses.adversarial_form)
         self._update(loss, self.discriminator_optimizer)
         return [[layer.detach() for layer in scale] for scale in real], loss.detach()
 
@@ -123,7 +123,7 @@ class AdversarialStep:
             with self._autocast():
                 fake = self.discriminator(batch.output[:, None])
             self.discriminator.requires_grad_(True)
-            yield "adversarial", (losses.adversarial, adversarial_loss(fake))
+            yield "adversarial", (losses.adversarial, adversarial_loss(fake, losses.adversarial_form))
             yield "feature_matching", (losses.feature_matching, feature_matching_loss(real, fake, losses.feature_scale))
         if losses.stft:
             yield "stft", (losses.stft, self.stft_loss(batch.recording, batch.output))

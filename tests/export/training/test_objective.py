@@ -44,6 +44,20 @@ def test_the_generator_minimizes_each_term_with_its_weight(segments: torch.Tenso
     assert float(values["generator"]) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_a_step_uses_the_chosen_adversarial_loss(segments: torch.Tensor) -> None:
+    """Random discriminators score near 0, where the hinge losses are 6 and 0, and the squared distances are 1 and 1."""
+    found = {}
+    for form in ("hinge", "least_squares"):
+        config = TrainingConfig(
+            "", DataConfig(""), generator=GeneratorConfig(channels=32), discriminator=DiscriminatorConfig(channels=4, layers=2),
+            losses=LossConfig(adversarial_form=form),
+        )  # fmt: skip
+        values = AdversarialStep(config, create_voice(config), ProcessGroup(torch.device("cpu")), {})(segments, 0)
+        found[form] = [float(values[name]) for name in ("discriminator", "adversarial")]
+    assert found["hinge"] == pytest.approx([6, 0], abs=0.3)
+    assert found["least_squares"] == pytest.approx([1, 1], abs=0.3)
+
+
 def test_a_step_equals_that_of_an_independent_loop(segments: torch.Tensor) -> None:
     """Adam's first moment is half the gradient. Its first step moves a weight by the learning rate against the gradient's sign."""
     config = TrainingConfig("", DataConfig(""), generator=GeneratorConfig(channels=32))
