@@ -130,7 +130,7 @@ TryVariants = Annotated[
 Force = Annotated[
     bool, typer.Option("--force", help="Add an INT8 engine even if it is not 5 % faster than FP16 on this GPU, without comparing them.")
 ]
-EngineKind = Annotated[str, typer.Option(help="tensorrt, or fused: kernels of melrt that need no TensorRT and that no GPU has run yet.")]
+EngineKind = Annotated[str, typer.Option(help="tensorrt, or fused: kernels of melrt that need no TensorRT, measured on an H100.")]
 Gpus = Annotated[
     str | None,
     typer.Option(metavar="CAPABILITIES", help="With fused: compute capabilities to compile for. The default is 8.0,8.6,8.9,9.0,10.0,12.0."),
@@ -170,7 +170,7 @@ def build(
     times about eight engines for each graph, adds the fastest, and stores all times in the bundle.
 
     `--engine fused` compiles melrt's own kernels for several GPUs at once, without a GPU and without TensorRT. They run on NVIDIA GPUs
-    through cuda-core alone, if named: `--backend fused`. No GPU has run them yet.
+    through cuda-core alone, if named: `--backend fused`. They were measured on an H100 only.
     """
     if _checked_engine(context, engine) == "fused":
         return _build_fused(voice, gpus, interpret)
@@ -218,7 +218,7 @@ def _build_fused(voice: Path, gpus: str | None, interpret: bool) -> None:
         console.print(kernel_table(program))
     if entry.quality:
         _print(f"On recorded speech, the interpreted kernels' signal-to-noise ratio against FP32 is {entry.quality['snr_db']:.1f} dB.")
-    _print(f"Built {voice / entry.file} ({entry.size / 1e6:.2f} MB). No GPU has run these kernels yet, so `auto` does not choose them.")
+    _print(f"Built {voice / entry.file} ({entry.size / 1e6:.2f} MB). `auto` does not choose it: run it with --backend fused.")
     _print(f"Next: synthesize speech on a GPU with `melrt synth {voice} MEL.npy -o speech.wav --backend fused`.")
 
 

@@ -1,4 +1,4 @@
-"""The plain export on a GPU: ONNX Runtime with its CUDA and TensorRT providers, and TensorRT. No GPU has run these contenders yet."""
+"""The plain export on a GPU: ONNX Runtime with its CUDA and TensorRT providers, and TensorRT. No GPU has run the last two."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PyTorch on a GPU, in the forms that its users run. No GPU has run these contenders yet."""
+"""PyTorch on a GPU, in the forms that its users run."""
 
 from __future__ import annotations
 

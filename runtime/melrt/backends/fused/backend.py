@@ -14,7 +14,8 @@ from melrt.bundle import Artifact, Bundle
 from melrt.errors import BackendError
 from melrt.planning.windows import GraphKind
 
-# As for TensorRT's engines; no GPU has measured either. The kernels take any length and batch: these limit the memory of a slot.
+# An H100 is as fast per window with 16 windows as with 64 (docs/fused.md). The kernels take any length and batch: these limit the
+# memory of a slot.
 WINDOW = 256
 BATCH = 16
 # The window has at least this many times the frames of its context, which is computed and discarded.
