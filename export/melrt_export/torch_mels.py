@@ -17,13 +17,11 @@ def read_torch_mel(path: Path) -> Mel:
         MelError: The file holds something else.
         CheckpointError: The file cannot be read, or holds objects other than tensors and plain values.
     """
-    import torch
-
-    from melrt_export.checkpoints.reading import read_pickle
+    from melrt_export.checkpoints.torch_files import StoredTensor, read_pickle
 
     value = read_pickle(path)
     if isinstance(value, dict):
         value = value.get("mel", next(iter(value.values())) if len(value) == 1 else None)
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, StoredTensor):
         raise MelError(f"{path} holds no mel; expected a tensor, or a dict with one tensor or one named 'mel'.")
-    return np.asarray(value.detach().float().numpy())
+    return np.asarray(value.numpy(), np.float32)

@@ -27,7 +27,8 @@ from melrt_export.checkpoints.checkpoint import (
     strip_prefix,
 )
 from melrt_export.checkpoints.naming import LayerNaming
-from melrt_export.checkpoints.reading import CheckpointFile, check_settings_size, read_json, read_npy_dict, to_arrays
+from melrt_export.checkpoints.reading import CheckpointFile, check_settings_size, read_json, read_npy_dict
+from melrt_export.checkpoints.torch_files import to_arrays
 
 NAME = "Coqui TTS"
 FILES = "best_model.pth or model_file.pth with config.json, and scale_stats.npy if it names one"

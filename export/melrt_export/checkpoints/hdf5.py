@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import mmap
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from melrt.errors import CheckpointError
-from melrt_export.checkpoints.reading import MAX_WEIGHTS_BYTES, check_file_size
+from melrt_export.checkpoints.limits import MAX_WEIGHTS_BYTES, check_file_size
 
 MAX_DEPTH = 16
 # Groups and arrays together. A group that several names lead to counts each time.
@@ -53,8 +54,10 @@ def _dataset_paths(group: Any, prefix: str, path: Path, depth: int, nodes: Itera
 
     if depth > MAX_DEPTH:
         raise CheckpointError(f"{path} nests its groups deeper than the {MAX_DEPTH} levels that are read.")
+    if len(group) > MAX_NODES or len(group.attrs) > MAX_NODES:
+        raise CheckpointError(f"{path} holds more than the {MAX_NODES} groups, arrays and attributes that are read.")
     keys = sorted((key for key in group.attrs if re.fullmatch(r"(layer|weight)_names\d*", key)), key=lambda key: (len(key), key))
-    ordered = [name.decode() if isinstance(name, bytes) else str(name) for key in keys for name in group.attrs[key]]
+    ordered = [name for key in keys for name in _names(group, key, path)]
     found: list[str] = []
     for name in dict.fromkeys(name for name in ordered or group if name in group):
         if next(nodes) > MAX_NODES:
@@ -70,6 +73,26 @@ def _dataset_paths(group: Any, prefix: str, path: Path, depth: int, nodes: Itera
     return found
 
 
+def _names(group: Any, key: str, path: Path) -> list[str]:
+    attribute = group.attrs.get_id(key)
+    count, longest = math.prod(attribute.shape), attribute.dtype.itemsize
+    if attribute.dtype.kind == "O":  # texts of variable length; a file can store one and name it many times
+        longest = _largest_heap(path)
+    if attribute.dtype.kind not in "SO" or count > MAX_NODES or count * longest > FREE_BYTES:
+        raise CheckpointError(f"{path}: {key} is not a list of at most {MAX_NODES} names in at most {FREE_BYTES} bytes.")
+    return [name.decode() if isinstance(name, bytes) else str(name) for name in np.ravel(group.attrs[key]).tolist()]
+
+
+def _largest_heap(path: Path) -> int:
+    """Return the size of the largest global heap in bytes: no text of variable length is longer (HDF5 file format, III.E)."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        largest, at = 0, data.find(b"GCOL\x01")
+        while at >= 0:
+            largest = max(largest, int.from_bytes(data[at + 8 : at + 16], "little"))
+            at = data.find(b"GCOL\x01", at + 1)
+    return largest
+
+
 def _read_dataset(file: Any, name: str, path: Path, most: int) -> np.ndarray:
     data = file[name]
     if data.external or data.is_virtual:
@@ -78,6 +101,8 @@ def _read_dataset(file: Any, name: str, path: Path, most: int) -> np.ndarray:
         raise CheckpointError(
             f"{path}: {name} has dtype {data.dtype} and {data.nbytes} bytes; expected real numbers, at most {most} bytes."
         )
+    if data.id.get_create_plist().get_nfilters():  # zlib inflates a piece to any size, whatever size the piece has
+        raise CheckpointError(f"{path}: {name} is compressed. Save it without compression, as Keras does.")
     chunk = math.prod(data.chunks or ()) * data.dtype.itemsize
     if chunk > most or (data.chunks and -(-data.nbytes // max(chunk, 1)) > MAX_NODES):
         raise CheckpointError(f"{path}: {name} has pieces of {chunk} bytes; expected at most {MAX_NODES} pieces of at most {most} bytes.")

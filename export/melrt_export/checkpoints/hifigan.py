@@ -12,7 +12,8 @@ from typing import Any
 from melrt.errors import CheckpointError
 from melrt.mel.spec import MelSpec
 from melrt_export.checkpoints.checkpoint import Checkpoint, build_mel_spec, fold_weight_norm, rename_tensors, sha256_of
-from melrt_export.checkpoints.reading import CheckpointFile, read_json, to_arrays
+from melrt_export.checkpoints.reading import CheckpointFile, read_json
+from melrt_export.checkpoints.torch_files import to_arrays
 from melrt_export.generator.config import GeneratorConfig
 from melrt_export.generator.mrf import MrfConfig
 

@@ -14,7 +14,8 @@ from melrt.errors import CheckpointError
 from melrt.mel.spec import MelSpec
 from melrt_export.checkpoints.checkpoint import Checkpoint, fold_weight_norm, rename_tensors, sha256_of
 from melrt_export.checkpoints.naming import LayerNaming
-from melrt_export.checkpoints.reading import CheckpointFile, read_yaml, to_arrays
+from melrt_export.checkpoints.reading import CheckpointFile, read_yaml
+from melrt_export.checkpoints.torch_files import to_arrays
 from melrt_export.generator.config import GeneratorConfig
 
 NAME = "melgan-neurips"

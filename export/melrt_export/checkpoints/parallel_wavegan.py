@@ -29,7 +29,8 @@ from melrt_export.checkpoints.checkpoint import (
 )
 from melrt_export.checkpoints.hdf5 import read_hdf5
 from melrt_export.checkpoints.naming import LayerNaming
-from melrt_export.checkpoints.reading import CheckpointFile, read_npy, read_yaml, to_arrays
+from melrt_export.checkpoints.reading import CheckpointFile, read_npy, read_yaml
+from melrt_export.checkpoints.torch_files import to_arrays
 from melrt_export.generator.config import GeneratorConfig, PaddingMode
 from melrt_export.generator.pqmf import FilterDesign
 

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 import re
-import zipfile
-from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,20 +16,19 @@ from typing import Any
 import numpy as np
 
 from melrt.errors import CheckpointError
-
-# The largest published generator has 13 M weights, 53 MB; with optimizer states and discriminators it has under 1 GB.
-MAX_WEIGHTS_BYTES = 4 << 30
-# Published configs have below 10 kB. PyYAML reads about 100 kB a second.
-MAX_CONFIG_BYTES = 128 << 10
-MAX_VALUE_LENGTH = 4096
-MAX_STATISTICS_BYTES = 16 << 20
-MAX_SETTINGS = 100_000
-MAX_SETTINGS_DEPTH = 50
-# Dictionary classes in which old Coqui TTS checkpoints keep their config. They are read as plain dictionaries.
-_ATTRIBUTE_DICTIONARIES = tuple(
-    f"{module}.AttrDict"
-    for module in ("TTS.utils.io", "TTS.utils.generic_utils", "mozilla_voice_tts.utils.io", "mozilla_voice_tts.utils.generic_utils")
+from melrt_export.checkpoints.limits import (
+    MAX_CONFIG_BYTES,
+    MAX_SAFETENSORS_HEADER_BYTES,
+    MAX_SETTINGS,
+    MAX_SETTINGS_DEPTH,
+    MAX_STATISTICS_BYTES,
+    MAX_VALUE_LENGTH,
+    MAX_WEIGHTS_BYTES,
+    check_file_size,
 )
+from melrt_export.checkpoints.pickles import load_pickle
+from melrt_export.checkpoints.torch_files import describe, read_pickle
+
 # Checkpoints of HiFi-GAN have no suffix.
 PICKLE_SUFFIXES = ("", ".pt", ".pth", ".pkl", ".tar", ".ckpt")
 
@@ -56,83 +52,6 @@ class CheckpointFile:
         return isinstance(inner, dict) and any(isinstance(name, str) and name.startswith(prefix) for name in inner)
 
 
-def read_pickle(path: Path) -> Any:
-    """Return the tensors (on the CPU) and plain containers of a `torch.save` file.
-
-    Raises:
-        CheckpointError: The file is missing, truncated or too large, or reading it would execute code.
-    """
-    import torch
-
-    check_file_size(path, MAX_WEIGHTS_BYTES)
-    if zipfile.is_zipfile(path):
-        _check_stored(path)
-    try:
-        with torch.serialization.safe_globals([(OrderedDict, name) for name in _ATTRIBUTE_DICTIONARIES]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(_pickle_reason(path, str(error))) from error
-    except Exception as error:  # a damaged file can fail anywhere in the reader
-        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        raise CheckpointError(f"{path} cannot be read as a PyTorch checkpoint; it is truncated or not a checkpoint ({reason}).") from error
-
-
-def _check_stored(path: Path) -> None:
-    """Check that a zip file is not compressed, which `torch.save` never does, so that it takes no more memory than its size."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except Exception as error:  # a damaged file can fail anywhere in the reader
-        raise CheckpointError(f"{path} cannot be read as a PyTorch checkpoint; it is truncated or not a checkpoint ({error}).") from error
-    size = sum(member.file_size for member in members)
-    if size > path.stat().st_size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise CheckpointError(f"{path} unpacks to {size} bytes; a PyTorch checkpoint is not compressed. Save it again with torch.save.")
-
-
-def _pickle_reason(path: Path, text: str) -> str:
-    refused = re.search(r"(?:GLOBAL|unrecognized function) (\S+)", text)
-    if refused:
-        return (
-            f"{path} holds more than tensors ({refused[1]}). Reading this would execute its code, so melrt executed nothing. "
-            "Save the weights alone where the model was trained: torch.save(generator.state_dict(), 'netG.pt')"
-        )
-    return f"{path} cannot be read as a PyTorch checkpoint; it is truncated or not a checkpoint."
-
-
-def to_arrays(path: Path, state: Any) -> dict[str, np.ndarray]:
-    """Convert a state dict to float32 or float64 arrays by name.
-
-    Raises:
-        CheckpointError: The state is not a dictionary of names and dense real tensors, or it is too large. The message names `path`.
-    """
-    import torch
-
-    if not isinstance(state, dict) or not state:
-        raise CheckpointError(f"{path} holds {_describe(state)}; expected a state dict, a dictionary of tensors by name.")
-
-    def is_real(value: Any) -> bool:
-        return (
-            isinstance(value, torch.Tensor)
-            and value.is_floating_point()
-            and (value.layout, value.device.type) == (torch.strided, "cpu")
-            and not value.is_quantized
-        )
-
-    odd = [f"{name!r} ({_describe(value)})" for name, value in state.items() if not (isinstance(name, str) and is_real(value))]
-    if odd:
-        raise CheckpointError(f"{path} is not a bare state dict of real tensors; it also holds {', '.join(odd[:6])}.")
-    # an expanded tensor needs a few bytes in the file and many in memory
-    if (size := sum(value.numel() * value.element_size() for value in state.values())) > path.stat().st_size:
-        raise CheckpointError(f"{path} holds tensors of {size} bytes; expected at most the file's {path.stat().st_size} bytes.")
-    return {
-        name: value.detach().to(torch.float64 if value.dtype == torch.float64 else torch.float32).numpy() for name, value in state.items()
-    }
-
-
-def _describe(value: object) -> str:
-    return f"a {type(value).__name__}" if value or not isinstance(value, dict) else "an empty dict"
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file. Tags of Python objects give their plain content and execute nothing.
 
@@ -144,7 +63,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     documents = list(parse_yaml(_read_text(path), path))
     values = documents[0] if len(documents) == 1 else documents
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds {_describe(values)}; expected a mapping of settings.")
+        raise CheckpointError(f"{path} holds {describe(values)}; expected a mapping of settings.")
     return values
 
 
@@ -237,7 +156,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds {_describe(values)}; expected an object of settings.")
+        raise CheckpointError(f"{path} holds {describe(values)}; expected an object of settings.")
     return values
 
 
@@ -249,11 +168,26 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """
     from safetensors.numpy import load_file
 
-    check_file_size(path, MAX_WEIGHTS_BYTES)
+    check_safetensors(path)
     try:
         return dict(load_file(path))
     except Exception as error:  # a damaged file can fail anywhere in the reader
         raise CheckpointError(f"{path} cannot be read as safetensors; it is truncated or not safetensors ({error}).") from error
+
+
+def check_safetensors(path: Path) -> None:
+    """Check the size of a safetensors file, and of its header, in which each tensor of no bytes would take a hundred bytes of memory.
+
+    Raises:
+        CheckpointError: The file is missing, or one of them is too large.
+    """
+    check_file_size(path, MAX_WEIGHTS_BYTES)
+    with path.open("rb") as stream:
+        header = int.from_bytes(stream.read(8), "little")
+    if header > MAX_SAFETENSORS_HEADER_BYTES:
+        raise CheckpointError(
+            f"{path} is not safetensors, or has a header of {header} bytes; at most {MAX_SAFETENSORS_HEADER_BYTES} are read."
+        )
 
 
 def read_npy(path: Path) -> np.ndarray:
@@ -264,7 +198,11 @@ def read_npy(path: Path) -> np.ndarray:
     """
     check_file_size(path, MAX_STATISTICS_BYTES)
     try:
-        return np.asarray(np.load(path, allow_pickle=False))
+        with path.open("rb") as stream:
+            values = np.lib.format.read_array(stream, allow_pickle=False)
+        if values.dtype.kind not in "fiub":
+            raise ValueError(f"it has dtype {values.dtype}")
+        return np.asarray(values)
     except Exception as error:  # a damaged file can fail anywhere in the reader
         raise CheckpointError(f"{path} cannot be read as a numpy file of numbers: {error}") from error
 
@@ -280,13 +218,13 @@ def read_npy_dict(path: Path) -> dict[str, Any]:
         stream = io.BytesIO(path.read_bytes())
         version = np.lib.format.read_magic(stream)
         shape, _, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(stream)
-        stored = _ArrayUnpickler(stream).load().value if dtype.hasobject and shape == () else None
+        stored = load_pickle(stream, _STORED).value if dtype.hasobject and shape == () else None
     except CheckpointError as error:
         raise CheckpointError(f"{path} {error}") from error
     except Exception as error:  # a damaged file can fail anywhere in the reader
         raise CheckpointError(f"{path} cannot be read as pickled statistics: {str(error)[:200]}") from error
     if not isinstance(stored, dict):
-        raise CheckpointError(f"{path} holds {_describe(stored)}; expected a dictionary of statistics.")
+        raise CheckpointError(f"{path} holds {describe(stored)}; expected a dictionary of statistics.")
     return {name: value.value if isinstance(value, _StoredArray) else value for name, value in stored.items() if isinstance(name, str)}
 
 
@@ -333,26 +271,6 @@ _STORED: dict[str, Any] = {
     "numpy.core.multiarray._reconstruct": _StoredArray, "numpy.ndarray": _StoredArray, "numpy.dtype": _StoredType,
     "numpy.core.multiarray.scalar": _stored_number, "_codecs.encode": _latin_bytes,
 }  # fmt: skip
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickler that builds arrays and numbers with melrt's own functions, and refuses every other name."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        full = f"{module.replace('numpy._core', 'numpy.core')}.{name}"
-        if full in _ATTRIBUTE_DICTIONARIES or full == "collections.OrderedDict":
-            return OrderedDict
-        if full not in _STORED:
-            raise CheckpointError(f"holds more than arrays ({full}). Reading this would execute its code, so melrt executed nothing.")
-        return _STORED[full]
-
-
-def check_file_size(path: Path, limit: int) -> None:
-    """Raise CheckpointError if the file is missing, or has more than `limit` bytes."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist, or is not a file.")
-    if path.stat().st_size > limit:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes; at most {limit} are read.")
 
 
 def _read_text(path: Path) -> str:

@@ -18,7 +18,8 @@ from melrt_export.checkpoints.checkpoint import (
     sha256_of,
 )
 from melrt_export.checkpoints.naming import LayerNaming
-from melrt_export.checkpoints.reading import CheckpointFile, parse_yaml, to_arrays
+from melrt_export.checkpoints.reading import CheckpointFile, parse_yaml
+from melrt_export.checkpoints.torch_files import to_arrays
 
 NAME = "seungwonpark/melgan"
 FILES = "<name>_<githash>_<epoch>.pt"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +58,16 @@ def test_files_without_a_mel_are_refused(tmp_path: Path) -> None:
         assert "unsafely" not in str(refused.value)
 
 
-def test_torch_files_name_the_extra_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "x.pt").write_bytes(b"")
-    monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.delitem(sys.modules, "melrt_export.torch_mels", raising=False)
+def test_torch_files_are_read_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noise: np.random.Generator) -> None:
+    mel = noise.standard_normal((80, 2)).astype(np.float32)
+    storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\xa0tQ"
+    pickled = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\0(KPK\x02t(K\x02K\x01t\x89}tR."
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("x/data.pkl", pickled)
+        archive.writestr("x/data/0", mel.tobytes())
+    for module in ("torch", "h5py", "yaml", "safetensors"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert np.array_equal(read_mel(tmp_path / "x.pt", SPEC), mel)
+    monkeypatch.setitem(sys.modules, "melrt_export.torch_mels", None)
     with pytest.raises(MissingExtraError, match=r"reading .pt files needs .*melrt\[export\]"):
         read_mel(tmp_path / "x.pt", SPEC)
