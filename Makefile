@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TRITON := .triton
 
-.PHONY: demo test check gpu mutants fuzz triton release clean
+.PHONY: demo test check gpu mutants fuzz faults triton release clean
 
 demo: $(VENV)/.installed
 	$(BIN)/melrt demo
@@ -27,6 +27,10 @@ fuzz: $(VENV)/.installed
 # Continues after a step that fails, and resumes if it is run again.
 gpu: $(VENV)/.installed
 	$(BIN)/python -m melrt_benchmarks.sitting --out gpu-sitting
+
+# Kills each command that writes at 60 moments, or fills its disk, and checks what it leaves; a quarter of an hour.
+faults: $(VENV)/.installed
+	$(BIN)/python -m tests.faults.faults
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

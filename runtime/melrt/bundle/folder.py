@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ import numpy as np
 from melrt.bundle.graph_check import check_graph
 from melrt.bundle.manifest import MANIFEST, Artifact, Manifest
 from melrt.errors import BundleError
-from melrt.files.atomic import atomic_folder, atomic_write
+from melrt.files.atomic import atomic_folder, atomic_write, is_temporary
 from melrt.files.locks import locked_folder
 from melrt.types import FloatAudio, Mel
 
@@ -103,6 +104,7 @@ class Bundle:
         """
         with locked_folder(self.path):
             current = Bundle.open(self.path).manifest  # another process may have added to it since
+            _remove_unlisted(self.path, current)
             if any(source not in current.artifacts for source in made_from):
                 raise BundleError(f"{self.path} was exported again while {files[0][0].file} was made from it; repeat the command.")
             names = {entry.name for entry, _ in files}
@@ -119,9 +121,9 @@ class Bundle:
         """Write the new files, then the manifest that lists them; after a failure remove the files that it does not list."""
         try:
             for entry, data in files:
-                with atomic_write(self.path / entry.file, follow=False) as temporary:
+                with atomic_write(self.path / entry.file, follow=False, locked=True) as temporary:
                     temporary.write_bytes(data)
-            with atomic_write(self.path / MANIFEST, follow=False) as temporary:
+            with atomic_write(self.path / MANIFEST, follow=False, locked=True) as temporary:
                 temporary.write_bytes(manifest.dumps())
         except BaseException:
             listed = Bundle.open(self.path).manifest.artifacts  # the new ones, if only the folder's sync failed
@@ -184,6 +186,14 @@ class Bundle:
             raise
         except Exception as error:  # a damaged file can fail anywhere in numpy's reader
             raise BundleError(f"{self.path / name} is not a numpy array: {error}") from error
+
+
+def _remove_unlisted(path: Path, manifest: Manifest) -> None:
+    """Remove the files that a killed process wrote before the manifest listed them, by melrt's names for them; others may be the user's."""
+    listed = {entry.file for entry in manifest.artifacts}
+    for file in list(path.iterdir()):
+        if file.is_file() and file.name not in listed and (is_temporary(file.name) or re.search(r"\+[0-9a-f]{8}\.\w+$", file.name)):
+            file.unlink(missing_ok=True)
 
 
 def _with_free_name(entry: Artifact, taken: set[str]) -> Artifact:

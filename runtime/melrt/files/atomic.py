@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import getpass
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -14,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from melrt.errors import ConfigError
+from melrt.files.locks import writing_to
 
 # Linux, fcntl.h and stdio.h
 _AT_FDCWD = -100
@@ -21,15 +24,17 @@ _RENAME_EXCHANGE = 2
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path, *, follow: bool = True) -> Iterator[Path]:
+def atomic_write(path: Path, *, follow: bool = True, locked: bool = False) -> Iterator[Path]:
     """Yield a temporary path in the same folder and with the same suffix as `path`, for the caller to write to.
 
-    On success the temporary file is synced and renamed to `path`; on failure it is removed. If `path` is a device or a pipe, the whole
-    content is written into it.
+    On success the temporary file is synced and renamed to `path`; on failure it is removed. Temporary files of `path` that a killed
+    process left are removed first, unless another process writes to the folder. If `path` is a device or a pipe, the whole content is
+    written into it.
 
     Args:
         path: The file.
         follow: Replace the target of a link. Otherwise the link itself is replaced, so that nothing outside its folder is written.
+        locked: The caller has locked the folder, and removes what killed processes left.
 
     Raises:
         OSError: The file cannot be written; the error names `path`, not the temporary path.
@@ -47,14 +52,15 @@ def atomic_write(path: Path, *, follow: bool = True) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
     with _errors_name(given, temporary):
         made = _make_parents(path)
-        try:
-            yield temporary
-            _sync(temporary)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            _remove_empty(made)
-            raise
+        with contextlib.nullcontext() if locked else writing_to(path.parent, lambda: _sweep(path, path.stem, path.suffix)):
+            try:
+                yield temporary
+                _sync(temporary)
+                temporary.replace(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                _remove_empty(made)
+                raise
         _sync(path.parent)
 
 
@@ -63,6 +69,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a new folder in the same folder as `path`, for the caller to fill.
 
     On success it replaces `path`; on failure it is removed and `path` stays unchanged. If `path` is a link, its target is replaced.
+    Folders that a killed process left are removed first, as by `atomic_write`.
 
     Raises:
         OSError: The folder cannot be written; the error names `path`, not the temporary path.
@@ -71,18 +78,40 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     with _errors_name(given, temporary):
         made = _make_parents(path)
-        try:
-            temporary.mkdir()
-            yield temporary
-            for file in temporary.iterdir():
-                _sync(file)
-            _sync(temporary)
-            _replace_folder(temporary, path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            _remove_empty(made)
-            raise
+        with writing_to(path.parent, lambda: _sweep(path, path.name)):
+            try:
+                temporary.mkdir()
+                yield temporary
+                for file in temporary.iterdir():
+                    _sync(file)
+                _sync(temporary)
+                _replace_folder(temporary, path)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                _remove_empty(made)
+                raise
         _sync(path.parent)
+
+
+def is_temporary(name: str, stem: str = "", suffix: str = "") -> bool:
+    """Return whether `atomic_write` or `atomic_folder` gives this name to what is not complete; for any path if `stem` is empty."""
+    return bool(re.fullmatch(rf"\.{re.escape(stem) or '.+'}-[0-9a-f]{{8}}(-old)?{re.escape(suffix) or '.*'}", name))
+
+
+def _sweep(path: Path, stem: str, suffix: str = "") -> None:
+    """Remove what killed processes left of a path. Where folders cannot be exchanged, one may have been killed between two renames."""
+    for left in [path.with_name(name) for name in _left_in(path.parent.absolute()) if is_temporary(name, stem, suffix)]:
+        if left.name.endswith("-old") and left.exists() and not path.exists():
+            left.rename(path)
+        elif left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+@functools.lru_cache(256)  # a folder of a million recordings is listed once, and not for each of them
+def _left_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if is_temporary(path.name)]
 
 
 def check_writable(path: Path, *, folder: bool = False) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 try:
@@ -32,6 +32,28 @@ def locked_folder(folder: Path) -> Iterator[None]:
         finally:
             os.close(handle)
         # another folder replaced it while this process waited for the old one's lock
+
+
+@contextlib.contextmanager
+def writing_to(folder: Path, alone: Callable[[], None]) -> Iterator[None]:
+    """Share a lock of a folder with other writers, and call `alone` first if there are no others.
+
+    On Windows, in a folder that cannot be read, and in a file system without locks, `alone` is not called.
+    """
+    handle = -1
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY) if fcntl else -1
+    try:
+        if handle >= 0:
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                alone()
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_SH)  # waits while another process calls `alone`
+        yield
+    finally:
+        if handle >= 0:
+            os.close(handle)
 
 
 @contextlib.contextmanager

@@ -70,6 +70,26 @@ def test_errors_name_the_path_of_the_caller(tmp_path: Path) -> None:
         (tmp_path / "other.wav").read_bytes()
 
 
+def test_only_what_killed_processes_left_of_a_path_is_removed(tmp_path: Path) -> None:
+    left = [".x-0123abcd.json", ".x.json-0123abcd", ".x.json-0123abcd-old"]
+    others = [".y-0123abcd.json", ".x-0123abc.json", "x-0123abcd.json"]
+    for name in (*left[:1], *others):
+        (tmp_path / name).touch()
+    for name in left[1:]:
+        (tmp_path / name).mkdir()
+    live = atomic_write(tmp_path / "live.json")
+    live.__enter__().touch()  # another writer: nothing is removed
+    write(tmp_path / "x.json", "1")
+    assert {path.name for path in tmp_path.iterdir()} > {*left, *others, "x.json"}
+    live.__exit__(None, None, None)
+    write(tmp_path / "x.json", "2")
+    assert {path.name for path in tmp_path.iterdir()} == {*left[1:], *others, "x.json", "live.json"}
+    (tmp_path / "x.json").unlink()
+    with atomic_folder(tmp_path / "x.json") as folder:
+        (folder / "a").touch()
+    assert {path.name for path in tmp_path.iterdir()} == {*others, "x.json", "live.json"}
+
+
 def test_unwritable_places_are_found_early(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from melrt.bundle import Bundle
 from melrt.checks import check_fields, one_of
 from melrt.errors import BackendError, ConfigError, MelError, MelrtError
-from melrt.files.atomic import atomic_write
+from melrt.files.atomic import atomic_write, is_temporary
 from melrt.files.audio import SAMPLE_FORMATS, SampleFormat
 from melrt.files.locks import locked_file
 from melrt.files.mels import mel_pieces
@@ -35,8 +34,6 @@ from melrt.vocoder import Vocoder
 RECORD = "bulk.json"
 # Longer utterances are streamed in pieces of this many frames, in constant memory: three minutes at 86 frames a second.
 PIECE_FRAMES = 1 << 14
-# Names that `melrt.files.atomic.atomic_write` gives to files that are not yet complete; a killed run leaves them behind.
-_HALF_WRITTEN = re.compile(r"\..+-[0-9a-f]{8}\.(wav|parquet|json)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +103,7 @@ class OutputSettings:
 
     def _remove_half_written(self) -> None:
         for path in self.folder.rglob(".*-*"):
-            if _HALF_WRITTEN.fullmatch(path.name):
+            if is_temporary(path.name) and path.is_file():
                 path.unlink(missing_ok=True)
 
 
