@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from melrt.errors import BackendError
 from melrt.types import Mel
 
 _ERRORS_ONLY = 3
@@ -56,7 +57,11 @@ def profile_kernels(model: bytes, mel: Mel, runs: int) -> list[KernelTime]:
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         for _ in range(runs):
             session.run(None, {"mel": mel})
-        events = json.loads(Path(session.end_profiling()).read_text())
+        profile = Path(session.end_profiling())
+        try:
+            events = json.loads(profile.read_text())
+        except ValueError as error:  # ONNX Runtime does not report a full disk
+            raise BackendError(f"{profile} is cut off. Make room on its disk, or set TMPDIR to another folder.") from error
     kinds: dict[str, str] = {}
     microseconds: dict[str, list[float]] = defaultdict(list)
     for event in events:
