@@ -170,7 +170,7 @@ def build(
     times about eight engines for each graph, adds the fastest, and stores all times in the bundle.
 
     `--engine fused` compiles melrt's own kernels for several GPUs at once, without a GPU and without TensorRT. They run on NVIDIA GPUs
-    through cuda-core alone, if named: `--backend fused`. They were measured on an H100 only.
+    through cuda-core alone, on compute capability 9.0 by themselves and elsewhere with `--backend fused`; only an H100 has run them.
     """
     if _checked_engine(context, engine) == "fused":
         return _build_fused(voice, gpus, interpret)
@@ -218,7 +218,7 @@ def _build_fused(voice: Path, gpus: str | None, interpret: bool) -> None:
         console.print(kernel_table(program))
     if entry.quality:
         _print(f"On recorded speech, the interpreted kernels' signal-to-noise ratio against FP32 is {entry.quality['snr_db']:.1f} dB.")
-    _print(f"Built {voice / entry.file} ({entry.size / 1e6:.2f} MB). `auto` does not choose it: run it with --backend fused.")
+    _print(f"Built {voice / entry.file} ({entry.size / 1e6:.2f} MB). `auto` takes it on compute capability 9.0.")
     _print(f"Next: synthesize speech on a GPU with `melrt synth {voice} MEL.npy -o speech.wav --backend fused`.")
 
 

@@ -15,6 +15,7 @@ from melrt.backends.fused.backend import Fused
 from melrt.bundle import Artifact, Bundle
 from melrt.bundle.trust import sign, trust_engines
 from melrt.errors import BackendError, EngineBuildError
+from melrt.system import Gpu
 from melrt.vocoder import Options
 from melrt_export.generator.config import GeneratorConfig
 from melrt_export.generator.mrf import MrfConfig
@@ -137,12 +138,15 @@ def test_arrays_on_the_gpu(driver: FusedDriver, voice: Bundle, monkeypatch: pyte
         assert Difference.between(cpu(mel), audio / np.float32(32767)).snr_db > LEAST_SNR_DB
 
 
-def test_auto_does_not_choose_a_fused_engine(driver: FusedDriver, voice: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("melrt.backends.select.find_gpu", lambda: "a GPU")
+def test_auto_chooses_a_fused_engine_where_a_gpu_confirmed_it(driver: FusedDriver, voice: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     build_fused(voice, FusedOptions(("9.0",)))
-    for options in ({}, {"precision": "fp32"}, {"device": "cpu"}):
+    for capability, options, name in (
+        ("9.0", {}, "fused"), ("9.0", {"precision": "fp32"}, "onnxruntime"), ("9.0", {"device": "cpu"}, "onnxruntime"),
+        ("9.0", {"backend": "onnxruntime"}, "onnxruntime"), ("8.9", {}, "onnxruntime"), (None, {}, "onnxruntime"),
+    ):  # fmt: skip
+        monkeypatch.setattr("melrt.backends.select.find_gpu", lambda found=capability: found and Gpu("a GPU", found, 1))
         with Vocoder.load(Bundle.open(voice.path), **options) as vocoder:
-            assert vocoder.backend.name == "onnxruntime"
+            assert vocoder.backend.name == name, (capability, options)
     with pytest.raises(BackendError, match="has no engines of both graphs"):
         Vocoder.load(Bundle.open(voice.path), backend="tensorrt")
 

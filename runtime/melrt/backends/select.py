@@ -31,6 +31,8 @@ _THREADS_RULE = optional(whole(1, MAX_THREADS))._replace(
     allowed=f"a whole number from 1 to {MAX_THREADS}; the default is one for each usable core"
 )
 _GPU_PRECISIONS = ("fp16", "tf32", "fp32")
+# Compute capabilities on which fused engines were measured (docs/fused.md): an H100 runs them faster than ONNX Runtime.
+_CONFIRMED = ("9.0",)
 # ONNX Runtime has no bfloat16 convolution on a CPU. Its half graph is the float32 graph with casts around it, and slower.
 _CPU_BACKENDS = {"bf16": ("openvino",)}
 
@@ -44,7 +46,8 @@ class BackendChoice:
     precision: str = "auto"
     """`fp32`, `tf32`, `fp16`, `bf16`, `int8`, or `auto`: the fastest that keeps the voice's quality on the device."""
     backend: str = "auto"
-    """`tensorrt`, `fused`, `onnxruntime`, `openvino`, or `auto`: a TensorRT engine if the bundle has one for this GPU."""
+    """`tensorrt`, `fused`, `onnxruntime`, `openvino`, or `auto`: a TensorRT engine if the bundle has one for this GPU, then a
+    fused engine where such a GPU was measured."""
     threads: int | None = None
     """CPU threads in all; one per usable core if None."""
     sample_format: SampleFormat = "float32"
@@ -88,7 +91,7 @@ def open_backend(bundle: Bundle, choice: BackendChoice) -> Backend:
     """
     skipped: dict[str, list[str]] = {}
     errors = []
-    for candidate in (*_fused_engines(bundle, choice), *_engines(bundle, choice), *_models(bundle, choice)):
+    for candidate in (*_engines(bundle, choice), *_fused_engines(bundle, choice), *_models(bundle, choice)):
         try:
             backend = candidate.open()
         except (BackendError, MissingExtraError) as error:
@@ -131,11 +134,17 @@ def _engines(bundle: Bundle, choice: BackendChoice) -> Iterator[_Candidate]:
 
 
 def _fused_engines(bundle: Bundle, choice: BackendChoice) -> Iterator[_Candidate]:
-    """Yield the fused engine if the caller named it. `auto` does not take it before a GPU has confirmed it."""
-    for precision in _on_gpu(choice) if choice.backend == "fused" and choice.kind != "cpu" else ():
+    """Yield the fused engine if the caller named it, or if nothing is named and such a GPU has confirmed it."""
+    for precision in _on_gpu(choice) if choice.kind != "cpu" and choice.backend in ("auto", "fused") else ():
         for artifact in bundle.find("engine", graph="both", precision=precision):
-            opened = partial(_open_engines, bundle, {"edge": artifact, "interior": artifact}, choice)
-            yield _Candidate(f"the fused engine in {precision}", opened)
+            if choice.backend == "fused" or _gpu_is_confirmed():
+                opened = partial(_open_engines, bundle, {"edge": artifact, "interior": artifact}, choice)
+                yield _Candidate(f"the fused engine in {precision}", opened)
+
+
+def _gpu_is_confirmed() -> bool:
+    gpu = find_gpu()
+    return gpu is not None and gpu.compute_capability in _CONFIRMED
 
 
 def _open_engines(bundle: Bundle, artifacts: dict[GraphKind, Artifact], choice: BackendChoice) -> Backend:
