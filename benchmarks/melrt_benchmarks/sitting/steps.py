@@ -61,7 +61,6 @@ def _ours(backend: str, precisions: str, limit: int = 60) -> Step:
 
 
 ENGINES, FUSED, TRAINING = "tests/gpu/test_engine_on_gpu.py", "tests/gpu/test_fused_on_gpu.py", "tests/gpu/test_training_on_gpu.py"
-TIMING = "export/melrt_export/fused/timing.py"
 
 STEPS: tuple[Step, ...] = (
     Step("versions", "GPU, driver, CUDA and packages", ("-m", "melrt_benchmarks.sitting.versions", "{json}"), 30),
@@ -71,8 +70,8 @@ STEPS: tuple[Step, ...] = (
     Step("voice", "Voice for the benchmarks, with the engines that can be built here",
          ("-m", "melrt_benchmarks.sitting.voice", "{checkpoint}", "{voice}"), 120),
     _pytest("fused", "Fused engine against the CPU", 90, FUSED),
-    Step("fused-timing", "Time of each fused kernel", ("-m", "melrt_export.fused.timing", "{voice}", "--json", "{json}"), 120,
-         (str(ROOT / TIMING), "{voice}"), "melrt_export.fused.timing or the voice is missing"),
+    Step("fused-timing", "Time of each fused kernel", ("-m", "melrt_benchmarks.sitting.fused_timing", "{voice}", "{json}"), 60,
+         ("{voice}",), "the step `voice` made no bundle"),
     _ours("fused", "fp16"),
     _contenders("bench-pytorch", "PyTorch GPU"),
     _contenders("bench-torch-compile", "torch.compile GPU", 120),

@@ -44,11 +44,11 @@ def fused_work(lowered: Lowered, batch: int = BATCH, frames: int = FRAMES, capab
     for launch in lowered.launches:
         kernel = lowered.kernels[launch.kernel]
         stage = ".".join(launch.layer.split(".")[:2])
-        stages.setdefault(stage, []).append(_kernel_work(kernel, default_tile(kernel, capability), batch * launch.rate * frames))
+        stages.setdefault(stage, []).append(kernel_work(kernel, default_tile(kernel, capability), batch * launch.rate * frames))
     return stages
 
 
-def _kernel_work(kernel: Kernel, tile: Tile, steps: int) -> Work:
+def kernel_work(kernel: Kernel, tile: Tile, steps: int) -> Work:
     """Return the work of a kernel that reads this many time steps."""
     c = {name: int(value) for name, value in kernel.constants.items()}
     tiles = math.ceil(steps / tile.rows)

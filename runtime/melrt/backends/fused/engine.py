@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from melrt.backends.fused.program import HIDDEN_POINTERS, CompiledKernel, Program
+from melrt.backends.fused.program import HIDDEN_POINTERS, CompiledKernel, Launch, Program
 from melrt.backends.tensorrt.interface import Place, Profile, Shape
 from melrt.backends.tensorrt.kernels import SOURCE_SHA256, Geometry, queue_kernel
 from melrt.backends.tensorrt.slot import Pinned
@@ -118,7 +118,8 @@ class FusedRun:
         batch, _, frames = shape
         scratch = [int(place.scratch.handle) + offset for offset in loaded.program.places(batch, frames)]
         bases = {"mel": place.mel, "audio": place.audio, "weights": loaded.weights}
-        self._launches = []
+        self.launches: list[tuple[Launch, Geometry, list[NDArray[Any]]]] = []
+        """Launches in order, with their geometry and arguments."""
         for launch in loaded.program.launches:
             values: list[NDArray[Any]] = []
             for kind, value in launch.arguments:
@@ -128,10 +129,10 @@ class FusedRun:
                     values.append(np.array(scratch[value] if kind == "buffer" else bases[kind] + value, np.uint64))
             kernel = loaded.compiled[launch.kernel]
             size = Geometry(launch.grid(kernel, batch, frames), kernel.threads, kernel.shared)
-            self._launches.append((launch, size, [*values, *_HIDDEN]))
+            self.launches.append((launch, size, [*values, *_HIDDEN]))
 
     def enqueue(self) -> None:
-        for launch, size, values in self._launches:
+        for launch, size, values in self.launches:
             queue_kernel(launch.layer, self._loaded.kernels[launch.kernel], self._stream, size, values)
 
     def capturable(self) -> bool:

@@ -1,0 +1,144 @@
+"""Time each kernel of a fused engine and the whole network by the GPU's clock.
+
+`python -m melrt_benchmarks.sitting.fused_timing VOICE FILE` runs the kernels one after another in a captured graph, so that no time of
+the host is counted.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from melrt import Bundle
+from melrt.backends.fused.engine import FusedEngine, LoadedProgram
+from melrt.backends.fused.program import Program
+from melrt.backends.tensorrt.backend import open_device
+from melrt.backends.tensorrt.gpu_arrays import current_device
+from melrt.backends.tensorrt.interface import Place, Profile
+from melrt.backends.tensorrt.kernels import queue_kernel
+from melrt.errors import ConfigError, MelrtError
+from melrt.system import Gpu
+from melrt_benchmarks.sitting.steps import SKIPPED
+from melrt_export.fused.build import source_graph
+from melrt_export.fused.lower import Kernel, lower
+from melrt_export.fused.roofline import kernel_work
+from melrt_export.fused.tiles import default_tile
+from melrt_export.generator.config import GeneratorConfig
+from melrt_export.gpu_table import GpuFigures, gpu_figures
+from melrt_export.parity import probe_mel
+
+# Batches and frames: one second, windows of the runtime, and its largest batch.
+SHAPES = ((1, 86), (1, 256), (4, 256), (16, 256))
+LAUNCHES, RUNS, ROUNDS = 10, 5, 7
+
+
+def main() -> int:
+    """Write the file, again after each shape."""
+    voice, target = (Path(argument) for argument in sys.argv[1:])
+    bundle = Bundle.open(voice)
+    engines = bundle.find("engine", graph="both")
+    try:
+        if not engines:
+            raise ConfigError(f"{voice} has no fused engine; `melrt build {voice} --engine fused` makes one.")
+        device, gpu = open_device(0, "fused")
+    except MelrtError as error:
+        sys.stdout.write(f"{error}\n")
+        return SKIPPED
+    figures: dict[str, Any] = {"gpu": gpu.name, "voice": bundle.manifest.name, "shapes": {}}
+    with current_device(device):
+        for name, shape in _Timing(bundle, engines[0], device, gpu).shapes():
+            figures["shapes"][name] = shape
+            sys.stdout.write(f"{name} frames: {shape['us']:.1f} us, {shape['times_real_time']:,.0f} times real time\n")
+            sys.stdout.flush()
+            target.write_text(json.dumps(figures, indent=1))
+    return 0
+
+
+class _Timing:
+    """A fused engine with memory for the largest shape. The device is current."""
+
+    def __init__(self, bundle: Bundle, artifact: Any, device: Any, gpu: Gpu) -> None:
+        self._program = Program.loads(bundle.read(artifact), artifact.file)
+        self._loaded = LoadedProgram(self._program, device, gpu.compute_capability, artifact.file)
+        self._kernels = lower(GeneratorConfig.from_dict(bundle.manifest.architecture), bundle.read(source_graph(bundle))).kernels
+        self._capability, self._limits = gpu.compute_capability, _limits(gpu)
+        self._spec = bundle.manifest.spec
+        batch, frames = (max(sizes) for sizes in zip(*SHAPES, strict=True))
+        self._stream = device.create_stream()
+        self._mel = device.allocate(4 * batch * self._program.bands * frames, stream=self._stream)
+        self._audio = device.allocate(4 * batch * frames * self._program.hop, stream=self._stream)
+        self._scratch = device.allocate(self._program.places(batch, frames)[-1], stream=self._stream)
+        self._engine = FusedEngine(self._loaded, Profile((1, self._program.bands, 1), (batch, self._program.bands, frames)))
+
+    def shapes(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the times in microseconds of each shape, such as `16 x 256`: of the network, and of each layer with its bound."""
+        from cuda.bindings import driver
+
+        place = Place(int(self._mel.handle), int(self._audio.handle), self._scratch, self._stream)
+        for batch, frames in SHAPES:
+            mel = np.stack([probe_mel(self._spec, frames, seed) for seed in range(batch)])
+            _done(driver.cuMemcpyHtoD(int(self._mel.handle), mel.ctypes.data, mel.nbytes))
+            run = self._engine.prepare(mel.shape, batch * frames * self._program.hop, place)
+            whole = self._microseconds(run.enqueue, RUNS)
+            layers = {}
+            for launch, size, values in run.launches:
+                enqueue = partial(queue_kernel, launch.layer, self._loaded.kernels[launch.kernel], self._stream, size, values)
+                taken = self._microseconds(enqueue, LAUNCHES)
+                layers[launch.layer] = {"us": taken, "bound_us": self._bound(self._kernels[launch.kernel], batch * launch.rate * frames)}
+            seconds = batch * frames * self._program.hop / self._spec.sample_rate
+            yield f"{batch} x {frames}", {"us": whole, "times_real_time": 1e6 * seconds / whole, "layers": layers}
+
+    def _bound(self, kernel: Kernel, steps: int) -> float | None:
+        work = kernel_work(kernel, default_tile(kernel, self._capability), steps)
+        return self._limits.microseconds(work.flop, work.memory) if self._limits else None
+
+    def _microseconds(self, enqueue: Callable[[], None], count: int) -> float:
+        """Return the time of one of so many launches or runs, the median of several rounds."""
+        from cuda.bindings import driver
+
+        enqueue()
+        builder = self._stream.create_graph_builder()
+        builder.begin_building("thread_local")
+        for _ in range(count):
+            enqueue()
+        builder.end_building()
+        graph = builder.complete()
+        graph.launch(self._stream)
+        begin, end = (_done(driver.cuEventCreate(0)) for _ in range(2))
+        times: list[float] = []
+        for _ in range(ROUNDS):
+            _done(driver.cuEventRecord(begin, driver.CUstream(int(self._stream.handle))))
+            graph.launch(self._stream)
+            _done(driver.cuEventRecord(end, driver.CUstream(int(self._stream.handle))))
+            self._stream.sync()
+            times.append(1e3 * _done(driver.cuEventElapsedTime(begin, end)) / count)
+        for event in (begin, end):
+            _done(driver.cuEventDestroy(event))
+        return statistics.median(times)
+
+
+def _limits(gpu: Gpu) -> GpuFigures | None:
+    """Return the GPU's public figures if they are known."""
+    try:
+        return gpu_figures(gpu.name)
+    except ConfigError:
+        return None
+
+
+def _done(result: tuple[Any, ...]) -> Any:
+    """Return the value of a driver's call."""
+    error, *values = result
+    if int(error) != 0:
+        raise RuntimeError(f"the GPU's driver refused a call: {error}")
+    return values[0] if values else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
