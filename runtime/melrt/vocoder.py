@@ -105,7 +105,8 @@ class Vocoder:
             bundle: A voice.melrt folder.
             device: `cuda` (the first GPU), `cuda:1`, `cpu`, or `auto`: CUDA if it works, otherwise the CPU.
             precision: `fp32`, `fp16`, `bf16`, `int8`, or `auto`: the fastest that keeps the voice's quality on the device.
-            backend: `tensorrt`, `fused`, `onnxruntime`, `openvino`, or `auto`: a TensorRT engine if the bundle has one for this GPU.
+            backend: `tensorrt`, `fused`, `onnxruntime`, `openvino`, or `auto`: a TensorRT engine if the bundle has one for this GPU,
+                then a fused engine on compute capability 9.0.
             threads: CPU threads in all; one per usable core if None.
             options: Windows, queue, ends of utterances and streams.
             trust: Open TensorRT engines that neither this user nor a key in `MELRT_TRUSTED_KEYS` vouches for. Engines are executable code.

@@ -44,7 +44,12 @@ Voice = Annotated[Path, typer.Argument(metavar="VOICE.melrt", help="The voice bu
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto: CUDA if it works, otherwise the CPU.")]
 Precision = Annotated[str, typer.Option(help="fp32, tf32, fp16, bf16, int8, or auto: the fastest that keeps the voice's quality here.")]
 BackendName = Annotated[
-    str, typer.Option("--backend", help="tensorrt, fused, onnxruntime, openvino, or auto: TensorRT if the bundle has engines for this GPU.")
+    str,
+    typer.Option(
+        "--backend",
+        help="tensorrt, fused, onnxruntime, openvino, or auto: a TensorRT engine of the bundle for this GPU, then a fused engine on "
+        "compute capability 9.0.",
+    ),
 ]
 Threads = Annotated[int | None, typer.Option(help="Number of CPU threads; the default is one for each usable core.")]
 EndsOption = Annotated[
