@@ -37,28 +37,6 @@ ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "data" / "bundles" / "tiny.melrt"
 LONGEST = 300
 FAULTS = ("file", "write", "time", "full")
-_CONFIG = """
-run = "run"
-[generator]
-channels = 32
-stacks = 1
-[data]
-train = "wavs"
-held_out = 1
-batch = 2
-segment = 4096
-workers = 0
-[losses]
-stft = 1.0
-[discriminator]
-channels = 4
-layers = 2
-[schedule]
-steps = 3
-log_every = 1
-validate_every = 2
-save_every = 1
-"""
 
 
 @dataclass(frozen=True)
@@ -170,14 +148,11 @@ def _whole_tables(folder: Path) -> bool:
 
 
 def _recordings(folder: Path) -> None:
-    from melrt.files.audio import read_audio
-    from melrt_export.assets import RECORDING
+    from tests.export.training.runs import write_config, write_recordings
 
-    audio = read_audio(RECORDING, 22050)
-    (folder / "wavs").mkdir()
-    for i in range(3):
-        soundfile.write(folder / "wavs" / f"{i}.wav", audio[11025 * (i + 1) : 11025 * (i + 2)], 22050)
-    (folder / "x.toml").write_text(_CONFIG)
+    write_recordings(folder, seconds=0.5)
+    often = ("log_every = 5", "log_every = 1"), ("validate_every = 10", "validate_every = 2"), ("save_every = 10", "save_every = 1")
+    write_config(folder, 3, ("mel = 5.0\n", ""), *often)
 
 
 def _train(folder: Path) -> None:

@@ -5,11 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import soundfile
-from tests.export.training.runs import write_config
-
-from melrt.files.audio import read_audio
-from melrt_export.assets import RECORDING
+from tests.export.training.runs import write_config, write_recordings
 
 
 @pytest.fixture(autouse=True)
@@ -21,9 +17,6 @@ def one_thread_in_children(one_thread: None, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Return a folder with a config and three seconds of speech in three files."""
-    audio = read_audio(RECORDING, 22050)
-    (tmp_path / "wavs").mkdir()
-    for i in range(3):
-        soundfile.write(tmp_path / "wavs" / f"{i}.wav", audio[22050 * (i + 1) : 22050 * (i + 2)], 22050)
+    write_recordings(tmp_path)
     write_config(tmp_path, steps=20)
     return tmp_path

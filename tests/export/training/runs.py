@@ -7,8 +7,11 @@ import os
 import sys
 from pathlib import Path
 
+import soundfile
 from safetensors import safe_open
 
+from melrt.files.audio import read_audio
+from melrt_export.assets import RECORDING
 from melrt_export.training.config import TrainingConfig, read_config
 from melrt_export.training.state import FILE
 
@@ -46,6 +49,14 @@ def write_config(folder: Path, steps: int, *changes: tuple[str, str], name: str 
         text = text.replace(old, new)
     (folder / name).write_text(text)
     return read_config(folder / name)
+
+
+def write_recordings(folder: Path, seconds: float = 1.0) -> None:
+    """Write three pieces of speech of this length."""
+    audio, length = read_audio(RECORDING, 22050), round(22050 * seconds)
+    (folder / "wavs").mkdir()
+    for i in range(3):
+        soundfile.write(folder / "wavs" / f"{i}.wav", audio[length * (i + 1) : length * (i + 2)], 22050)
 
 
 def header(run: Path) -> dict:
