@@ -18,11 +18,10 @@ from melrt.system import usable_cores
 from melrt.types import FloatAudio
 from melrt_calibration.data import Piece
 from melrt_calibration.metrics import cell_errors, silence_levels
+from melrt_export.int8_plan import MIN_SPEEDUP
 from melrt_export.quality import perceptual_metrics
 
 T = TypeVar("T")
-# Smallest speedup that counts: two runs of one graph can differ by less.
-MIN_SPEEDUP = 1.05
 # Resamples of the recordings for an interval; its ends then vary by about a hundredth of its width.
 RESAMPLES = 4000
 

@@ -14,6 +14,8 @@ from melrt.bundle import Bundle
 from melrt.errors import CalibrationError
 
 SCHEMA = 2
+# INT8 must be at least this many times as fast to be worth its noise. Two runs of one graph can differ by less.
+MIN_SPEEDUP = 1.05
 # Suffix of the one convolution over [h; x] that replaces `pointwise`, `shortcut` and their sum in a residual block that is in INT8.
 MERGED = ".merged"
 # Signed bytes are symmetric: -128 is not used, so that a value and its negative are both exact.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -74,15 +74,18 @@ def interleave(
     """
     for run in contenders.values():
         warm_up(run)
-    names = list(contenders)
-    shuffle = np.random.default_rng(0)
-    seconds: dict[Key, list[float]] = {name: [] for name in names}
-    for _ in range(rounds):
-        for name in (names[i] for i in shuffle.permutation(len(names))):
-            time.sleep(pause)
-            seconds[name].append(timed(contenders[name]))
-            on_timed()
+    seconds: dict[Key, list[float]] = {name: [] for name in contenders}
+    for name in shuffled(contenders, rounds):
+        time.sleep(pause)
+        seconds[name].append(timed(contenders[name]))
+        on_timed()
     return {name: Timing(np.array(values)) for name, values in seconds.items()}
+
+
+def shuffled(contenders: Iterable[Key], rounds: int) -> list[Key]:
+    """Return each name once per round, in an order shuffled for each round (with a fixed seed)."""
+    names, shuffle = list(contenders), np.random.default_rng(0)
+    return [names[index] for _ in range(rounds) for index in shuffle.permutation(len(names))]
 
 
 def compare_paired(first: Callable[[], object], second: Callable[[], object], rounds: int) -> tuple[Timing, Timing]:

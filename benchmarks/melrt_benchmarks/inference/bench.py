@@ -15,7 +15,7 @@ import numpy as np
 from melrt.backends.onnxruntime import OnnxModel
 from melrt.bundle import Bundle
 from melrt.errors import MelrtError
-from melrt.timing import SETTLE, Timing, interleave, noise_note, timed
+from melrt.timing import SETTLE, Timing, interleave, noise_note, shuffled, timed
 from melrt.types import FloatAudio, Mel
 from melrt_benchmarks.inference.contender import BenchVoice, Contender
 from melrt_benchmarks.inference.contenders import load_contenders
@@ -24,7 +24,7 @@ from melrt_benchmarks.inference.quality import list_recordings, measure_quality
 from melrt_benchmarks.inference.roofline import profile
 from melrt_benchmarks.inference.start_up import measure_start_up
 from melrt_benchmarks.measure.environment import environment
-from melrt_benchmarks.measure.gpu_meter import EventClock, Loop, loop_times, open_energy_counter, shuffled
+from melrt_benchmarks.measure.gpu_meter import EventClock, Loop, loop_times, open_energy_counter
 from melrt_benchmarks.report.results import Latency, Report, Skipped, StartUp, Throughput
 from melrt_export.checkpoints import load_checkpoint
 from melrt_export.generator.reference import PyTorchReference
@@ -181,7 +181,7 @@ class _Contenders:
                     for _ in range(WARM_UP_RUNS):
                         clock.seconds(call)
                     calls[contender.name] = call
-        for name in shuffled(list(calls), self.plan.rounds):
+        for name in shuffled(calls, self.plan.rounds):
             if clock and name in calls:
                 call = calls.pop(name)
                 with self._noting(f"{name}, arrays on the GPU", mel):

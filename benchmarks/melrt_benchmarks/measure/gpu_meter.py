@@ -1,18 +1,17 @@
-"""Time and energy of the first GPU. These readings have not been confirmed on a GPU yet."""
+"""Time and energy of the first GPU."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from melrt.system import find_gpu
-from melrt.timing import Timing, timed, warm_up
+from melrt.timing import Key, Timing, shuffled, timed, warm_up
 
-Key = TypeVar("Key")
 # Seconds of one round of a loop: many calls of a fast contender, and at least one of a slow one.
 LOOP_SECONDS = 0.1
 
@@ -42,7 +41,7 @@ def loop_times(calls: Mapping[Key, Callable[[], object]], rounds: int, energy: C
         warm_up(call)
     seconds: dict[Key, list[float]] = {name: [] for name in calls}
     used: dict[Key, list[float]] = {name: [] for name in calls}
-    for name in shuffled(list(calls), rounds):
+    for name in shuffled(calls, rounds):
         before = energy() if energy else 0.0
         count, elapsed = 0, 0.0
         while elapsed < LOOP_SECONDS:
@@ -83,9 +82,3 @@ def open_energy_counter() -> Callable[[], float] | None:
         return None
     counter: Any = nvml
     return lambda: float(counter.device_get_total_energy_consumption(handle)) / 1000
-
-
-def shuffled(names: list[Key], rounds: int) -> list[Key]:
-    """Return each name once per round, in an order shuffled for each round (with a fixed seed)."""
-    shuffle = np.random.default_rng(0)
-    return [names[index] for _ in range(rounds) for index in shuffle.permutation(len(names))]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from melrt_benchmarks.measure.gpu_meter import EventClock
 from melrt_benchmarks.sitting.steps import SKIPPED
 
 ROUNDS = 15
@@ -42,12 +43,12 @@ def _copies(torch: Any) -> dict[str, Callable[[], float]]:
 
     def on_device(size: int, times: int) -> float:
         source, target = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
-        return 2e-9 * size * times / seconds(torch, lambda: [target.copy_(source) for _ in range(times)])
+        return 2e-9 * size * times / seconds(lambda: [target.copy_(source) for _ in range(times)])
 
     def across(to_device: bool) -> float:
         ends = torch.empty(256 * MIB, dtype=torch.uint8, pin_memory=True), torch.empty(256 * MIB, dtype=torch.uint8, device="cuda")
         source, target = ends if to_device else ends[::-1]
-        return 256e-9 * MIB / seconds(torch, lambda: target.copy_(source, non_blocking=True))
+        return 256e-9 * MIB / seconds(lambda: target.copy_(source, non_blocking=True))
 
     return {
         "copy_GBps": lambda: on_device(2 * GIB, 4), "copy_in_L2_GBps": lambda: on_device(8 * MIB, 100),
@@ -61,7 +62,7 @@ def _products(torch: Any) -> dict[str, Callable[[], float]]:
     def product(dtype: Any, tf32: bool = False) -> float:
         torch.backends.cuda.matmul.allow_tf32 = tf32
         a, b = (torch.randn(SIDE, SIDE, device="cuda").to(dtype) for _ in range(2))
-        return 2e-12 * SIDE**3 / seconds(torch, lambda: a @ b)
+        return 2e-12 * SIDE**3 / seconds(lambda: a @ b)
 
     return {
         "fp16_TFLOPs": lambda: product(torch.float16), "bf16_TFLOPs": lambda: product(torch.bfloat16),
@@ -69,19 +70,12 @@ def _products(torch: Any) -> dict[str, Callable[[], float]]:
     }  # fmt: skip
 
 
-def seconds(torch: Any, run: Callable[[], object]) -> float:
-    """Return the median time of a run between two events on the GPU."""
+def seconds(run: Callable[[], object]) -> float:
+    """Return the median time of a run by the GPU's clock."""
     for _ in range(3):
         run()
-    found: list[float] = []
-    for _ in range(ROUNDS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        found.append(float(begin.elapsed_time(end)) / 1e3)
-    return statistics.median(found)
+    clock = EventClock()
+    return statistics.median(clock.seconds(run) for _ in range(ROUNDS))
 
 
 if __name__ == "__main__":

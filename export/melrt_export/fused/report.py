@@ -25,11 +25,10 @@ from melrt_export.fused.roofline import (
 )
 from melrt_export.generator.config import GeneratorConfig
 from melrt_export.gpu_table import GPUS
+from melrt_export.int8_plan import MIN_SPEEDUP
 
 # Compute capability whose tiles the traffic of the second-level cache is shown for: that of H100 and H200.
 CACHE_OF = "9.0"
-# INT8 must be at least this many times faster than FP16 to be worth its noise, as on a CPU (`melrt calibrate`).
-INT8_LEAST_GAIN = 1.05
 
 
 def kernel_table(program: Program) -> Table:
@@ -85,7 +84,7 @@ def _int8_table(config: GeneratorConfig) -> Table:
     )  # fmt: skip
     gains = [int8_gains(config, gpu) for gpu in GPUS]
     for kind in gains[0]:
-        table.add_row(kind, *(" / ".join(f"{gain:.2f}" if gain >= INT8_LEAST_GAIN else "-" for gain in one[kind]) for one in gains))
+        table.add_row(kind, *(" / ".join(f"{gain:.2f}" if gain >= MIN_SPEEDUP else "-" for gain in one[kind]) for one in gains))
     return table
 
 

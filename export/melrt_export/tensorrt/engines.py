@@ -11,13 +11,12 @@ from melrt.errors import EngineBuildError
 from melrt.system import find_gpu
 from melrt.timing import compare_paired
 from melrt_export.graph.rewrites import Variant
+from melrt_export.int8_plan import MIN_SPEEDUP
 from melrt_export.tensorrt.build import BuiltEngine, build_unsaved_engine
 from melrt_export.tensorrt.options import ENGINE_WINDOW, EngineOptions, default_frames
 from melrt_export.tensorrt.polygraphy import Progress
 from melrt_export.tensorrt.variant_search import ROUNDS, Candidate, VariantTrial, find_fastest_engine
 
-# As for INT8 on a CPU (`melrt calibrate`).
-LEAST_GAIN = 1.05
 NOT_COMPARED = "not compared"
 
 
@@ -82,9 +81,9 @@ def compare_with_half(
     gain: float | str = NOT_COMPARED
     if options.graph == "interior" and not force and find_gpu():
         gain = round(_times_faster(bundle, built, options, on_progress), 3)
-        if gain < LEAST_GAIN:
+        if gain < MIN_SPEEDUP:
             raise EngineBuildError(
-                f"INT8 is {gain:.2f} times as fast as FP16 on this GPU. It must be at least {LEAST_GAIN:g} times as fast to be worth its "
+                f"INT8 is {gain:.2f} times as fast as FP16 on this GPU. It must be at least {MIN_SPEEDUP:g} times as fast to be worth its "
                 "noise, so the engine was not added to the bundle. Build with `--precision fp16`, or add --force."
             )
     return replace(built, entry=replace(built.entry, target={**built.entry.target, "against_fp16": gain}))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,9 +11,10 @@ import numpy as np
 
 from melrt import Vocoder
 from melrt.files.audio import to_int16
+from melrt.timing import timed
 from melrt_benchmarks.sitting.rows import NotHereError
 from melrt_benchmarks.sitting.stub.bundles import Bundles
-from melrt_benchmarks.sitting.stub.checks import LENGTHS, Figures, loaded, random_mel, reference, same
+from melrt_benchmarks.sitting.stub.checks import LENGTHS, Figures, in_threads, loaded, random_mel, reference, same
 
 # Clock cycles of a wait on the device, about 0.1 s: long beside a call, so that a result that did not wait for the mel is wrong.
 WAIT_CYCLES = 150_000_000
@@ -172,25 +172,16 @@ def more_shapes_than_a_slot_keeps_on_the_device(bundles: Bundles, figures: Figur
 def threads_with_streams_of_torch(bundles: Bundles, figures: Figures) -> str:
     """Compare calls of threads that each work on a stream of their own."""
     library = torch_library()
-    torch, errors = library.module, list[BaseException]()
+    torch = library.module
     with loaded(bundles) as vocoder:
 
         def work(index: int) -> None:
-            try:
-                with torch.cuda.stream(torch.cuda.Stream()):
-                    for seed in range(10):
-                        mel = random_mel(vocoder, LENGTHS[(index + seed) % len(LENGTHS)], seed)
-                        same(library.to_host(vocoder(library.to_gpu(mel))), reference(vocoder, mel), f"thread {index}, call {seed}")
-            except Exception as error:
-                errors.append(error)
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for seed in range(10):
+                    mel = random_mel(vocoder, LENGTHS[(index + seed) % len(LENGTHS)], seed)
+                    same(library.to_host(vocoder(library.to_gpu(mel))), reference(vocoder, mel), f"thread {index}, call {seed}")
 
-        threads = [threading.Thread(target=work, args=(index,)) for index in range(STREAMS)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    if errors:
-        raise errors[0]
+        in_threads(work, STREAMS)
     return f"{STREAMS} threads, 10 calls each, all bits equal"
 
 
@@ -222,20 +213,14 @@ def cost_of_arrays(bundles: Bundles, figures: Figures) -> str:
             array = library.to_gpu(mels[0] if batch == 1 else mels)
             for _ in range(ROUNDS // 10):
                 vocoder(array)
-            waited = [_timed(lambda array=array: (vocoder(array), synchronize())) for _ in range(ROUNDS)]  # type: ignore[misc]
-            back_to_back = _timed(lambda array=array: ([vocoder(array) for _ in range(ROUNDS)], synchronize())) / ROUNDS  # type: ignore[misc]
+            waited = [timed(lambda array=array: (vocoder(array), synchronize())) for _ in range(ROUNDS)]  # type: ignore[misc]
+            back_to_back = timed(lambda array=array: ([vocoder(array) for _ in range(ROUNDS)], synchronize())) / ROUNDS  # type: ignore[misc]
             found[name] = {
                 "p50_ms": 1e3 * float(np.median(waited)), "p90_ms": 1e3 * float(np.percentile(waited, 90)),
                 "back_to_back_ms": 1e3 * back_to_back, "times_real_time": batch * seconds / back_to_back,
             }  # fmt: skip
     figures["device_arrays"] = found
     return "; ".join(f"{name}: p50 {row['p50_ms']:.3f} ms, back to back {row['back_to_back_ms']:.3f} ms" for name, row in found.items())
-
-
-def _timed(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 CHECKS = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,6 +54,25 @@ def same(audio: Audio, expected: Audio, what: str) -> None:
         )
 
 
+def in_threads(work: Callable[[int], None], count: int = 1) -> None:
+    """Call `work` with 0 to `count` - 1, each in a new thread, and raise the first exception of any of them."""
+    errors: list[BaseException] = []
+
+    def guarded(index: int) -> None:
+        try:
+            work(index)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
 def calls_of_many_lengths(bundles: Bundles, figures: Figures) -> str:
     """Compare calls around the window's length, often enough that every slot captures and replays them."""
     with loaded(bundles) as vocoder:
@@ -97,23 +116,14 @@ def many_threads_at_once(bundles: Bundles, figures: Figures) -> str:
     with loaded(bundles) as vocoder:
         mels = [random_mel(vocoder, LENGTHS[index % len(LENGTHS)], index) for index in range(CALLERS)]
         expected = [reference(vocoder, mel) for mel in mels]
-        found: list[str] = []
         barrier = threading.Barrier(CALLERS)
 
         def work(index: int) -> None:
-            try:
-                barrier.wait()
-                for _ in range(10):
-                    same(vocoder(mels[index]), expected[index], f"caller {index}")
-            except Exception as error:
-                found.append(f"{type(error).__name__}: {error}")
+            barrier.wait()
+            for _ in range(10):
+                same(vocoder(mels[index]), expected[index], f"caller {index}")
 
-        threads = [threading.Thread(target=work, args=(index,)) for index in range(CALLERS)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not found, f"{len(found)} callers failed, the first with: {found[0]}"
+        in_threads(work, CALLERS)
     return f"{CALLERS} callers, 10 calls each, all bits equal"
 
 

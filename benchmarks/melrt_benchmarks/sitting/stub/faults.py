@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,7 @@ from melrt.errors import BackendError
 from melrt_benchmarks.sitting.rows import NotHereError
 from melrt_benchmarks.sitting.stub.arrays import torch_library
 from melrt_benchmarks.sitting.stub.bundles import Bundles
-from melrt_benchmarks.sitting.stub.checks import LENGTHS, Figures, loaded, random_mel, reference, same
+from melrt_benchmarks.sitting.stub.checks import LENGTHS, Figures, in_threads, loaded, random_mel, reference, same
 from melrt_benchmarks.sitting.stub.engine import TOO_LARGE
 
 MIB = 1 << 20
@@ -27,8 +25,8 @@ def the_callers_context_is_restored(bundles: Bundles, figures: Figures) -> str:
     """Call from a thread without a context, and from one with a context of its own."""
     with loaded(bundles) as vocoder:
         mel = random_mel(vocoder, 700)
-        _in_thread(lambda: _call_keeps(vocoder, mel, 0))
-        _in_thread(lambda: _call_keeps_own(vocoder, mel))
+        in_threads(lambda _: _call_keeps(vocoder, mel, 0))  # a new thread has no current context
+        in_threads(lambda _: _call_keeps_own(vocoder, mel))
     return "a thread without a context has none afterwards; a context of the caller's own is current again"
 
 
@@ -54,23 +52,6 @@ def _context() -> int:
     from cuda.bindings import driver
 
     return int(driver.cuCtxGetCurrent()[1])
-
-
-def _in_thread(run: Callable[[], None]) -> None:
-    """Run in a new thread, which has no current context, and raise here what it raises."""
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            run()
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
 
 
 def more_shapes_than_a_slot_keeps(bundles: Bundles, figures: Figures) -> str:
