@@ -192,11 +192,19 @@ def _extra_with(module: str, own: str) -> str:
     top = module.partition(".")[0]
     package = {"yaml": "pyyaml", "cuda": "cuda-core"}.get(top, top.replace("_", "-")).lower()
     extras: dict[str, set[str]] = {}
-    for requirement in metadata.requires("melrt") or []:
+    for requirement in _requirements():
         if found := re.match(r"([\w.-]+).*extra == ['\"]([\w-]+)", requirement):
             extras.setdefault(found[2], set()).add(found[1].lower())
     having = sorted((len(packages), extra) for extra, packages in extras.items() if package in packages)
     return own if package in extras.get(own, ()) or not having else having[0][1]
+
+
+def _requirements() -> list[str]:
+    """Return the requirements of the installed melrt; none if it runs from its source tree without being installed."""
+    try:
+        return metadata.requires("melrt") or []
+    except metadata.PackageNotFoundError:
+        return []
 
 
 def _fail(message: str, code: int) -> NoReturn:

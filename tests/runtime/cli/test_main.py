@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import types
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,16 @@ def test_broken_command_does_not_stop_the_others(melrt, monkeypatch: pytest.Monk
     code, _, err = melrt("broken", "argument", "--option")
     assert code == 2
     assert 'pip install "melrt[train]"' in err
+
+
+def test_a_missing_package_is_named_where_melrt_is_not_installed(melrt, monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_installed(name: str) -> list[str]:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("melrt.cli.main.metadata.requires", not_installed)
+    monkeypatch.setitem(COMMANDS, "broken", Command("melrt_that_does_not_exist:broken", "train"))
+    code, _, err = melrt("broken")
+    assert (code, 'pip install "melrt[train]"' in err) == (2, True)
 
 
 def test_calling_one_command_imports_no_other(melrt, monkeypatch: pytest.MonkeyPatch) -> None:
