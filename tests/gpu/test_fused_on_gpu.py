@@ -11,6 +11,8 @@ import pytest
 
 from melrt import Bundle, Vocoder
 from melrt.system import find_gpu
+
+pytest.importorskip("torch", reason="building an engine needs the extra `fused-build`")
 from melrt_export.fused.build import FusedOptions, build_fused
 from melrt_export.parity import FP16_MIN_SNR_DB, Difference, probe_mel
 
