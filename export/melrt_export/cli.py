@@ -217,7 +217,7 @@ def _build_fused(voice: Path, gpus: str | None, interpret: bool) -> None:
         entry, program = build_fused(Bundle.open(voice), options, steps.on_phase)
         console.print(kernel_table(program))
     if entry.quality:
-        _print(f"On recorded speech, the interpreted kernels' signal-to-noise ratio against FP32 is {entry.quality['snr_db']:.1f} dB.")
+        _print(f"On recorded speech, its signal-to-noise ratio is {entry.quality['snr_db']:.1f} dB ({entry.target['compared_on']}).")
     _print(f"Built {voice / entry.file} ({entry.size / 1e6:.2f} MB). `auto` takes it on compute capability 9.0.")
     _print(f"Next: synthesize speech on a GPU with `melrt synth {voice} MEL.npy -o speech.wav --backend fused`.")
 

@@ -10,6 +10,7 @@ import ctypes
 import json
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +56,8 @@ class FusedDriver:
     kernels: list[tuple[Kernel, dict[str, Any]]] = field(default_factory=list)
     permitted: dict[int, int] = field(default_factory=dict)
     launches: list[Launched] = field(default_factory=list)
+    spoil: Callable[[Kernel, torch.Tensor], object] = lambda *_: None
+    """A fault to plant: it may change what a kernel wrote."""
 
     def from_cubin(self, cubin: bytes) -> types.SimpleNamespace:
         self.gpu.check_context()
@@ -95,7 +98,12 @@ class FusedDriver:
         own = [int(value) for value in values[:-2]]
         count = len(POINTERS[kernel.function])
         self.launches.append(Launched(kernel, tuple(grid), own[count:], own[:count]))
-        self.gpu.streams[stream].add(lambda: interpret(kernel, constants, tuple(grid), [*map(self.memory, own[:count]), *own[count:]]))
+
+        def run() -> None:
+            interpret(kernel, constants, tuple(grid), [*map(self.memory, own[:count]), *own[count:]])
+            self.spoil(kernel, self.memory(own[count - 1]).view(getattr(torch, POINTERS[kernel.function][-1])))
+
+        self.gpu.streams[stream].add(run)
         return (0,)
 
     def memory(self, address: int) -> torch.Tensor:
@@ -121,6 +129,7 @@ def install_fused(monkeypatch: pytest.MonkeyPatch) -> FusedDriver:
 
     driver.cuLaunchKernel, driver.cuKernelSetAttribute, driver.CUkernel, driver.CUdevice = launch, fused.permit, int, int
     driver.CUfunction_attribute = types.SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared")
+    monkeypatch.setattr("melrt_export.fused.build.find_gpu", lambda: None)
     monkeypatch.setattr("melrt_export.fused.build.compile_kernel", compile_fake)
     monkeypatch.setattr("melrt_export.fused.build.compile_around", lambda capability: AROUND)
     queue = engine.queue_kernel

@@ -193,6 +193,24 @@ def test_a_fused_engine_is_opened_only_if_it_fits(driver: FusedDriver, voice: Bu
     load(Bundle.open(voice.path)).close()
 
 
+def test_a_new_engine_is_compared_with_fp32_on_a_gpu_that_it_is_for(
+    driver: FusedDriver, voice: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("melrt_export.fused.accuracy_check.WINDOW", 32)
+    for capability, compared_on in (("8.9", ""), ("9.0", "a GPU")):
+        monkeypatch.setattr("melrt_export.fused.build.find_gpu", lambda found=capability: Gpu("a GPU", found, 1))
+        entry, _ = build_fused(voice, FusedOptions(("9.0", "10.0")))
+        assert entry.target["compared_on"] == compared_on
+    assert entry.quality["snr_db"] > LEAST_SNR_DB
+    before = Bundle.open(voice.path).manifest
+    with monkeypatch.context() as wrong:
+        wrong.setattr(driver, "spoil", lambda kernel, result: result.copy_(result.clone() * 1.01) if kernel.function == "last" else None)
+        with pytest.raises(EngineBuildError, match=r"fused.fp16.engine on Fake GPU .* SNR 39.* The limit is SNR >= 50 dB. The engine was"):
+            build_fused(voice, FusedOptions(("9.0",)))
+    assert Bundle.open(voice.path).manifest == before
+    assert not driver.gpu.memory
+
+
 def test_memory_is_freed_if_a_fused_engine_cannot_be_opened(driver: FusedDriver, voice: Bundle) -> None:
     build_fused(voice, FusedOptions(("9.0",)))
     for allocations in range(3):  # the staged weights, the weights, the first memory of a slot
@@ -244,7 +262,8 @@ def test_the_command_builds_whole_engines_or_none(melrt, driver: FusedDriver, vo
     monkeypatch.setattr(Fused, "_warm_up", lambda *_: None)
     code, out, err = melrt("build", voice.path, "--engine", "fused", "--gpus", "9.0,8.6", "--interpret")
     assert code == 0
-    assert "the interpreted kernels' signal-to-noise ratio against FP32 is" in out
+    assert "On recorded speech, its signal-to-noise ratio is" in out
+    assert "dB (interpreter)." in out
     assert "--backend fused" in out
     (entry,) = Bundle.open(voice.path).find("engine")
     assert entry.quality["snr_db"] > LEAST_SNR_DB

@@ -12,8 +12,10 @@ from melrt.bundle import Artifact, Bundle
 from melrt.bundle.trust import sign
 from melrt.checks import check_fields, flag, list_of, one_of
 from melrt.errors import BundleError, MissingExtraError
+from melrt.system import find_gpu
+from melrt_export.fused.accuracy_check import check_on_gpu
 from melrt_export.fused.compile import CAPABILITIES, Compiled, compile_around, compile_kernel
-from melrt_export.fused.interpret import check_accuracy
+from melrt_export.fused.interpret import INTERPRETER, check_accuracy
 from melrt_export.fused.lower import Lowered, lower
 from melrt_export.fused.tiles import Tile, default_tile
 from melrt_export.generator.config import GeneratorConfig
@@ -38,6 +40,8 @@ class FusedOptions:
 def build_fused(bundle: Bundle, options: FusedOptions, on_kernel: OnKernel = lambda *_: None) -> tuple[Artifact, Program]:
     """Compile the kernels, and add the engine to the bundle. The bundle does not change if the build fails.
 
+    If this machine has a GPU that the engine is for, its audio is compared with FP32 first.
+
     Args:
         bundle: Bundle with the edge graph in FP32 or FP16.
         options: Options of the build.
@@ -48,22 +52,27 @@ def build_fused(bundle: Bundle, options: FusedOptions, on_kernel: OnKernel = lam
 
     Raises:
         EngineBuildError: The kernels cannot compute this generator, are inaccurate, or the compiler refuses one.
+        BackendError: This machine's GPU is one of `options.gpus`, and cannot run the engine.
         BundleError: The bundle lacks the graph or is damaged.
         MissingExtraError: Triton is not installed.
     """
     source = source_graph(bundle)
     lowered = lower(GeneratorConfig.from_dict(bundle.manifest.architecture), bundle.read(source))
-    quality = {}
+    quality, compared_on = {}, ""
     if options.interpret:
         on_kernel("interpreting the kernels on recorded speech", 0, 1)
-        quality = check_accuracy(bundle, lowered)
+        quality, compared_on = check_accuracy(bundle, lowered), INTERPRETER
     spec = bundle.manifest.spec
     gpus = tuple(dict.fromkeys(options.gpus))
     program = _assemble(lowered, (spec.n_mels, spec.hop), _compile_all(lowered, gpus, on_kernel))
+    gpu = find_gpu()
+    if gpu is not None and gpu.compute_capability in gpus:
+        on_kernel("comparing with FP32 on recorded speech", 0, 1)
+        quality, compared_on = check_on_gpu(bundle, program, FILE), gpu.name
     data = program.dumps()
     facts = {
         "flavor": "fused", "version": str(FORMAT), "compute_capability": ", ".join(gpus), "triton": _triton_version(),
-        "source": source.sha256,
+        "source": source.sha256, "compared_on": compared_on,
     }  # fmt: skip
     entry = Artifact.of(FILE, data, "engine", graph="both", precision="fp16", target=facts, quality=quality)
     return bundle.add(sign(entry), data, made_from=source), program

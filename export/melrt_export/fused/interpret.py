@@ -26,6 +26,9 @@ from melrt_export.parity import Difference
 
 INTERPRETER = "interpreter"
 _THREADS = 32
+# The kernels keep every sum in float32: trained voices and fixtures have 51 dB or more on speech (docs/fused.md), more than PyTorch's half
+# precision.
+LEAST_SNR_DB = 50.0
 # Frames of speech that are compared: more than the receptive field of most voices.
 SPEECH_FRAMES = 20
 # The interpreter's time is mostly that of starting an operation; larger tiles have fewer.
@@ -94,7 +97,7 @@ def check_accuracy(bundle: Bundle, lowered: Lowered) -> dict[str, float]:
         The measured quality, for the manifest.
 
     Raises:
-        EngineBuildError: The bundle has no FP32 graph, or the difference is not within the limit of FP16.
+        EngineBuildError: The bundle has no FP32 graph, or the signal-to-noise ratio is below `LEAST_SNR_DB`.
         MissingExtraError: Triton is not installed.
     """
     model = bundle.find("onnx", graph="edge", precision="fp32")
@@ -107,9 +110,9 @@ def check_accuracy(bundle: Bundle, lowered: Lowered) -> dict[str, float]:
     mel = np.ascontiguousarray(speech[None, :, start : start + frames])
     audio = Interpreter(lowered, spec.n_mels, spec.hop, FAST_ROWS).run(mel)
     difference = Difference.between(OnnxModel(bundle.read(model[0])).run(mel), audio)
-    if not difference.passes("fp16"):
+    if difference.snr_db < LEAST_SNR_DB:
         raise EngineBuildError(
-            f"the interpreted kernels differ too much from FP32: SNR {difference.snr_db:.1f} dB; the limit is {difference.limit('fp16')}. "
+            f"the interpreted kernels differ too much from FP32: SNR {difference.snr_db:.1f} dB; the limit is SNR >= {LEAST_SNR_DB:g} dB. "
             "The engine was not built."
         )
     return difference.facts()
