@@ -138,8 +138,11 @@ Gpus = Annotated[
 Interpret = Annotated[
     bool, typer.Option("--interpret", help="With fused: first compare the kernels with FP32 on speech, in an interpreter on the CPU.")
 ]
+TuneTiles = Annotated[
+    bool, typer.Option("--tune", help="With fused: time about 600 candidate tiles on this machine's GPU, and keep the fastest.")
+]
 # Options that only `--engine fused` takes.
-_FUSED_OPTIONS = {"gpus", "interpret"}
+_FUSED_OPTIONS = {"gpus", "interpret", "tune"}
 
 
 def build(
@@ -148,6 +151,7 @@ def build(
     engine: EngineKind = "tensorrt",
     gpus: Gpus = None,
     interpret: Interpret = False,
+    tune: TuneTiles = False,
     precision: Annotated[str, typer.Option(help="fp32, tf32, fp16, or int8. The last needs `melrt calibrate` first.")] = "fp16",
     flavor: Annotated[str, typer.Option(help="tensorrt, tensorrt_rtx, or auto for the first that is installed.")] = "auto",
     portable: Portable = True,
@@ -169,11 +173,11 @@ def build(
     for. With `tensorrt_rtx`, it also runs without a GPU and builds portable engines. `--try-variants` needs the GPU: it builds, checks and
     times about eight engines for each graph, adds the fastest, and stores all times in the bundle.
 
-    `--engine fused` compiles melrt's own kernels for several GPUs at once, without a GPU and without TensorRT. They run on NVIDIA GPUs
-    through cuda-core alone, on compute capability 9.0 by themselves and elsewhere with `--backend fused`; only an H100 has run them.
+    `--engine fused` compiles melrt's own kernels for several GPUs at once, without a GPU and without TensorRT. They run on NVIDIA GPUs,
+    on compute capability 9.0 by themselves and elsewhere with `--backend fused`; only an H100 has run them. `--tune` needs a GPU.
     """
     if _checked_engine(context, engine) == "fused":
-        return _build_fused(voice, gpus, interpret)
+        return _build_fused(voice, gpus, interpret=interpret, tune=tune)
     from melrt_export.tensorrt.engines import build_engines
     from melrt_export.tensorrt.options import EngineOptions
 
@@ -205,17 +209,20 @@ def _checked_engine(context: typer.Context, engine: str) -> str:
     return engine
 
 
-def _build_fused(voice: Path, gpus: str | None, interpret: bool) -> None:
+def _build_fused(voice: Path, gpus: str | None, *, interpret: bool, tune: bool) -> None:
+    from melrt.backends.fused.tuning import Tuning
     from melrt_export.fused.build import FusedOptions, build_fused
     from melrt_export.fused.report import kernel_table
 
-    options = FusedOptions(interpret=interpret)
+    options = FusedOptions(interpret=interpret, tune=tune)
     if gpus is not None:
         options = replace(options, gpus=tuple(gpus.replace(" ", "").split(",")))
-    with Steps(1) as steps:
-        steps(f"compiling the kernels for compute capability {', '.join(options.gpus)}")
-        entry, program = build_fused(Bundle.open(voice), options, steps.on_phase)
+    with Steps(options.steps) as steps:
+        entry, program = build_fused(Bundle.open(voice), options, steps.on_phase, steps)
         console.print(kernel_table(program))
+    tuning = Tuning.of(entry)
+    for line in tuning.lines() if tuning else ():
+        _print(line)
     if entry.quality:
         _print(f"On recorded speech, its signal-to-noise ratio is {entry.quality['snr_db']:.1f} dB ({entry.target['compared_on']}).")
     _print(f"Built {voice / entry.file} ({entry.size / 1e6:.2f} MB). `auto` takes it on compute capability 9.0.")

@@ -11,7 +11,7 @@ import json
 import sys
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,13 @@ AROUND = b"the kernels around an engine"
 
 def compile_fake(kernel: Kernel, tile: Tile, capability: Capability) -> Compiled:
     """Compile a kernel for the fake GPU."""
-    facts = {"name": kernel.name, "function": kernel.function, "constants": dict(kernel.constants), "all": tile.constants(kernel)}
+    facts = {
+        "name": kernel.name,
+        "function": kernel.function,
+        "constants": dict(kernel.constants),
+        "all": tile.constants(kernel),
+        "tile": asdict(tile),
+    }
     return Compiled(json.dumps(facts).encode(), f"{kernel.function}_kernel", THREADS, SHARED, 64, 0, 0)
 
 
@@ -54,10 +60,17 @@ class FusedDriver:
 
     gpu: Gpu
     kernels: list[tuple[Kernel, dict[str, Any]]] = field(default_factory=list)
+    tiles: list[Tile] = field(default_factory=list)
     permitted: dict[int, int] = field(default_factory=dict)
     launches: list[Launched] = field(default_factory=list)
-    spoil: Callable[[Kernel, torch.Tensor], object] = lambda *_: None
+    spoil: Callable[[Launched, Tile, torch.Tensor], object] = lambda *_: None
     """A fault to plant: it may change what a kernel wrote."""
+    refuse: Callable[[Tile], bool] = lambda tile: False
+    """Whether the driver refuses to launch a kernel with this tile."""
+    cost: Callable[[Kernel, Tile, tuple[int, ...]], float] = lambda *_: 0.07
+    """Milliseconds of a launch with this grid, for events."""
+    now: float = 0.0
+    """Milliseconds of the GPU's clock."""
 
     def from_cubin(self, cubin: bytes) -> types.SimpleNamespace:
         self.gpu.check_context()
@@ -68,6 +81,7 @@ class FusedDriver:
 
         def get_kernel(symbol: str) -> types.SimpleNamespace:
             assert symbol == f"{facts['function']}_kernel"
+            self.tiles.append(Tile(**facts["tile"]))
             self.kernels.append((Kernel(facts["name"], facts["function"], facts["constants"]), facts["all"]))
             return types.SimpleNamespace(handle=FIRST_HANDLE + len(self.kernels) - 1)
 
@@ -95,15 +109,25 @@ class FusedDriver:
         values = [np.frombuffer(ctypes.string_at(p, kind.itemsize), kind)[0] for p, kind in zip(pointers, kinds, strict=True)]
         assert values[-2:] == [0, 0]
         kernel, constants = self.kernels[handle - FIRST_HANDLE]
+        tile = self.tiles[handle - FIRST_HANDLE]
+        if self.refuse(tile):
+            return (701,)  # too many resources requested for launch
         own = [int(value) for value in values[:-2]]
         count = len(POINTERS[kernel.function])
-        self.launches.append(Launched(kernel, tuple(grid), own[count:], own[:count]))
+        launched = Launched(kernel, tuple(grid), own[count:], own[:count])
+        self.launches.append(launched)
 
         def run() -> None:
             interpret(kernel, constants, tuple(grid), [*map(self.memory, own[:count]), *own[count:]])
-            self.spoil(kernel, self.memory(own[count - 1]).view(getattr(torch, POINTERS[kernel.function][-1])))
+            self.now += self.cost(kernel, tile, tuple(grid))
+            self.spoil(launched, tile, self.memory(own[count - 1]).view(getattr(torch, POINTERS[kernel.function][-1])))
 
         self.gpu.streams[stream].add(run)
+        return (0,)
+
+    def record(self, event: dict[str, float], stream: int) -> tuple[int]:
+        """Let an event take the time of the GPU's clock when the stream reaches it."""
+        self.gpu.streams[stream].add(lambda: event.update(time=self.now))
         return (0,)
 
     def memory(self, address: int) -> torch.Tensor:
@@ -128,6 +152,8 @@ def install_fused(monkeypatch: pytest.MonkeyPatch) -> FusedDriver:
         return fused.launch(kernel, rest[:7], rest[7], rest[8]) if kernel >= FIRST_HANDLE else plain(kernel, *rest)
 
     driver.cuLaunchKernel, driver.cuKernelSetAttribute, driver.CUkernel, driver.CUdevice = launch, fused.permit, int, int
+    driver.CUstream, driver.cuEventCreate, driver.cuEventRecord = int, lambda flags: (0, {}), fused.record
+    driver.cuEventElapsedTime = lambda begin, end: (0, end["time"] - begin["time"])
     driver.CUfunction_attribute = types.SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared")
     monkeypatch.setattr("melrt_export.fused.build.find_gpu", lambda: None)
     monkeypatch.setattr("melrt_export.fused.build.compile_kernel", compile_fake)

@@ -204,7 +204,7 @@ def test_a_new_engine_is_compared_with_fp32_on_a_gpu_that_it_is_for(
     assert entry.quality["snr_db"] > LEAST_SNR_DB
     before = Bundle.open(voice.path).manifest
     with monkeypatch.context() as wrong:
-        wrong.setattr(driver, "spoil", lambda kernel, result: result.copy_(result.clone() * 1.01) if kernel.function == "last" else None)
+        wrong.setattr(driver, "spoil", lambda launched, tile, result: result.mul_(1.01) if launched.kernel.function == "last" else None)
         with pytest.raises(EngineBuildError, match=r"fused.fp16.engine on Fake GPU .* SNR 39.* The limit is SNR >= 50 dB. The engine was"):
             build_fused(voice, FusedOptions(("9.0",)))
     assert Bundle.open(voice.path).manifest == before

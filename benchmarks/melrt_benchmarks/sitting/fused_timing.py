@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 
 from melrt import Bundle
-from melrt.backends.fused.engine import FusedEngine, LoadedProgram
+from melrt.backends.fused.engine import LoadedProgram
 from melrt.backends.fused.program import Program
 from melrt.backends.tensorrt.backend import open_device
 from melrt.backends.tensorrt.gpu_arrays import current_device
-from melrt.backends.tensorrt.interface import Place, Profile
 from melrt.backends.tensorrt.kernels import queue_kernel
 from melrt.errors import ConfigError, MelrtError
 from melrt.system import Gpu
 from melrt_benchmarks.sitting.steps import SKIPPED
 from melrt_export.fused.build import source_graph
+from melrt_export.fused.gpu_timing import GraphClock, Memory
 from melrt_export.fused.lower import Kernel, lower
 from melrt_export.fused.roofline import kernel_work
 from melrt_export.fused.tiles import default_tile
@@ -70,22 +70,16 @@ class _Timing:
         self._kernels = lower(GeneratorConfig.from_dict(bundle.manifest.architecture), bundle.read(source_graph(bundle))).kernels
         self._capability, self._limits = gpu.compute_capability, _limits(gpu)
         self._spec = bundle.manifest.spec
-        batch, frames = (max(sizes) for sizes in zip(*SHAPES, strict=True))
         self._stream = device.create_stream()
-        self._mel = device.allocate(4 * batch * self._program.bands * frames, stream=self._stream)
-        self._audio = device.allocate(4 * batch * frames * self._program.hop, stream=self._stream)
-        self._scratch = device.allocate(self._program.places(batch, frames)[-1], stream=self._stream)
-        self._engine = FusedEngine(self._loaded, Profile((1, self._program.bands, 1), (batch, self._program.bands, frames)))
+        self._clock = GraphClock(self._stream)
+        largest = max(batch for batch, _ in SHAPES), max(frames for _, frames in SHAPES)
+        self._memory = Memory(device, self._stream, self._loaded, largest)
 
     def shapes(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the times in microseconds of each shape, such as `16 x 256`: of the network, and of each layer with its bound."""
-        from cuda.bindings import driver
-
-        place = Place(int(self._mel.handle), int(self._audio.handle), self._scratch, self._stream)
         for batch, frames in SHAPES:
             mel = np.stack([probe_mel(self._spec, frames, seed) for seed in range(batch)])
-            _done(driver.cuMemcpyHtoD(int(self._mel.handle), mel.ctypes.data, mel.nbytes))
-            run = self._engine.prepare(mel.shape, batch * frames * self._program.hop, place)
+            run = self._memory.prepare(self._loaded, mel)
             whole = self._microseconds(run.enqueue, RUNS)
             layers = {}
             for launch, size, values in run.launches:
@@ -101,27 +95,10 @@ class _Timing:
 
     def _microseconds(self, enqueue: Callable[[], None], count: int) -> float:
         """Return the time of one of so many launches or runs, the median of several rounds."""
-        from cuda.bindings import driver
-
         enqueue()
-        builder = self._stream.create_graph_builder()
-        builder.begin_building("thread_local")
-        for _ in range(count):
-            enqueue()
-        builder.end_building()
-        graph = builder.complete()
-        graph.launch(self._stream)
-        begin, end = (_done(driver.cuEventCreate(0)) for _ in range(2))
-        times: list[float] = []
-        for _ in range(ROUNDS):
-            _done(driver.cuEventRecord(begin, driver.CUstream(int(self._stream.handle))))
-            graph.launch(self._stream)
-            _done(driver.cuEventRecord(end, driver.CUstream(int(self._stream.handle))))
-            self._stream.sync()
-            times.append(1e3 * _done(driver.cuEventElapsedTime(begin, end)) / count)
-        for event in (begin, end):
-            _done(driver.cuEventDestroy(event))
-        return statistics.median(times)
+        run = self._clock.captured(enqueue, count)
+        run()
+        return statistics.median(run() for _ in range(ROUNDS))
 
 
 def _limits(gpu: Gpu) -> GpuFigures | None:
@@ -130,14 +107,6 @@ def _limits(gpu: Gpu) -> GpuFigures | None:
         return gpu_figures(gpu.name)
     except ConfigError:
         return None
-
-
-def _done(result: tuple[Any, ...]) -> Any:
-    """Return the value of a driver's call."""
-    error, *values = result
-    if int(error) != 0:
-        raise RuntimeError(f"the GPU's driver refused a call: {error}")
-    return values[0] if values else None
 
 
 if __name__ == "__main__":

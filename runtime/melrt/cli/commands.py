@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from melrt.backends.cpu_choice import cpu_choices
+from melrt.backends.fused.tuning import Tuning
 from melrt.backends.select import BackendChoice, open_backend
 from melrt.bundle import Bundle, Manifest
 from melrt.bundle.trust import trust_engines
@@ -75,6 +76,9 @@ def info(
     for entry in bundle.manifest.artifacts:
         kind = " ".join(filter(None, (entry.kind, entry.graph, entry.precision)))
         _print(f"{entry.file:<{width}}  {entry.size / 1e6:6.2f} MB  {kind}{_quality(entry.quality)}")
+        tuning = Tuning.of(entry)
+        for line in tuning.lines() if tuning else ():
+            _print(f"{'':<{width}}  {line}")
     for way in cpu_choices(bundle):
         _print(f"on this CPU    {'auto may take' if way.usable else 'auto does not take'} {way}")
     if damage := list(_damage(bundle)):

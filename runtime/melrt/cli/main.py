@@ -58,7 +58,7 @@ COMMANDS = {
 }
 # Words of a command that were renamed: (command or "", old word) to the new one.
 RENAMED = {
-    ("", "requantise"): "requantize", ("build", "--flavour"): "--flavor", ("build", "--tune"): "--try-variants",
+    ("", "requantise"): "requantize", ("build", "--flavour"): "--flavor",
     ("build", "--anew"): "--rebuild", ("calibrate", "--judge"): "--evaluate",
 }  # fmt: skip
 

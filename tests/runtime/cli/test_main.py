@@ -106,9 +106,9 @@ def test_renamed_words_name_the_new_one(melrt, command: str, word: str) -> None:
 
 
 def test_renamed_option_keeps_its_value(melrt) -> None:
-    _, _, err = melrt("build", "voice", "--flavour=fast", "--tune")
+    _, _, err = melrt("build", "voice", "--flavour=fast", "--anew")
     assert err.strip() == (
-        "error: --flavour is now --flavor, --tune is now --try-variants. Type `melrt build voice --flavor=fast --try-variants` instead."
+        "error: --flavour is now --flavor, --anew is now --rebuild. Type `melrt build voice --flavor=fast --rebuild` instead."
     )
 
 

@@ -37,7 +37,7 @@ class LoadedProgram:
             )
         self.program = program
         self.compiled = program.gpus[capability]
-        self.kernels = {name: _load(program, kernel, device) for name, kernel in self.compiled.items()}
+        self.kernels = {name: load_kernel(program.cubin(kernel), kernel, device) for name, kernel in self.compiled.items()}
         offset, size = program.around[capability] if program.around_source == SOURCE_SHA256 else (0, 0)
         self.around = program.payload[offset : offset + size]
         """Compiled kernels around an engine; empty if they were made from another version's source."""
@@ -60,11 +60,16 @@ class LoadedProgram:
         self._stream.close()
 
 
-def _load(program: Program, kernel: CompiledKernel, device: Any) -> Any:
+def load_kernel(cubin: bytes, kernel: CompiledKernel, device: Any) -> Any:
+    """Load a kernel's code, with permission for its shared memory. The device is current.
+
+    Raises:
+        BackendError: The driver refuses so much shared memory.
+    """
     from cuda.bindings import driver
     from cuda.core import ObjectCode
 
-    loaded = ObjectCode.from_cubin(program.cubin(kernel)).get_kernel(kernel.symbol)
+    loaded = ObjectCode.from_cubin(cubin).get_kernel(kernel.symbol)
     if kernel.shared > _SHARED_BYTES:
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         handle, index = driver.CUkernel(int(loaded.handle)), driver.CUdevice(device.device_id)
@@ -115,6 +120,8 @@ class FusedRun:
 
     def __init__(self, loaded: LoadedProgram, shape: Shape, place: Place) -> None:
         self._loaded, self._stream = loaded, place.stream
+        self.shape = shape
+        """Shape (B, M, T) of the mels."""
         batch, _, frames = shape
         scratch = [int(place.scratch.handle) + offset for offset in loaded.program.places(batch, frames)]
         bases = {"mel": place.mel, "audio": place.audio, "weights": loaded.weights}
