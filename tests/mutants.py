@@ -22,7 +22,7 @@ CAL, TRAIN, PLAN, QUEUE = (
 )  # fmt: skip
 DECIDE, RANGES, QDQ = "tests/calibration/test_decisions.py", "tests/calibration/test_ranges.py", "tests/calibration/test_qdq.py"
 CALIBRATE, METRICS, OBJECTIVE = "tests/calibration/test_calibrate.py", "tests/calibration/test_metrics.py", "tests/export/training"
-FUSED, KERNELS = "export/melrt_export/fused/", "tests/export/test_fused.py"
+FUSED, KERNELS, TUNING = "export/melrt_export/fused/", "tests/export/test_fused.py", "tests/export/test_tuning.py"
 TRAINED = "tests/calibration/test_training.py"
 WINDOWS, WAITING = "tests/runtime/planning/test_windows.py", "tests/runtime/scheduling"
 RUNTIME, VOICES = "runtime/melrt/", "tests/runtime/test_voices.py"
@@ -74,6 +74,15 @@ MUTANTS = (
     (FUSED + "lower.py", "bias.reshape(-1, phases).T.reshape(-1)", "bias", KERNELS),
     (FUSED + "roofline.py", "reread + taps * each", "reread + each", "tests/export/test_roofline.py"),
     (FUSED + "roofline.py", "layer.read + HALF * layer.added", "HALF * layer.read + HALF * layer.added", "tests/export/test_roofline.py"),
+    (FUSED + "tuning.py", "np.argmin(costs)", "np.argmax(costs)", TUNING),
+    (FUSED + "tuning.py", "equal += [code] if same else []", "equal += [code]", TUNING),
+    (FUSED + "tuning.py", "if costs[best] < (1 - MIN_GAIN) * costs[0] else 0", "", TUNING),
+    (FUSED + "tuning.py", "and code.stack <= target", "and code.stack <= 9 + target", TUNING),
+    (FUSED + "tuning.py", "if not same:", "if False:", TUNING),
+    (FUSED + "tuning.py", "if gpu.compute_capability not in gpus:", "if False:", TUNING),
+    (FUSED + "children.py", "        self.close()\n        raise ChildError(reason)", "        raise ChildError(reason)", TUNING),
+    (FUSED + "trial_bench.py", "launch.grid(compiled, batch, frames)", "launch.grid(compiled, 1, frames)", TUNING),
+    (FUSED + "accuracy_check.py", "difference.snr_db >= LEAST_SNR_DB,", "True,", KERNELS),
     ("runtime/melrt/backends/fused/engine.py", "*values, *_HIDDEN", "*values", KERNELS),
     ("runtime/melrt/backends/fused/engine.py", "if kernel.shared > _SHARED_BYTES:", "if False:", KERNELS),
     ("runtime/melrt/backends/fused/program.py", "self.extra) // kernel.rows", "self.extra) // (kernel.rows + 8)", KERNELS),
