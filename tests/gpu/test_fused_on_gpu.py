@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from melrt import Bundle, Vocoder
+from melrt.backends.fused.tuning import Tuning
 from melrt.system import find_gpu
 
 pytest.importorskip("torch", reason="building an engine needs the extra `fused-build`")
 from melrt_export.fused.build import FusedOptions, build_fused
+from melrt_export.fused.candidates import candidates
 from melrt_export.parity import FP16_MIN_SNR_DB, Difference, probe_mel
 
 pytestmark = pytest.mark.gpu
@@ -50,3 +52,20 @@ def test_arrays_on_the_gpu_are_the_cpus(voice: Bundle) -> None:
     with Vocoder.load(voice, device="cpu", precision="fp32") as cpu, Vocoder.load(voice, backend="fused") as vocoder:
         audio = vocoder(torch.from_numpy(mel).cuda()).cpu().numpy()
         assert Difference.between(cpu(mel), np.ascontiguousarray(audio)).snr_db >= FP16_MIN_SNR_DB
+
+
+def test_tuned_tiles_give_the_same_bits(voice: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    mel = probe_mel(voice.manifest.spec, 700)
+    with Vocoder.load(voice, backend="fused") as vocoder:
+        expected = vocoder(mel)
+    few = lambda kernel, default: candidates(kernel, default)[:8]  # noqa: E731
+    monkeypatch.setattr("melrt_export.fused.tuning.candidates", few)
+    gpu = find_gpu()
+    assert gpu
+    entry, _ = build_fused(voice, FusedOptions((gpu.compute_capability,), tune=True))
+    tuning = Tuning.of(entry)
+    assert tuning is not None
+    assert (tuning.gpu, tuning.different) == (gpu.name, 0)
+    assert tuning.timed > len(tuning.kernels)
+    with Vocoder.load(Bundle.open(voice.path), backend="fused") as vocoder:
+        assert np.array_equal(vocoder(mel), expected)

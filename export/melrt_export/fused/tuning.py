@@ -176,10 +176,10 @@ class _Measurement:
     def run(self, usable: Mapping[str, list[Code]], on_phase: OnPhase) -> tuple[dict[str, Code], Tuning]:
         """Compare and time all candidates; return the chosen ones and the record."""
         done, total = itertools.count(1), sum(map(len, usable.values()))
-        trials = {
-            name: self._timed(name, self._equal(name, codes, lambda name=name: on_phase(f"timing {name}", next(done), total)))  # type: ignore[misc]
-            for name, codes in usable.items()
-        }
+        trials = {}
+        for name, codes in usable.items():
+            equal = self._equal(name, codes, lambda name: on_phase(f"timing {name}", next(done), total))
+            trials[name] = self._timed(name, equal)
         chosen = _choose(trials)
         kept = {name: one.codes[chosen[name]] for name, one in trials.items()}
         us = self._networks(kept)
@@ -191,7 +191,7 @@ class _Measurement:
         facts = gpu.compute_capability, gpu.name, _driver(), today, mels, timed, self._skipped, self._different
         return kept, Tuning(*facts, us, kernels)
 
-    def _equal(self, name: str, codes: list[Code], on_done: Callable[[], None]) -> list[Code]:
+    def _equal(self, name: str, codes: list[Code], on_done: Callable[[str], None]) -> list[Code]:
         """Return the candidates that give the same bits as the default, which is the first."""
         equal = []
         for code in codes:
@@ -203,7 +203,7 @@ class _Measurement:
                 if code is codes[0]:
                     raise self._refused(f"run {name} with its default tile ({error})") from error
                 self._skipped += 1
-            on_done()
+            on_done(name)
         if equal[:1] != codes[:1]:
             raise self._refused(f"repeat {name} with its default tile: the second run gives other bits")
         return equal
