@@ -18,6 +18,7 @@ from melrt_export.assets import RECORDING
 torch = pytest.importorskip("torch", reason="training needs PyTorch")
 
 from melrt_export.generator.config import GeneratorConfig  # noqa: E402
+from melrt_export.int8_plan import Int8Plan, LayerPlan, Range  # noqa: E402
 from melrt_export.training.config import (  # noqa: E402
     DataConfig,
     DiscriminatorConfig,
@@ -28,6 +29,7 @@ from melrt_export.training.config import (  # noqa: E402
     TrainingConfig,
 )
 from melrt_export.training.distributed import ProcessGroup  # noqa: E402
+from melrt_export.training.quantized import DistillationLoss, quantize  # noqa: E402
 from melrt_export.training.state import FILE  # noqa: E402
 from melrt_export.training.step import AdversarialStep  # noqa: E402
 from melrt_export.training.trainer import Trainer  # noqa: E402
@@ -42,6 +44,8 @@ NO_RATE = 1e-9
 STEPS = 16
 # Distance of all gradients of a network, relative to their norm. On a CPU, bfloat16 gave 0.26 for the generator.
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.4, "float16": 0.15}
+# The same in INT8, where values between two bytes can round the other way. On a CPU, a batch louder by 1e-6 gave 2e-4.
+INT8_TOLERANCE = 0.01
 
 
 @pytest.fixture(autouse=True)
@@ -84,10 +88,11 @@ def gradients(device: str, precision: str = "float32") -> tuple[dict[str, float]
 
 def moments(step: AdversarialStep) -> list[np.ndarray]:
     """Return the first moment that Adam keeps of the gradients of generator and discriminators."""
-    return [
-        torch.cat([optimizer.state[parameter]["exp_avg"].flatten() for parameter in network.parameters()]).cpu().numpy()
-        for network, optimizer in ((step.generator, step.generator_optimizer), (step.discriminator, step.discriminator_optimizer))
-    ]
+    return [moment(step.generator, step.generator_optimizer), moment(step.discriminator, step.discriminator_optimizer)]
+
+
+def moment(network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> np.ndarray:
+    return torch.cat([optimizer.state[parameter]["exp_avg"].flatten() for parameter in network.parameters()]).cpu().numpy()
 
 
 def distance(one: np.ndarray, reference: np.ndarray) -> float:
@@ -118,6 +123,37 @@ def test_step_does_not_wait_for_the_gpu(precision: str) -> None:
         values = step(batch, 3)
         with pytest.raises(RuntimeError, match="synchroniz"):
             values["generator"].item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@functools.cache
+def quantized_step(device: str, learn_ranges: bool) -> tuple[AdversarialStep, torch.Tensor]:
+    """Return a step of a training in INT8 after some steps, and its batch. The second convolution of each block is equalized."""
+    one = config(losses=LossConfig(adversarial=0.0, feature_matching=0.0, mel=5.0))
+    voice, (_, batch) = create_voice(one), step_on(device)
+    layers = [
+        LayerPlan(name, Range(-3.0, 5.0, "mse"), Range(-6.0, 4.0, "mse"), (0.1,) * conv.out_channels, (1.5,) * conv.in_channels)
+        for name, conv in voice.generator.named_modules()
+        if name.endswith("dilated")
+    ]
+    teacher = quantize(voice, Int8Plan(tuple(layers)), "cpu", learn_ranges=learn_ranges).to(device)
+    step = AdversarialStep(one, voice, ProcessGroup(torch.device(device)), {"distillation": DistillationLoss(teacher, 1.0)})
+    for i in range(STEPS):
+        step(batch, i)
+    return step, batch
+
+
+@pytest.mark.parametrize("learn_ranges", [True, False])
+def test_int8_gradients_are_the_cpus_without_a_wait(learn_ranges: bool) -> None:
+    steps = {device: quantized_step(device, learn_ranges)[0] for device in ("cpu", GPU)}
+    reference, one = (moment(step.generator, step.generator_optimizer) for step in steps.values())
+    print(f"INT8: relative distance of the gradients {distance(one, reference):.1e}")
+    assert distance(one, reference) < INT8_TOLERANCE
+    step, batch = quantized_step(GPU, learn_ranges)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(batch, STEPS)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -71,18 +71,18 @@ class ActivationRanges:
     def activation(self, values: Range, factors: Sequence[float]) -> FakeQuantizedActivation:
         if self.growth is None:
             return FakeQuantizedActivation(values, factors, self.form)
-        return _LearnedActivation(values, factors, self.form, partial(self._grown, values))
+        return _LearnedActivation(values, factors, self.form, partial(self._factors, self._index[values]))
 
-    def _grown(self, values: Range) -> Tensor:
-        """Return both ends of a range, (2,)."""
+    def _factors(self, index: int) -> Tensor:
+        """Return the growth of both ends of a range, (2,)."""
         assert self.growth is not None
-        ends = torch.tensor([values.low, values.high], device=self.growth.device)
-        return ends * (RANGE_RATE * self.growth[self._index[values]]).exp()
+        return (RANGE_RATE * self.growth[index]).exp()
 
 
 class FakeQuantizedActivation(nn.Module):
-    """Rounds an activation (B, C, T) to the values that its bytes can represent."""
+    """Rounds an activation (B, C, T), whose channels were divided by factors, to the values that its bytes can represent."""
 
+    factors: Tensor
     scale: Tensor
     zero: Tensor
 
@@ -90,35 +90,38 @@ class FakeQuantizedActivation(nn.Module):
         super().__init__()
         scale, zero = values.affine if form == "cpu" else (values.symmetric_scale, 0)
         self.limits = (0, UNSIGNED_MAX) if form == "cpu" else (-SIGNED_MAX, SIGNED_MAX)
-        # dividing a channel by a factor, rounding, and multiplying again equals rounding in steps that are larger by this factor
-        self.register_buffer("scale", scale * torch.tensor(factors or [1.0]), persistent=False)
-        self.register_buffer("zero", torch.full((len(self.scale),), zero, dtype=torch.int32), persistent=False)
+        self.register_buffer("factors", torch.tensor(factors or [1.0])[:, None], persistent=False)
+        self.register_buffer("scale", torch.tensor([scale]), persistent=False)
+        self.register_buffer("zero", torch.tensor([zero], dtype=torch.int32), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.float()
-        if len(self.scale) == 1:
-            return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero, *self.limits)
-        return torch.fake_quantize_per_channel_affine(x, self.scale, self.zero, 1, *self.limits)
+        return _rounded(x.float(), self.factors, self.scale, self.zero, self.limits)
+
+
+def _rounded(x: Tensor, factors: Tensor, scale: Tensor, zero: Tensor, limits: tuple[int, int]) -> Tensor:
+    """Round channels on one grid after a division by their factors, (C, 1) or (1, 1).
+
+    PyTorch's function with a scale for each channel would wait for the GPU twice in each call, to check the zero points.
+    """
+    return torch.fake_quantize_per_tensor_affine(x / factors, scale, zero, *limits) * factors
 
 
 class _LearnedActivation(FakeQuantizedActivation):
     """Rounds an activation (B, C, T) on a grid whose range is trained."""
 
-    factors: Tensor
+    ends: Tensor
 
-    def __init__(self, values: Range, factors: Sequence[float], form: Int8Form, ends: Callable[[], Tensor]) -> None:
+    def __init__(self, values: Range, factors: Sequence[float], form: Int8Form, growth: Callable[[], Tensor]) -> None:
         super().__init__(values, factors, form)
-        self.ends = ends
+        self.growth = growth
         self.symmetric = form != "cpu"
-        self.register_buffer("factors", torch.tensor(factors or [1.0]), persistent=False)
+        self.register_buffer("ends", torch.tensor([values.low, values.high]), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        low, high = self.ends()
+        low, high = self.ends * self.growth()
         scale = torch.maximum(-low, high) / SIGNED_MAX if self.symmetric else (high - low) / UNSIGNED_MAX
         zero = torch.zeros_like(scale) if self.symmetric else -low / scale
-        rounded = _LearnedRounding.apply(  # type: ignore[no-untyped-call]
-            x.float(), scale * self.factors, zero.expand(len(self.factors)), *self.limits
-        )
+        rounded = _LearnedRounding.apply(x.float(), self.factors, scale, zero, self.limits)  # type: ignore[no-untyped-call]
         return cast(Tensor, rounded)
 
 
@@ -129,24 +132,19 @@ class _LearnedRounding(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, factors: Tensor, scale: Tensor, zero: Tensor, limits: tuple[int, int]) -> Tensor:
         zero = zero.round()
-        if len(scale) == 1:
-            rounded = torch.fake_quantize_per_tensor_affine(x, scale, zero.int(), low, high)
-        else:
-            rounded = torch.fake_quantize_per_channel_affine(x, scale, zero.int(), 1, low, high)
-        ctx.save_for_backward(x, rounded, scale, zero)
-        ctx.limits = low, high
+        rounded = _rounded(x, factors, scale, zero.int(), limits)
+        ctx.save_for_backward(x, rounded, factors, scale, zero)
+        ctx.limits = limits
         return rounded
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, rounded, scale, zero = ctx.saved_tensors
+        x, rounded, factors, scale, zero = ctx.saved_tensors
         (gradient,) = gradients
-        low, high = ((limit - zero) * scale for limit in ctx.limits)
-        through = gradient * ((x >= low[:, None]) & (x <= high[:, None]))
-        by_scale = (gradient * rounded - through * x).sum((0, 2)) / scale
-        by_zero = -scale * (gradient - through).sum((0, 2))
-        if len(scale) == 1:
-            by_scale, by_zero = by_scale.sum(0, keepdim=True), by_zero.sum(0, keepdim=True)
-        return through, by_scale, by_zero, None, None
+        low, high = ((limit - zero) * scale * factors for limit in ctx.limits)
+        through = gradient * ((x >= low) & (x <= high))
+        by_scale = (gradient * rounded - through * x).sum() / scale
+        by_zero = -scale * ((gradient - through) * factors).sum()
+        return through, None, by_scale, by_zero, None
