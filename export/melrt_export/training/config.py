@@ -208,7 +208,9 @@ class ScheduleConfig:
     log_every: int = 100
     """Steps between two entries in the log, which hold the mean losses over these steps."""
     validate_every: int = 5000
-    """Steps between two validations. The weights with the smallest error are kept in `best`."""
+    """Steps between two validations. The best weights are kept in `best`."""
+    best: Literal["error", "log_mel"] = "error"
+    """Figure that chooses the best weights: `error` (log-mel, comb and level; `SpeechQuality.error`) or the log-mel error alone."""
     save_every: int = 1000
     """Steps between two saved states."""
     keep_every: int = 0
@@ -217,7 +219,7 @@ class ScheduleConfig:
     """Number of checkpoints `step-N` that are kept, the newest ones."""
 
     def __post_init__(self) -> None:
-        rules = dict.fromkeys((each.name for each in fields(self)), whole(1, MAX_STEPS))
+        rules = dict.fromkeys((each.name for each in fields(self) if each.name != "best"), whole(1, MAX_STEPS))
         _check(self, **rules | {"keep_every": whole(0, MAX_STEPS)})
 
 

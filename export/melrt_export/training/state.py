@@ -34,7 +34,7 @@ class History:
     step: int = 0
     """Number of steps done."""
     validations: list[tuple[int, float, float]] = field(default_factory=list)
-    """Step, log-mel error, and error (`SpeechQuality.error`) of each validation, of the better of weights and average."""
+    """Step, log-mel error, and error that chooses the best (`[schedule] best`) of each validation, of the better of weights and average."""
     begin: int = 0
     """Step at which the discriminators' terms begin. Once a later validation exists, those up to this step do not compete with it."""
 
@@ -45,7 +45,7 @@ class History:
 
     @property
     def best(self) -> tuple[int, float]:
-        """Step and log-mel error of the validation with the smallest error (`SpeechQuality.error`)."""
+        """Step and log-mel error of the validation with the smallest error."""
         rivals = [entry for entry in self.validations if entry[0] > self.begin] if self.begin else []
         step, log_mel, _ = min(rivals or self.validations, key=lambda entry: entry[2])
         return step, log_mel

@@ -60,7 +60,7 @@ class TrainingResult:
     history: History
     """Steps done and validations."""
     best: Path
-    """Checkpoint with the smallest validation error (`SpeechQuality.error`)."""
+    """Checkpoint with the smallest validation error, as `[schedule] best` defines it."""
     finished: bool
     """True if all steps are done; otherwise the training was stopped and can be resumed."""
 
@@ -227,7 +227,8 @@ class Trainer:
         measured = {name: self._measure(network) for name, network in self.train_step.generators.items()}
         validation = Validation(self.history.step, {name: quality for name, (quality, _) in measured.items()}, [*measured.values()][-1][1])
         chosen = validation.qualities[validation.chosen]
-        self.history.validations.append((self.history.step, chosen.log_mel, chosen.error))
+        error = chosen.log_mel if self.config.schedule.best == "log_mel" else chosen.error
+        self.history.validations.append((self.history.step, chosen.log_mel, error))
         best = self.history.best[0] == self.history.step
         if best and self._is_first:
             self._keep(BEST, self.train_step.generators[validation.chosen])
