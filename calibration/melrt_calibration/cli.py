@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -20,6 +20,7 @@ from melrt_calibration.progress import OnProgress, Progress
 
 if TYPE_CHECKING:
     from melrt_calibration.calibrate import CalibrationOptions, CalibrationResult
+    from melrt_calibration.training import TrainingOptions
 
 console = Console(highlight=False, soft_wrap=True)
 # Seconds between two lines about the same step where the output is not a terminal.
@@ -47,6 +48,9 @@ Train = Annotated[
 ]
 Run = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Folder of the training, which continues there. Default: VOICE.int8-run.")]
 Steps = Annotated[int, typer.Option(help="Steps of the training, and of its control in FP32, from 10 to 1000000.")]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"], typer.Option(help="Device of the training: auto, cpu or cuda. auto takes a GPU if there is one.")
+]
 ReportPath = Annotated[Path | None, typer.Option(metavar="OUT.html", help="Write a report here, and its figures to OUT.json.")]
 
 
@@ -64,6 +68,7 @@ def calibrate(
     train: Train = None,
     run: Run = None,
     steps: Steps = 1400,
+    device: Device = "auto",
 ) -> None:
     """Choose INT8 layer by layer, by quality and by time, and add it to the bundle if it is faster within the budget.
 
@@ -82,7 +87,10 @@ def calibrate(
     if train is not None:
         if report:
             raise ConfigError("--report shows how layers were chosen, and --train chooses whole stages; leave one of them out.")
-        _train(voice, speech, evaluation_speech or (), train, run or voice.with_suffix(".int8-run"), steps, options)
+        from melrt_calibration.training import TrainingOptions
+
+        settings = TrainingOptions(train, run or voice.with_suffix(".int8-run"), steps, device=device, calibration=options)
+        _train(voice, speech, settings, evaluation_speech or ())
         return
     bundle = Bundle.open(voice)
     with _progress() as on_progress:
@@ -120,12 +128,9 @@ def requantize(
     _finish(voice, result.verdict, f"{len(result.names)} convolutions are in INT8", written=result.written)
 
 
-def _train(
-    voice: Path, speech: list[Path], others: Sequence[Path], checkpoint: Path, run: Path, steps: int, options: CalibrationOptions
-) -> None:
-    from melrt_calibration.training import TrainingOptions, calibrate_and_train
+def _train(voice: Path, speech: list[Path], settings: TrainingOptions, others: Sequence[Path]) -> None:
+    from melrt_calibration.training import calibrate_and_train
 
-    settings = TrainingOptions(checkpoint, run, steps, calibration=options)
     with _progress() as on_progress:
         result = calibrate_and_train(Bundle.open(voice), speech, settings, others, on_progress)
     _finish(voice, result.verdict, f"{len(result.names)} convolutions are in INT8", written=result.written)

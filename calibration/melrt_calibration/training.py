@@ -10,10 +10,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from melrt.bundle import Bundle
-from melrt.checks import check_fields, number, whole
+from melrt.checks import check_fields, number, one_of, whole
 from melrt.errors import CalibrationError
 from melrt.files.atomic import atomic_write
 from melrt_calibration.bundle_graphs import FloatGraphs
@@ -37,6 +37,7 @@ from melrt_export.training.config import (
     ScheduleConfig,
     TrainingConfig,
 )
+from melrt_export.training.distributed import ProcessGroup, choose_device
 from melrt_export.training.state import FILE as STATE
 from melrt_export.training.trainer import Trainer
 
@@ -61,12 +62,14 @@ class TrainingOptions:
     """Segments of 8192 samples in one step, from 1 to 65536."""
     learning_rate: float = 1e-4
     """Learning rate of the first step, from which it falls linearly to zero."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the training; `auto` takes a GPU if there is one. A run can continue on another device."""
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     """Budget of the result and sampling of the observed windows."""
 
     def __post_init__(self) -> None:
         rules = {"steps": whole(10, 1_000_000), "batch": whole(1, 1 << 16), "learning_rate": number(1e-9, 1)}
-        check_fields(self, rules, "training in INT8")
+        check_fields(self, rules | {"device": one_of("auto", "cpu", "cuda")}, "training in INT8")
 
 
 def calibrate_and_train(
@@ -87,8 +90,9 @@ def calibrate_and_train(
 
     Raises:
         CalibrationError: The checkpoint is not that of the bundle, the run folder has other settings, or no stage can be in INT8.
-        TrainingError: The recordings cannot be used for training.
+        TrainingError: The device is `cuda` and there is none, or the recordings cannot be used for training.
     """
+    processes = ProcessGroup(choose_device(MachineConfig(options.device)))
     run, sampling = options.run, options.calibration.sampling
     planned = (run / PLAN).is_file()
     steps = ProgressReporter(OTHER_STEPS + PLANNING_STEPS * (not planned), on_progress)
@@ -103,9 +107,9 @@ def calibrate_and_train(
         _save_plan(run / PLAN, _plan_stages(graphs, data, held_out, options, steps))
         _save_plan(run / CONTROL, Int8Plan(()))
     steps.begin("training in INT8", options.steps)
-    trained = _train(_config(options, PLAN), steps)
+    trained = _train(_config(options, PLAN), processes, steps)
     steps.begin("training as long without rounding", options.steps)
-    control = load_checkpoint(_train(_config(options, CONTROL), steps))
+    control = load_checkpoint(_train(_config(options, CONTROL), processes, steps))
     weights = load_checkpoint(trained)
     plan = read_trained_plan(weights.source)
     assert plan is not None
@@ -212,14 +216,14 @@ def _config(options: TrainingOptions, plan: str) -> TrainingConfig:
         losses=LossConfig(adversarial=0.0, feature_matching=0.0, mel=5.0),
         quantization=QuantizationConfig(str(run / plan), learn_ranges=True),
         optimizer=OptimizerConfig(learning_rate=options.learning_rate, zero_at=options.steps),
-        machine=MachineConfig(device="auto"),
-        schedule=ScheduleConfig(options.steps, log_every=every, validate_every=every, save_every=save_every),
+        machine=MachineConfig(options.device),
+        schedule=ScheduleConfig(options.steps, log_every=every, validate_every=every, best="log_mel", save_every=save_every),
     )  # fmt: skip
 
 
-def _train(config: TrainingConfig, steps: ProgressReporter) -> Path:
+def _train(config: TrainingConfig, processes: ProcessGroup, steps: ProgressReporter) -> Path:
     """Train until the end, from the saved state if there is one, and return the best checkpoint."""
-    trainer = Trainer(config, resume=(Path(config.run) / STATE).is_file())
+    trainer = Trainer(config, resume=(Path(config.run) / STATE).is_file(), processes=processes)
     trainer.callbacks = [_Progress(steps)]
     steps.advance(trainer.history.step)
     return trainer.run().best

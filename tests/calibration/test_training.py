@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from torch import library
 
 from melrt.bundle import Bundle
 from melrt.errors import CalibrationError
@@ -19,11 +20,17 @@ from melrt_calibration.evaluation import Budget
 from melrt_calibration.progress import Progress
 from melrt_calibration.training import TrainingOptions, calibrate_and_train
 from melrt_export.assets import RECORDING
+from melrt_export.checkpoints import training_run
 from melrt_export.generator.config import GeneratorConfig
 from melrt_export.int8_plan import Int8Plan, LayerPlan, Range, read_plan
 from melrt_export.parity import probe_mel, verify
+from melrt_export.training import step
 from melrt_export.training.activation_ranges import ActivationRanges, trained_plan
-from melrt_export.training.config import Int8Form
+from melrt_export.training.config import DataConfig, DiscriminatorConfig, Int8Form, LossConfig, TrainingConfig
+from melrt_export.training.distributed import ProcessGroup
+from melrt_export.training.quantized import DistillationLoss, quantize
+from melrt_export.training.state import FILE as STATE
+from melrt_export.training.voice import create_voice
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,6 +60,53 @@ def test_training_finds_a_range_with_less_error(form: Int8Form, low: float, high
     assert abs(found.high - 2) < 0.75 * abs(high - 2)
     if form == "cpu":  # the symmetric grid of TensorRT has one end
         assert abs(found.low + 1) < 0.75 * abs(low + 1)
+
+
+def every_convolution(generator: torch.nn.Module) -> Int8Plan:
+    """Return a plan with equalization for each convolution; blocks are merged."""
+    layers = []
+    for name, conv in generator.named_modules():
+        if not isinstance(conv, torch.nn.Conv1d | torch.nn.ConvTranspose1d) or name.endswith("shortcut"):
+            continue
+        parts, phases = 1 + name.endswith("pointwise"), conv.stride[0] if isinstance(conv, torch.nn.ConvTranspose1d) else 1
+        scales, by_input, by_output = (0.1,) * (conv.out_channels * phases), (1.5,) * (conv.in_channels * parts), (0.5,) * conv.out_channels
+        name = name.replace("pointwise", "merged")
+        layers.append(LayerPlan(name, Range(-1.0, 2.0, "mse"), Range(-2.0, 1.0, "mse"), scales, by_input, by_output))
+    return Int8Plan(tuple(layers))
+
+
+@pytest.mark.parametrize("learn_ranges", [True, False])
+def test_a_step_needs_only_the_device_and_never_waits_for_it(learn_ranges: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device refuses values from another device, as a GPU does, and has no values that a step could wait for."""
+
+    def moved(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+        for part in module.modules():
+            for parameter in part.parameters(recurse=False):
+                there = torch.nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
+                torch.utils.swap_tensors(parameter, there)  # as on a GPU, the parameter remains the same object
+            part._buffers.update({name: torch.empty_like(value, device=device) for name, value in part._buffers.items()})
+        return module
+
+    def rounded(x: torch.Tensor, *grid: object) -> tuple[torch.Tensor, torch.Tensor]:
+        assert {value.device.type for value in (x, *grid[:3])} == {"meta"}
+        return torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+
+    config = TrainingConfig(
+        "run", DataConfig(""), generator=GeneratorConfig(channels=16, upsample_scales=(8, 8, 4), stacks=1),
+        losses=LossConfig(adversarial=0, feature_matching=0, mel=5.0), discriminator=DiscriminatorConfig(scales=1, channels=4, layers=1),
+    )  # fmt: skip
+    voice = create_voice(config)
+    teacher = quantize(voice, every_convolution(voice.generator), "cpu", learn_ranges=learn_ranges)
+    monkeypatch.setattr(torch.nn.Module, "to", moved)
+    monkeypatch.setattr(step, "_adam", lambda network, rate, betas: torch.optim.Adam(network.parameters(), rate, betas))  # not fused
+    meta = torch.device("meta")
+    with library._scoped_library("aten", "IMPL") as missing:
+        missing.impl("_fake_quantize_per_tensor_affine_cachemask_tensor_qparams", rounded, "Meta")
+        distillation = DistillationLoss(teacher.to(meta), 1.0)
+        one = step.AdversarialStep(config, voice, ProcessGroup(meta), {"distillation": distillation})
+        values = one(torch.empty(2, 8192, device=meta), 0)
+    assert {value.device for value in values.values()} == {meta}
+    assert all(parameter.grad is not None for parameter in one.generator.parameters())
 
 
 @pytest.fixture
@@ -97,6 +151,8 @@ def test_an_interrupted_training_continues_and_leaves_fp32_as_it_is(
     assert (tmp_path / "run" / "plan.json").read_bytes() == planned
     assert [p.done for p in seen if p.text == "training in INT8"][:2] == [0, 4], "four steps were saved"
     assert [p.step for p in seen if not p.done] == list(range(1, seen[0].steps + 1))
+    for _, log_mel, error in training_run.read_header(tmp_path / "run" / "plan" / STATE)["validations"]:
+        assert error == log_mel, "the log-mel, which the budget limits, chooses the best step"
     assert result.written
     assert "FP32 trained as long" in result.verdict
 
@@ -110,7 +166,9 @@ def test_an_interrupted_training_continues_and_leaves_fp32_as_it_is(
     assert all(row.passed for row in verify(bundle))
 
 
-def test_a_training_that_cannot_begin_is_refused(voice: Path, speech: Path, tmp_path: Path, make_voice, melrt) -> None:
+def test_a_training_that_cannot_begin_is_refused(
+    voice: Path, speech: Path, tmp_path: Path, make_voice, melrt, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "other").mkdir()
     make_voice(GeneratorConfig(in_channels=8, channels=16, upsample_scales=(4, 2), stacks=2, final_tanh=False), tmp_path / "other")
     mels = tmp_path / "mels"
@@ -118,11 +176,14 @@ def test_a_training_that_cannot_begin_is_refused(voice: Path, speech: Path, tmp_
     for seed in range(4):
         np.save(mels / f"{seed}.npy", probe_mel(Bundle.open(voice).manifest.spec, 3000, seed) - np.float32(2))
     own, run = tmp_path / "checkpoint", ("--run", tmp_path / "run", "--windows", "8")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for arguments, message in (
         ((speech, "--train", tmp_path / "other" / "checkpoint", *run), "has another architecture"),
         ((mels, "--train", own, *run), "Mels have no audio to train on"),
         ((speech, "--train", own, "--run", speech), "is not empty and holds no run"),
         ((speech, "--train", own, "--steps", "3"), "steps is 3"),
+        ((speech, "--train", own, "--device", "gpu"), "gpu"),
+        ((speech, "--train", own, "--device", "cuda"), "finds no GPU on this machine"),
         ((speech, "--train", own, "--report", tmp_path / "x.html"), "leave one of them out"),
     ):
         code, _, err = melrt("calibrate", voice, *arguments)

@@ -60,7 +60,7 @@ def init_distributed(machine: MachineConfig) -> Iterator[ProcessGroup]:
     world_size, rank, local_rank = (
         int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
     )
-    device = _choose_device(machine, local_rank)
+    device = choose_device(machine, local_rank)
     if world_size == 1:
         yield ProcessGroup(device)
         return
@@ -74,10 +74,20 @@ def init_distributed(machine: MachineConfig) -> Iterator[ProcessGroup]:
         distributed.destroy_process_group()
 
 
-def _choose_device(machine: MachineConfig, local_rank: int) -> torch.device:
+def choose_device(machine: MachineConfig, local_rank: int = 0) -> torch.device:
+    """Return the device of a process, from its number among the processes of this machine.
+
+    Raises:
+        TrainingError: The configuration needs a GPU, and this process has none.
+    """
     gpus = torch.cuda.device_count()
     if machine.device == "cpu" or (machine.device == "auto" and not gpus):
         return torch.device("cpu")
+    if not gpus:
+        raise TrainingError(
+            f"the device is {machine.device!r}, but PyTorch {torch.__version__} finds no GPU on this machine. "
+            "Use the device 'cpu', or 'auto', which takes a GPU if there is one."
+        )
     if local_rank >= gpus:
         raise TrainingError(
             f"device is {machine.device!r}, but process {local_rank + 1} of this machine finds {gpus} GPUs. "
