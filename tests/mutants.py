@@ -23,7 +23,7 @@ CAL, TRAIN, PLAN, QUEUE = (
 DECIDE, RANGES, QDQ = "tests/calibration/test_decisions.py", "tests/calibration/test_ranges.py", "tests/calibration/test_qdq.py"
 CALIBRATE, METRICS, OBJECTIVE = "tests/calibration/test_calibrate.py", "tests/calibration/test_metrics.py", "tests/export/training"
 FUSED, KERNELS, TUNING = "export/melrt_export/fused/", "tests/export/test_fused.py", "tests/export/test_tuning.py"
-TRAINED = "tests/calibration/test_training.py"
+TRAINED, IN_INT8 = "tests/calibration/test_training.py", "tests/calibration/test_quantized_training.py"
 WINDOWS, WAITING = "tests/runtime/planning/test_windows.py", "tests/runtime/scheduling"
 RUNTIME, VOICES = "runtime/melrt/", "tests/runtime/test_voices.py"
 
@@ -57,6 +57,12 @@ MUTANTS = (
     (TRAIN + "activation_ranges.py", "values.high * high", "values.high", TRAINED),
     (CAL + "training.py", "if increase <= most:", "if increase > most:", TRAINED),
     (CAL + "training.py", "if differing := [", "if False and [", TRAINED),
+    (CAL + "training.py", ', best="log_mel"', "", TRAINED),
+    (CAL + "requantize.py", "deploy_graph(checkpoint.config, checkpoint.weights, F", "graphs.models.get((graph, form)) or (F", IN_INT8),
+    (CAL + "statistics.py", "values.size // COUNTED | 1", "(values.size // COUNTED & -2) or 1", RANGES),
+    (CAL + "statistics.py", "values.ravel()[:: values", "values.ravel()[: COUNTED : values", RANGES),
+    (TRAIN + "activation_ranges.py", "(x / factors, scale", "(x, scale", IN_INT8),
+    (TRAIN + "activation_ranges.py", "((gradient - through) * factors).sum()", "(gradient - through).sum()", TRAINED),
     (PLAN + "windows.py", "keep_stop + field.right", "keep_stop + field.right - 1", WINDOWS),
     (PLAN + "windows.py", "max(keep_start - field.left, 0)", "keep_start", WINDOWS),
     (PLAN + "windows.py", "received - field.right, 0)", "received, 0)", WINDOWS),

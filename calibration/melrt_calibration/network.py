@@ -52,13 +52,16 @@ class Network:
         cls,
         graphs: Mapping[GraphKey, onnx.ModelProto],
         windows: Sequence[Mel],
-        method: str = "mse",
         on_window: Callable[[], None] = lambda: None,
     ) -> Network:
         """Run windows through the float32 edge graph and plan every layer from its statistics."""
         edge = merge_shortcuts(graphs["edge", "cpu"])
         statistics = {name: value for name, value in observe(edge, windows, on_window).items() if name != FILTER_BANK}
-        return cls(graphs, statistics, _plan_layers(edge, statistics, method), windows)
+        return cls(graphs, statistics, _plan_layers(edge, statistics, "mse"), windows)
+
+    def with_ranges(self, method: str) -> Network:
+        """Return the network with the ranges that another method takes from the same statistics."""
+        return replace(self, plan=_plan_layers(merge_shortcuts(self.graphs["edge", "cpu"]), self.statistics, method))
 
     @classmethod
     def planned(cls, graphs: Mapping[GraphKey, onnx.ModelProto], plan: Int8Plan) -> Network:

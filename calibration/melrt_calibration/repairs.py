@@ -68,7 +68,7 @@ def repair(
     def measure(name: str, one: Network, all_layers: Network) -> Repair:
         return Repair(name, evaluator.quality(one.model(chosen.names)), evaluator.quality(all_layers.model(all_layers.names)))
 
-    minmax = Network.observed(plain.graphs, plain.windows, "minmax")
+    minmax = plain.with_ranges("minmax")
     corrected, corrected_all = correct_biases(network, chosen.names), correct_biases(network, network.names)
     rows = [
         measure("min-max ranges", minmax, minmax),

@@ -44,8 +44,9 @@ MARGIN_DB: dict[Form, float] = {"cpu": 15.0, "tensorrt": 3.0}
 # Largest log-mel error after training, relative to the error before. Rounding causes a sixth of the error before. The recording and the
 # segments are the same in every run.
 STEPS, REDUCED = 30, 0.99
-# Relative difference between the error in training and that of the graphs, which sum in another order and round some values differently.
-SAME = 0.01
+# Relative difference between the error in training and that of the graphs, which sum in another order and round some values differently:
+# -1.5 to +1.4 % with two seeds and two choices of windows. Without the trained weights it is 20 %.
+SAME = 0.03
 SMALL = GeneratorConfig(in_channels=8, channels=32, upsample_scales=(4, 3), stacks=2)
 CONFIG = """
 run = "run"

@@ -9,7 +9,7 @@ from melrt.backends.onnxruntime import OnnxModel
 from melrt.bundle import Bundle
 from melrt_calibration.network import Network
 from melrt_calibration.ranges import METHODS, rounding_error
-from melrt_calibration.statistics import Histogram
+from melrt_calibration.statistics import COUNTED, Histogram
 from melrt_export.parity import FP32_MAX_ABS, probe_mel
 
 
@@ -66,3 +66,17 @@ def _model(bundle: Bundle, graph: str):
     import onnx
 
     return onnx.load_from_string(bundle.read(bundle.find("onnx", graph=graph, precision="fp32")[0]))
+
+
+def test_many_values_are_counted_evenly_with_exact_ends() -> None:
+    """Upsampling gives neighboring samples different statistics; an even spacing would count only some of them."""
+    values = np.random.default_rng(0).standard_normal((1, 16, 1, 65536)).astype(np.float32)
+    values *= np.tile(np.array([1, 2, 3, 4, 5, 6, 7, 8], np.float32), 8192)
+    values[0, 3, 0, 12345], values[0, 4, 0, 54321] = -100, 90
+    histogram = Histogram()
+    histogram.add(values)
+    assert (histogram.low, histogram.high) == (-100, 90)
+    counted = histogram.counts.sum()
+    assert COUNTED / 2 < counted <= 2 * COUNTED
+    small = histogram.counts[np.abs(histogram.centers) < 1].sum() / counted
+    assert small == pytest.approx((np.abs(values) < 1).mean(), rel=0.05)
