@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +14,6 @@ from rich.table import Table
 
 from melrt.cli.progress import Steps
 from melrt.errors import ConfigError
-from melrt.files.atomic import atomic_write
 from melrt.system import usable_cores
 from melrt_benchmarks.report.results import milliseconds, speed
 
@@ -24,35 +22,35 @@ if TYPE_CHECKING:
     from melrt_benchmarks.report.results import Report
 
 console = Console(highlight=False)
-# On a GPU thousands of streams are tried, and each has enough pushes in this time.
-GPU_STREAM_SECONDS = 4.0
-# Seconds of audio that memory is measured at: in windows, and in one run over the whole utterance.
-MEMORY = {"windows": (30.0, 1800.0), "whole": (30.0, 60.0, 120.0)}
+# Options that only the measurement `time` uses.
+TIME_OPTIONS = ("checkpoint", "seconds", "batch", "concurrency", "only", "speech", "rounds")
 
 
 def bench(
+    context: typer.Context,
     voice: Annotated[Path | None, typer.Argument(metavar="VOICE.melrt", help="The bundle.")] = None,
+    measure: Annotated[
+        str,
+        typer.Option(
+            help="Measurements, comma-separated. time: every contender. profile: each operation against its limit. "
+            "start-up: in fresh processes. memory: peaks by length (minutes). "
+            "streams: how many run in real time, with the first backend and precision (minutes)."
+        ),
+    ] = "time,profile,start-up",
     checkpoint: Annotated[Path | None, typer.Option(help="Its checkpoint. PyTorch, plain ONNX, OpenVINO and others need it.")] = None,
     precisions: Annotated[str, typer.Option(help="Precisions of melrt, comma-separated: fp32, tf32, fp16, bf16, int8.")] = "fp32",
-    backends: Annotated[str, typer.Option(help="Backends of melrt, comma-separated: onnxruntime, openvino, tensorrt.")] = "onnxruntime",
+    backends: Annotated[str, typer.Option(help="Backends, comma-separated: onnxruntime, openvino, tensorrt, fused.")] = "onnxruntime",
+    only: Annotated[str, typer.Option(help="Time only contenders whose name contains one of these, comma-separated.")] = "",
     seconds: Annotated[str, typer.Option(help="Lengths of audio in seconds, comma-separated.")] = "1,4,10",
     batch: Annotated[str, typer.Option(help="Numbers of utterances in one call, comma-separated.")] = "1",
     concurrency: Annotated[str, typer.Option(help="Numbers of concurrent callers, comma-separated. Default: not measured.")] = "",
-    only: Annotated[str, typer.Option(help="Run only contenders whose name contains one of these, comma-separated.")] = "",
     speech: Annotated[
         list[Path] | None, typer.Option(help="Recordings of the voice, or a folder, to measure the log-mel error on. Repeat for several.")
     ] = None,
     rounds: Annotated[int, typer.Option(help="Counted rounds, at least 3. Each round runs every contender once.")] = 15,
     threads: Annotated[int | None, typer.Option(help="CPU threads of every contender. Default: all cores.")] = None,
-    streams: Annotated[
-        bool, typer.Option("--streams", help="Also find how many real-time streams the first backend and precision run at once (minutes).")
-    ] = False,
-    memory: Annotated[bool, typer.Option("--memory", help="Also measure peak memory by length (minutes).")] = False,
-    profile: Annotated[bool, typer.Option("--profile/--no-profile", help="Time each operation and compare it with its limit.")] = True,
-    start_up: Annotated[bool, typer.Option("--start-up/--no-start-up", help="Time start-ups, each in a fresh process.")] = True,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a report with plots to this file.")] = None,
-    pictures: Annotated[Path | None, typer.Option("--pictures", help="Write the plots to this folder, as PNG.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option(metavar="OLD NEW", help="Compare two JSON files instead of measuring.")
     ] = None,
@@ -63,6 +61,7 @@ def bench(
     `melrt bench --compare old.json new.json` shows what became faster or slower.
     The exit code is 1 if an output is wrong or melrt fails, or if the comparison finds a contender that became slower or wrong.
     """
+    _check_options(context, _words(measure))
     if compare is not None:
         raise typer.Exit(_compare(*compare))
     if voice is None:
@@ -72,14 +71,19 @@ def bench(
     plan = BenchPlan(
         voice, checkpoint, _words(precisions), _words(backends), _numbers("seconds", seconds, float), _numbers("batch", batch, int),
         _numbers("concurrency", concurrency, int), rounds, threads or usable_cores(), _words(only), tuple(speech or ()),
-        profile, start_up, " ".join(["melrt", *sys.argv[1:]]),
+        _words(measure), " ".join(["melrt", *sys.argv[1:]]),
     )  # fmt: skip
-    report = _measure(plan, streams=streams, memory=memory)
-    _show(report)
-    _write(report, json_file, html_file, pictures)
-    ours = any(skipped.failed and skipped.contender.startswith("melrt") for skipped in report.skipped)
-    if ours or not all(row.correct for row in report.latencies):
-        raise typer.Exit(1)
+    raise typer.Exit(_measure(plan, json_file, html_file))
+
+
+def _check_options(context: typer.Context, measure: tuple[str, ...]) -> None:
+    """Refuse options that nothing would use."""
+    given = [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
+    options = {name: "VOICE.melrt" if name == "voice" else f"--{name.removesuffix('_file')}" for name in given}
+    if others := [option for name, option in options.items() if "compare" in given and name != "compare"]:
+        raise ConfigError(f"--compare reads two files and measures nothing; leave out {', '.join(others)}.")
+    if "time" not in measure and (unused := [option for name, option in options.items() if name in TIME_OPTIONS]):
+        raise ConfigError(f"{', '.join(unused)}: only the measurement `time` uses this; leave it out, or write --measure time,...")
 
 
 def bench_host(voice: Annotated[Path, typer.Argument(metavar="VOICE.melrt", help="The bundle; its network is not run.")]) -> None:
@@ -102,41 +106,19 @@ def bench_host(voice: Annotated[Path, typer.Argument(metavar="VOICE.melrt", help
     console.print(table)
 
 
-def _measure(plan: BenchPlan, *, streams: bool, memory: bool) -> Report:
+def _measure(plan: BenchPlan, json_file: Path | None, html_file: Path | None) -> int:
+    """Measure, show and write the figures, and return the exit code."""
     from melrt_benchmarks.inference.bench import run_bench
 
-    with Steps(plan.steps + streams + memory) as steps:
-        report = run_bench(plan, steps)
-        if streams:
-            steps("counting real-time streams")
-            report = replace(report, streams=_measure_streams(plan, steps.detail))
-        if memory:
-            steps("measuring memory")
-            report = replace(report, memory=_measure_memory(plan.voice, steps.detail))
-    return report
+    with Steps(plan.steps) as steps:
+        report = run_bench(plan, steps, steps.detail)
+    _show(report)
+    _write(report, json_file, html_file)
+    ours = any(skipped.failed and skipped.contender.startswith("melrt") for skipped in report.skipped)
+    return 1 if ours or not all(row.correct for row in report.latencies) else 0
 
 
-def _measure_streams(plan: BenchPlan, on_step: Callable[[str], None]) -> tuple[dict[str, Any], ...]:
-    from melrt.vocoder import Vocoder
-    from melrt_benchmarks.inference.streams import StreamLoad, measure_capacity
-
-    with Vocoder.load(plan.voice, backend=plan.backends[0], precision=plan.precisions[0], threads=plan.threads) as vocoder:
-        load = StreamLoad() if vocoder.backend.device == "cpu" else StreamLoad(seconds=GPU_STREAM_SECONDS)
-        return tuple(measure_capacity(vocoder, load, on_step=on_step))
-
-
-def _measure_memory(voice: Path, on_step: Callable[[str], None]) -> tuple[dict[str, Any], ...]:
-    from melrt_benchmarks.inference.memory import peak_memory
-
-    rows = []
-    for kind, lengths in MEMORY.items():
-        for seconds in lengths:
-            on_step(f"memory of {seconds:g} s of audio, {kind}")
-            rows.append({"seconds": seconds, "kind": kind, "peak_mib": round(peak_memory(voice, seconds, whole=kind == "whole"), 1)})
-    return tuple(rows)
-
-
-def _write(report: Report, json_file: Path | None, html_file: Path | None, pictures: Path | None) -> None:
+def _write(report: Report, json_file: Path | None, html_file: Path | None) -> None:
     if json_file:
         report.save(json_file)
         _say(f"Wrote {json_file}. Compare it with a later run: melrt bench --compare {json_file} NEW.json")
@@ -145,23 +127,15 @@ def _write(report: Report, json_file: Path | None, html_file: Path | None, pictu
 
         write_html(report, html_file)
         _say(f"Wrote {html_file}. Open it in a browser; it needs no network.")
-    if pictures:
-        from melrt_benchmarks.report.plots import draw_plots
-
-        pictures.mkdir(parents=True, exist_ok=True)
-        plots = draw_plots(report)
-        for title, plot in plots.items():
-            with atomic_write(pictures / f"{title.split(',')[0].lower().replace(' ', '-')}.png") as temporary:
-                temporary.write_bytes(plot)
-        _say(f"Wrote {len(plots)} plots to {pictures}.")
-    if not (json_file or html_file or pictures):
+    if not (json_file or html_file):
         _say("Nothing was written. Add --html report.html for a report, --json figures.json to compare runs.")
 
 
 def _show(report: Report) -> None:
     for seconds, batch in dict.fromkeys((row.seconds, row.batch) for row in report.latencies):
         console.print(_latency_table(report, seconds, batch))
-    _explain(report)
+    if report.latencies:
+        _explain(report)
     if report.throughputs:
         table = _table("concurrent callers", "contender", "callers", "x real time", "p50 ms", "p99 ms")
         for row in report.throughputs:
@@ -173,7 +147,8 @@ def _show(report: Report) -> None:
     for skipped in report.skipped:
         _say(f"  {skipped.contender}: {skipped.reason}")
     record = report.environment
-    _say(f"\n{record['cpu']}, {record['threads']} threads, {report.rounds} rounds, load average {record['load_1min']}.")
+    rounds = f", {report.rounds} rounds" if report.latencies else ""
+    _say(f"\n{record['cpu']}, {record['threads']} threads{rounds}, load average {record['load_1min']}.")
     if report.noise:
         console.print(report.noise, markup=False, soft_wrap=True, style="yellow")
 

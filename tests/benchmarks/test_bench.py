@@ -16,7 +16,7 @@ from melrt import Bundle, Vocoder
 from melrt.files.audio import read_audio
 from melrt.mel.features import mel_from_audio
 from melrt.timing import Timing, interleave, median_interval, noise_note, warm_up
-from melrt_benchmarks.inference import contenders, torch_gpu
+from melrt_benchmarks.inference import contenders, memory, torch_gpu
 from melrt_benchmarks.inference.bench import BenchPlan, run_bench
 from melrt_benchmarks.inference.memory import peak_memory
 from melrt_benchmarks.inference.roofline import WINDOW
@@ -94,6 +94,7 @@ def test_report_has_every_figure(report: Report, tmp_path: Path) -> None:
         assert row.real_time_factor == pytest.approx(1 / row.times_real_time, rel=0.05)
         assert row.p50_ms <= row.p90_ms <= row.p95_ms <= row.p99_ms <= row.worst_ms == max(row.milliseconds)
         assert row.speedup[1] <= row.speedup[0] <= row.speedup[2]
+        assert row.first_ms > 0
         assert len(row.milliseconds) == report.rounds
     assert report.latencies[0].speedup == (1.0, 1.0, 1.0)
     assert [row.requests for row in report.throughputs] == [16] * len(report.throughputs)
@@ -145,9 +146,9 @@ def test_page_opens_offline_and_marks_wrong_outputs(report: Report, tmp_path: Pa
             "sustained": True,
         },
     )
-    memory = ({"seconds": 30.0, "kind": "windows", "peak_mib": 251.0},)
+    peaks = ({"seconds": 30.0, "kind": "windows", "peak_mib": 251.0},)
     write_html(
-        replace(report, latencies=(wrong, *report.latencies), noise="The machine was busy.", streams=streams, memory=memory),
+        replace(report, latencies=(wrong, *report.latencies), noise="The machine was busy.", streams=streams, memory=peaks),
         tmp_path / "x.html",
     )
     page = (tmp_path / "x.html").read_text()
@@ -163,15 +164,12 @@ def test_page_opens_offline_and_marks_wrong_outputs(report: Report, tmp_path: Pa
 
 def test_command_line_without_a_checkpoint(melrt, tiny_bundle_path: Path, tmp_path: Path) -> None:
     """Only melrt is timed. A comparison of a report with itself finds no change."""
-    arguments = "bench", tiny_bundle_path, "--seconds", "0.5", "--rounds", "3", "--no-start-up", "--no-profile"
+    arguments = "bench", tiny_bundle_path, "--seconds", "0.5", "--rounds", "3", "--measure", "time"
     for name in ("a", "b"):
-        code, out, err = melrt(
-            *arguments, "--json", tmp_path / f"{name}.json", "--html", tmp_path / f"{name}.html", "--pictures", tmp_path / name
-        )
+        code, out, err = melrt(*arguments, "--json", tmp_path / f"{name}.json", "--html", tmp_path / f"{name}.html")
         assert (code, "give it with --checkpoint" in out, "melrt, onnxruntime fp32" in out) == (0, True, True)
         assert f"Wrote {tmp_path / name}.html." in out
         assert "step 1 of 2: loading the contenders" in err
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["latency-of-each-run.png", "times-real-time.png"]
     code, out, _ = melrt("bench", "--compare", tmp_path / "a.json", tmp_path / "a.json")
     assert (code, out.count("same"), out.count("baseline")) == (0, 1, 1)
 
@@ -180,7 +178,7 @@ def test_plain_export_without_onnxscript(melrt, tiny_bundle_path: Path, tiny_che
     """PyTorch's older exporter makes a graph of the same network."""
     monkeypatch.setattr("melrt_benchmarks.inference.plain_export.find_spec", lambda _: None)
     arguments = "bench", tiny_bundle_path, "--checkpoint", tiny_checkpoint, "--only", "runtime, plain,melrt,", "--seconds", "0.5"
-    code, out, _ = melrt(*arguments, "--rounds", "3", "--no-start-up", "--no-profile")
+    code, out, _ = melrt(*arguments, "--rounds", "3", "--measure", "time")
     assert (code, "ONNX Runtime, plain export" in out, "plain export: failed" in out) == (0, True, False)
 
 
@@ -189,6 +187,10 @@ def test_unusable_arguments_are_refused(melrt, tiny_bundle_path: Path, tmp_path:
     (tmp_path / "x.json").write_text("[]")
     cases = [
         (("bench",), "give a VOICE.melrt"),
+        (("bench", tiny_bundle_path, "--measure", "time,speed"), "each one of time, profile, start-up, memory, streams"),
+        (("bench", tiny_bundle_path, "--measure", ","), "a list of 1 to"),
+        (("bench", tiny_bundle_path, "--measure", "memory", "--only", "melrt", "--rounds", "3"), "--only, --rounds: only the measurement"),
+        (("bench", tiny_bundle_path, "--html", "x.html", "--compare", "old", "new"), "measures nothing; leave out --html, VOICE.melrt"),
         (("bench", tiny_bundle_path, "--seconds", "one"), "--seconds is 'one'"),
         (("bench", tiny_bundle_path, "--seconds", "0"), "above 0 and at most 7200"),
         (("bench", tiny_bundle_path, "--batch", "0"), "a whole number from 1 to 1024"),
@@ -219,14 +221,14 @@ def test_wrong_outputs_are_marked_and_failures_do_not_end_the_run(melrt, tiny_bu
         yield contenders.Contender("fails later", "fp32", fails_later)
         yield contenders.Contender("wrong shape", "fp32", lambda mel: np.zeros((len(mel), 7), np.float32))
 
-    monkeypatch.setattr("melrt_benchmarks.inference.bench.load_contenders", planted)
-    arguments = "bench", tiny_bundle_path, "--seconds", "0.5", "--rounds", "3", "--no-start-up", "--no-profile"
+    monkeypatch.setattr("melrt_benchmarks.inference.rounds.load_contenders", planted)
+    arguments = "bench", tiny_bundle_path, "--seconds", "0.5", "--rounds", "3", "--measure", "time"
     code, out, _ = melrt(*arguments)
     assert (code, out.count("WRONG")) == (1, 2)
     assert "fails: failed on mels of shape (1, 80, 43): AttributeError: " in out
     assert "fails later: failed on mels of shape (1, 80, 43): RuntimeError: CUDA error: out of memory\n" in out
     ours = [contenders.Contender("melrt, planted", "fp32", lambda mel: mel.no_such_thing)]
-    monkeypatch.setattr("melrt_benchmarks.inference.bench.load_contenders", lambda *_: iter(ours))
+    monkeypatch.setattr("melrt_benchmarks.inference.rounds.load_contenders", lambda *_: iter(ours))
     code, _, err = melrt(*arguments)
     assert (code, "every contender failed. melrt, planted: failed on mels" in err) == (2, True)
 
@@ -240,7 +242,7 @@ def test_interrupted_run_keeps_what_it_measured(melrt, tiny_bundle_path: Path, m
             raise KeyboardInterrupt
         return made.run(mel)
 
-    monkeypatch.setattr("melrt_benchmarks.inference.bench.load_contenders", lambda *_: iter([replace(made, run=run)]))
+    monkeypatch.setattr("melrt_benchmarks.inference.rounds.load_contenders", lambda *_: iter([replace(made, run=run)]))
     arguments = "bench", tiny_bundle_path, "--seconds", "0.5,1", "--rounds", "3", "--json", tmp_path / "x.json"
     code, _, err = melrt(*arguments)
     assert (code, "interrupted" in err) == (0, True)
@@ -309,11 +311,11 @@ def test_gpu_readings_reach_the_report(tiny_bundle_path: Path, monkeypatch: pyte
         yield replace(made, name="device", on_gpu=True, on_device=lambda mel: partial(made.run, mel))
         yield replace(made, name="fails", on_gpu=True, on_device=lambda mel: fails)
 
-    monkeypatch.setattr("melrt_benchmarks.inference.bench.load_contenders", planted)
-    monkeypatch.setattr("melrt_benchmarks.inference.bench.EventClock", Clock)
-    monkeypatch.setattr("melrt_benchmarks.inference.bench.open_energy_counter", lambda: lambda: float(next(used)))
+    monkeypatch.setattr("melrt_benchmarks.inference.rounds.load_contenders", planted)
+    monkeypatch.setattr("melrt_benchmarks.inference.rounds.EventClock", Clock)
+    monkeypatch.setattr("melrt_benchmarks.inference.rounds.open_energy_counter", lambda: lambda: float(next(used)))
     monkeypatch.setattr("melrt_benchmarks.measure.gpu_meter.LOOP_SECONDS", 1e-9)
-    report = run_bench(BenchPlan(tiny_bundle_path, seconds=(0.5,), rounds=3, profiled=False, started=False))
+    report = run_bench(BenchPlan(tiny_bundle_path, seconds=(0.5,), rounds=3, measure=("time",)))
     found = [(row.contender, row.device_ms, row.device_p90_ms, row.joules, row.loop_ms is not None) for row in report.latencies]
     assert found == [("host", None, None, None, False), ("device", 1.25, 1.25, 1.0, True), ("fails", None, None, 1.0, True)]
     assert [(one.contender, one.failed) for one in report.skipped] == [("fails, arrays on the GPU", True)]
@@ -346,6 +348,19 @@ def test_pytorch_on_a_gpu_is_set_to_its_precision(
 def bundle_audio(bundle: Bundle, mel: np.ndarray) -> np.ndarray:
     with Vocoder.load(bundle, device="cpu", precision="fp32") as vocoder:
         return vocoder(mel)
+
+
+def test_each_measurement_by_itself(melrt, tiny_bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `--measure` does not name is neither measured nor in the report."""
+    monkeypatch.setattr(memory, "LENGTHS", {"windows": (1.0,), "whole": ()})
+    fields = {"profile": "layers", "start-up": "start_ups", "memory": "memory"}
+    for measure, field in fields.items():
+        files = "--json", tmp_path / "x.json", "--html", tmp_path / "x.html"
+        assert melrt("bench", tiny_bundle_path, "--measure", measure, *files)[0] == 0
+        report = Report.load(tmp_path / "x.json")
+        filled = [name for name in ("latencies", "streams", *fields.values()) if getattr(report, name)]
+        assert filled == [field]
+        assert report.artifacts
 
 
 def test_memory_in_windows_does_not_grow_with_length(tiny_bundle_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from melrt import Bundle, Vocoder
-from melrt_benchmarks.inference import host, streams
+from melrt_benchmarks.inference import bench, host, streams
 
 
 def test_streams_are_sustained_only_with_enough_buffer(tiny_bundle_path: Path) -> None:
@@ -65,7 +65,8 @@ def test_streams_run_the_requested_backend_and_precision(melrt, tiny_bundle_path
         loaded.append((vocoder.backend.name, vocoder.backend.precision))
         return []
 
-    monkeypatch.setattr(streams, "measure_capacity", measured)
-    arguments = "bench", tiny_bundle_path, "--seconds", "0.5", "--rounds", "3", "--no-start-up", "--no-profile", "--streams"
-    assert melrt(*arguments, "--backends", "onnxruntime", "--precisions", "fp16")[0] == 0
-    assert loaded == [("onnxruntime", "fp16")]
+    monkeypatch.setattr(bench, "measure_capacity", measured)
+    code, out, err = melrt("bench", tiny_bundle_path, "--measure", "streams", "--backends", "onnxruntime", "--precisions", "fp16")
+    assert (code, loaded) == (0, [("onnxruntime", "fp16")])
+    assert "step 1 of 1: counting real-time streams" in err
+    assert "contender" not in out, "nothing else is measured"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +20,8 @@ _REPORT = """
 import atexit, pathlib
 atexit.register(lambda: print(pathlib.Path("/proc/self/status").read_text()))
 """
+# Seconds of audio: in windows, and in one run over the whole utterance.
+LENGTHS = {"windows": (30.0, 1800.0), "whole": (30.0, 60.0, 120.0)}
 _WINDOWED = "from melrt.cli.main import main; import sys; sys.argv = ['melrt', 'synth', {voice!r}, {mel!r}, '-o', {wav!r}]; main()"
 _WHOLE = """
 import numpy as np
@@ -27,6 +31,16 @@ bundle = Bundle.open({voice!r})
 audio = OnnxModel(bundle.read(bundle.find("onnx", graph="edge", precision="fp32")[0])).run(np.load({mel!r})[None])[0]
 write_wav({wav!r}, audio, bundle.manifest.spec.sample_rate)
 """
+
+
+def measure_memory(voice: Path, on_step: Callable[[str], None]) -> tuple[dict[str, Any], ...]:
+    """Return `seconds`, `kind` (`windows` or `whole`) and `peak_mib` of each length, for JSON."""
+    rows = []
+    for kind, lengths in LENGTHS.items():
+        for seconds in lengths:
+            on_step(f"memory of {seconds:g} s of audio, {kind}")
+            rows.append({"seconds": seconds, "kind": kind, "peak_mib": round(peak_memory(voice, seconds, whole=kind == "whole"), 1)})
+    return tuple(rows)
 
 
 def peak_memory(voice: Path, seconds: float, *, whole: bool) -> float:

@@ -39,6 +39,12 @@ class StreamLoad:
     """Seconds of audio that playback has buffered; a chunk whose audio takes longer than this is an underrun."""
     seconds: float = 8.0
     """Length of each stream."""
+    step: int = 2
+    """Number of streams to begin with, and the least difference of two numbers."""
+
+
+# A GPU runs hundreds of streams, so that this time has enough pushes.
+GPU_STREAMS = StreamLoad(seconds=3.0, step=32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +67,7 @@ class StreamRun:
     """True if at most one push in a hundred was late."""
 
 
-def measure_capacity(
-    vocoder: Vocoder, load: StreamLoad, step: int = 2, on_step: Callable[[str], None] = lambda _: None
-) -> list[dict[str, Any]]:
+def measure_capacity(vocoder: Vocoder, load: StreamLoad, on_step: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
     """Multiply the number of streams until underruns occur, then halve the step.
 
     On a CPU the streams run with the shared queue and without it, interleaved; on a GPU only with it, because it makes the batches.
@@ -75,7 +79,7 @@ def measure_capacity(
     vocoder(probe_mel(vocoder.spec, 200))
     kinds = (True, False) if vocoder.backend.device == "cpu" else (True,)
     bounds = dict.fromkeys(kinds, (0, MAX_STREAMS + 1))  # sustained, and not sustained
-    while wanted := {kind: count for kind, bound in bounds.items() if (count := _next_count(*bound, step))}:
+    while wanted := {kind: count for kind, bound in bounds.items() if (count := _next_count(*bound, load.step))}:
         for shared_queue, streams in wanted.items():
             on_step(f"{streams} real-time streams, {'shared queue' if shared_queue else 'separate threads'}")
             runs.append(run_streams(vocoder, streams, load, shared_queue=shared_queue))

@@ -54,6 +54,8 @@ class Latency:
     """Time of a call in a loop without pauses, from mels to audio on the host; median of the rounds. None on a CPU."""
     loop_p90_ms: float | None = None
     """90th percentile of the rounds' time of a call in that loop."""
+    first_ms: float | None = None
+    """Time of the first call of this shape, in which many contenders compile, search for kernels or capture a graph."""
 
 
 @dataclass(frozen=True, slots=True)

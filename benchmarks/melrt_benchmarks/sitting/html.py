@@ -68,8 +68,8 @@ def _table(name: str, rows: list[dict[str, Any]]) -> str:
 
 
 def _latencies(latencies: list[dict[str, Any]]) -> str:
-    heads = {"p50_ms": "p50 ms", "p90_ms": "p90 ms", "times_real_time": "times real time", "loop_ms": "loop ms", "device_ms": "GPU ms",
-             "max_abs": "max abs", "snr_db": "SNR dB", "correct": "correct"}  # fmt: skip
+    heads = {"first_ms": "first call ms", "p50_ms": "p50 ms", "p90_ms": "p90 ms", "times_real_time": "times real time",
+             "loop_ms": "loop ms", "device_ms": "GPU ms", "max_abs": "max abs", "snr_db": "SNR dB", "correct": "correct"}  # fmt: skip
     rows = [
         (f"{row['contender']}, {row['seconds']:.2f} s × {row['batch']}", *(_number(row.get(key)) for key in heads)) for row in latencies
     ]

@@ -9,7 +9,7 @@ from pathlib import Path
 # Exit code of a step that this machine cannot run; its last line of output is the reason.
 SKIPPED = 77
 ROOT = Path(__file__).parents[3]
-SIZES = ("--seconds", "1,10", "--batch", "1,8", "--rounds", "7")
+FUSED_ENGINE = "{voice}/fused.fp16.engine"
 STUB_VOICE = ROOT / "tests/data/bundles/tiny.melrt"
 
 
@@ -41,49 +41,52 @@ def _pytest(name: str, title: str, limit: int, *arguments: str) -> Step:
     return Step(name, title, command, limit, tuple(str(ROOT / file) for file in files), "the tests are not here; run from a checkout")
 
 
-def _bench(name: str, title: str, limit: int, only: str, *arguments: str) -> Step:
-    """Return a step that runs the contenders whose name contains `only`; so one failure does not hide the others."""
-    common = ("--no-profile", "--no-start-up", "--json", "{json}", "--only", only)
-    needs = ("{voice}",)
-    return Step(
-        name, title, ("-m", "melrt", "bench", "{voice}", *common, *arguments), limit, needs, "the step `voice` made no bundle", gpu=True
-    )
+def _bench(name: str, title: str, limit: int, *arguments: str) -> Step:
+    """Return a step that runs `melrt bench` on the GPU."""
+    command = ("-m", "melrt", "bench", "{voice}", "--json", "{json}", *arguments)
+    return Step(name, title, command, limit, (FUSED_ENGINE,), "the step `voice` built no fused engine", gpu=True)
 
 
-def _contenders(name: str, only: str, limit: int = 60) -> Step:
-    options = ("--checkpoint", "{checkpoint}", "--backends", "fused", "--precisions", "fp16")
-    return _bench(name, f"Benchmark: {only}", limit, only, *SIZES, *options)
+def _times(name: str, limit: int, shape: str, only: str, backends: str = "fused", precisions: str = "fp16") -> Step:
+    """Return a step that times contenders whose name contains one of `only` at one shape, such as `64 x 10` for 64 utterances of 10 s.
+
+    cuDNN's search for kernels at one long shape can take most of a minute, for every contender that runs it. So a shape has a step of its
+    own, and long ones have only the fastest contenders.
+    """
+    batch, _, seconds = shape.partition(" x ")
+    chosen = ("--only", only, "--backends", backends, "--precisions", precisions)
+    options = ("--seconds", seconds, "--batch", batch, "--rounds", "5", "--checkpoint", "{checkpoint}", "--threads", "8")
+    return _bench(name, f"Benchmark of {shape} s: {only.replace(',', ', ')}", limit, "--measure", "time", *chosen, *options)
 
 
-def _ours(backend: str, precisions: str, limit: int = 60) -> Step:
-    options = ("--checkpoint", "{checkpoint}", "--backends", backend, "--precisions", precisions, "--concurrency", "16")
-    return _bench(f"bench-{backend}", f"Benchmark: melrt, {backend}", limit, backend, *SIZES, *options)
+ENGINES, FUSED = "tests/gpu/test_engine_on_gpu.py", "tests/gpu/test_fused_on_gpu.py"
+RUNTIME, TRAINING = "tests/gpu/test_onnxruntime_cuda.py", "tests/gpu/test_training_on_gpu.py"
 
-
-ENGINES, FUSED, TRAINING = "tests/gpu/test_engine_on_gpu.py", "tests/gpu/test_fused_on_gpu.py", "tests/gpu/test_training_on_gpu.py"
+STREAMS = ("--measure", "streams", "--backends", "fused", "--precisions", "fp16")
+FASTEST = "CUDA graph,plain FP32,melrt GPU"
 
 STEPS: tuple[Step, ...] = (
-    Step("versions", "GPU, driver, CUDA and packages", ("-m", "melrt_benchmarks.sitting.versions", "{json}"), 30),
-    Step("ceilings", "Speed limits of this GPU: copies and matrix products", ("-m", "melrt_benchmarks.sitting.ceilings", "{json}"), 60),
+    Step("versions", "GPU, driver, CUDA and packages", ("-m", "melrt_benchmarks.sitting.versions", "{json}"), 20),
+    Step("ceilings", "Speed limits of this GPU: copies and matrix products", ("-m", "melrt_benchmarks.sitting.ceilings", "{json}"), 30),
     Step("stub", "melrt's CUDA runtime around an engine whose audio numpy computes",
-         ("-m", "melrt_benchmarks.sitting.stub", str(STUB_VOICE), "--json", "{json}", "--limit", "110"), 120, (str(STUB_VOICE),)),
+         ("-m", "melrt_benchmarks.sitting.stub", str(STUB_VOICE), "--json", "{json}", "--limit", "55"), 60, (str(STUB_VOICE),)),
     Step("voice", "Voice for the benchmarks, with the engines that can be built here",
-         ("-m", "melrt_benchmarks.sitting.voice", "{checkpoint}", "{voice}"), 120),
-    _pytest("fused", "Fused engine against the CPU", 90, FUSED),
-    Step("fused-timing", "Time of each fused kernel", ("-m", "melrt_benchmarks.sitting.fused_timing", "{voice}", "{json}"), 60,
-         ("{voice}",), "the step `voice` made no bundle"),
-    _ours("fused", "fp16"),
-    _contenders("bench-pytorch", "PyTorch GPU"),
-    _contenders("bench-torch-compile", "torch.compile GPU", 120),
-    _contenders("bench-onnxruntime-plain", "ONNX Runtime GPU"),
-    _contenders("bench-tensorrt", "TensorRT"),
-    _ours("onnxruntime", "fp32,tf32,fp16"),
-    _bench("streams", "Real-time streams through the fused engine", 100, "fused", "--backends", "fused", "--precisions", "fp16",
-           "--seconds", "1", "--rounds", "3", "--streams"),
+         ("-m", "melrt_benchmarks.sitting.voice", "{checkpoint}", "{voice}"), 60),
+    Step("fused-timing", "Time of each fused kernel", ("-m", "melrt_benchmarks.sitting.fused_timing", "{voice}", "{json}"), 30,
+         (FUSED_ENGINE,), "the step `voice` built no fused engine"),
+    _times("bench-1s", 45, "1 x 1", "PyTorch GPU,Runtime GPU,melrt GPU", "fused,onnxruntime", "fp32,tf32,fp16"),
+    _times("bench-1s-64", 35, "64 x 1", FASTEST),
+    _times("bench-10s", 35, "1 x 10", FASTEST),
+    _times("bench-10s-64", 40, "64 x 10", "CUDA graph,melrt GPU"),
+    _bench("streams", "Real-time streams through the fused engine", 45, *STREAMS),
+    _pytest("fused", "Fused engine against the CPU", 40, FUSED),
+    _pytest("onnxruntime", "ONNX Runtime on the GPU against the CPU", 40, RUNTIME),
+    _times("bench-compile", 60, "1 x 1", "torch.compile GPU,CUDA graph,melrt GPU"),
+    _times("bench-tensorrt", 90, "1 x 1", "TensorRT,melrt GPU", "tensorrt,fused"),
     Step("sanitizer", "Memory accesses of melrt's kernels under compute-sanitizer",
          ("-m", "melrt_benchmarks.sitting.stub", str(STUB_VOICE), "--json", "{json}", "--limit", "140", "--only", "calls", "of torch"), 150,
          (str(STUB_VOICE),), tool=("compute-sanitizer", "--error-exitcode", "9")),
-    _pytest("tests-rest", "Tests on a GPU, others", 90, "tests/gpu", f"--ignore={ENGINES}", f"--ignore={FUSED}", f"--ignore={TRAINING}"),
+    _pytest("tests-rest", "Tests on a GPU, others", 60, "tests/gpu", *(f"--ignore={file}" for file in (ENGINES, FUSED, RUNTIME, TRAINING))),
     _pytest("training", "Training on a GPU", 120, TRAINING),
     _pytest("tests-tensorrt", "Tests on a GPU, TensorRT", 120, ENGINES, "-k", "tensorrt- and not rewrite"),
     _pytest("tests-rtx", "Tests on a GPU, TensorRT-RTX", 120, ENGINES, "-k", "tensorrt_rtx- and not rewrite"),
