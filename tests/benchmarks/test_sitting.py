@@ -12,16 +12,24 @@ from pathlib import Path
 
 import pytest
 
-from melrt_benchmarks.sitting import cli
+from melrt_benchmarks.sitting import cli, runner
 from melrt_benchmarks.sitting.html import page
 from melrt_benchmarks.sitting.runner import Result, Sitting, has_driver, run_sitting
 from melrt_benchmarks.sitting.steps import STEPS, Step
 
 HANGS = """
-import subprocess, sys, time
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
 print("grandchild", child.pid, flush=True)
 time.sleep(100)
+"""
+INTERRUPTED = """
+import sys, time
+try:
+    time.sleep(100)
+except KeyboardInterrupt:
+    open(sys.argv[1], "w").write('{"figure": 2.5}')
 """
 WRITES = """
 import json, sys
@@ -42,12 +50,15 @@ def sit(folder: Path, *steps: Step, budget: float = 100, again: tuple[str, ...] 
     return {result.name: result for result in run_sitting(sitting, steps, lambda _: None)}
 
 
-def test_a_step_that_hangs_is_killed_with_its_children(tmp_path: Path) -> None:
+def test_a_step_beyond_its_limit_is_interrupted_and_then_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "GRACE", 0.5)
     start = time.monotonic()
-    results = sit(tmp_path, step("hangs", HANGS, limit=2), step("after", "print('here')"))
+    steps = step("hangs", HANGS, limit=2), step("interrupted", INTERRUPTED, "{json}", limit=1), step("after", "print('here')")
+    results = sit(tmp_path, *steps)
     assert time.monotonic() - start < 15
-    assert (results["hangs"].outcome, results["after"].outcome) == ("timed out", "passed")
-    assert 2 <= results["hangs"].seconds < 4
+    assert [result.outcome for result in results.values()] == ["timed out", "timed out", "passed"]
+    assert 2.5 <= results["hangs"].seconds < 4.5
+    assert results["interrupted"].data == {"figure": 2.5}
     (line,) = results["hangs"].tail
     assert line.startswith("grandchild")
     assert not is_running(int(line.split()[1]))
@@ -127,13 +138,13 @@ def test_results_are_whole_after_a_kill(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(has_driver(), reason="would measure on the GPU")
 def test_the_command_line_writes_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--out", str(tmp_path / "out"), "--only", "versions,stub,bench-fused,training", "--budget", "300"]
+    arguments = ["--out", str(tmp_path / "out"), "--only", "versions,stub,bench-1s,training", "--budget", "300"]
     monkeypatch.setattr(sys, "argv", ["sitting", *arguments])
     assert cli.main() == 0
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["sitting.html", "sitting.json", "sitting.log"]
     steps = {one["name"]: one for one in json.loads((tmp_path / "out" / "sitting.json").read_text())["steps"]}
     assert {name: one["outcome"] for name, one in steps.items()} == {
-        "versions": "passed", "stub": "skipped", "bench-fused": "skipped", "training": "skipped",
+        "versions": "passed", "stub": "skipped", "bench-1s": "skipped", "training": "skipped",
     }  # fmt: skip
     assert steps["versions"]["data"]["packages"]["numpy"]
     assert "step 4 of 4" in capsys.readouterr().out

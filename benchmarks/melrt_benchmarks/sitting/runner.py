@@ -22,6 +22,8 @@ from melrt_benchmarks.sitting.steps import ROOT, SKIPPED, Step, command_of, fill
 NO_TESTS = 5
 # `melrt bench` of contenders of which none is here.
 WRONG_INPUT, NO_CONTENDER = 2, "no contender runs here"
+# Seconds between the interrupt of a step at its limit, after which `melrt bench` and pytest write what they have, and its end by force.
+GRACE = 4
 LAST_LINES = 15
 MOST_LOG = 1 << 16
 PACKAGES = ("benchmarks", "calibration", "export", "runtime", "")
@@ -126,7 +128,7 @@ def run_step(step: Step, sitting: Sitting) -> Result:
 def _outcome(code: int | None, lines: list[str], data: dict[str, Any], limit: int) -> tuple[str, str]:
     last = next((line for line in reversed(lines) if line.strip()), "")
     if code is None:
-        return "timed out", f"killed after {limit} s"
+        return "timed out", f"stopped after {limit} s"
     if code == SKIPPED:
         return "skipped", last
     if code == WRONG_INPUT and NO_CONTENDER in last:
@@ -139,7 +141,10 @@ def _outcome(code: int | None, lines: list[str], data: dict[str, Any], limit: in
 
 
 def _run(command: list[str], log: Path, limit: float, work: Path) -> int | None:
-    """Run a command in a session of its own, and kill the whole session at the end; return its exit code, or None at the limit."""
+    """Run a command in a session of its own, and kill the whole session at the end; return its exit code, or None at the limit.
+
+    At the limit the command alone is interrupted, as by Ctrl-C, and has a few seconds to write what it has.
+    """
     path = os.pathsep.join([*(str(ROOT / package) for package in PACKAGES), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     private = {"MELRT_KEY": str(work / "engine.key"), "MELRT_CACHE": str(work / "cache"), "PYTHONUNBUFFERED": "1", "COLUMNS": "160"}
     with log.open("wb") as output:
@@ -150,6 +155,9 @@ def _run(command: list[str], log: Path, limit: float, work: Path) -> int | None:
         try:
             return process.wait(limit)
         except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
             return None
         finally:
             with contextlib.suppress(ProcessLookupError):
