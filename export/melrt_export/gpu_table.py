@@ -6,10 +6,15 @@ from dataclasses import dataclass
 
 from melrt.errors import ConfigError
 
-# Whitepapers, in the tables at the end. H200, H100 and A100 are the SXM boards (A100: 80 GB). The pages of H200 and L4 give twice these
-# rates, "with sparsity". Independent tables agree: https://glennklockwood.com/garden/processors/h100 and .../A100 (dense rates, bandwidth,
-# multiprocessors), https://hmc-tech.com/gpus/nvidia-geforce-rtx-4090-vs-nvidia-rtx-pro-5000-blackwell (RTX 4090 by accumulator). L4: 58
-# multiprocessors with 1024 FP16 operations a clock at 2.04 GHz are 121.2 TFLOP/s.
+# NVIDIA's pages and the tables at the end of its whitepapers; they could not be opened when the figures were last compared (2026-11-26).
+# H200, H100 and A100 are the SXM boards (A100: 80 GB). The pages of H200 and L4 give twice these rates, "with sparsity". Copies agree:
+# - H200: https://www.morphllm.com/nvidia-h200 quotes the page: 4.8 TB/s, and with sparsity 1,979 for FP16 and 3,958 for INT8.
+# - H100, A100: https://glennklockwood.com/garden/processors/h100 and .../A100 (dense rates, bandwidth, multiprocessors).
+# - L4: https://grokipedia.com/page/NVIDIA_L4_vs_L40S quotes it: 300 GB/s, and with sparsity 242 and 485. 58 multiprocessors with 1024
+#   FP16 operations a clock at 2.04 GHz are 121.2 TFLOP/s.
+# - RTX 4090: https://hmc-tech.com/gpus/nvidia-geforce-rtx-4090-vs-nvidia-rtx-pro-5000-blackwell (by accumulator).
+# - RTX 5090: https://www.spheron.network/blog/nvidia-rtx-5090-specs/ has 1,792 GB/s, and with sparsity 838 for FP16 (accumulated in FP16)
+#   and 3,352 for FP4. A quarter of each is the dense rate of FP16 accumulated in FP32, and that of INT8.
 _HOPPER = "https://resources.nvidia.com/en-us-hopper-architecture/nvidia-h100-tensor-c"
 _ADA = "https://images.nvidia.com/aem-dam/Solutions/geforce/ada/nvidia-ada-gpu-architecture.pdf"
 

@@ -28,7 +28,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         sys.stdout.write("this PyTorch has no CUDA, or there is no GPU\n")
         return SKIPPED
-    figures: dict[str, Any] = {"gpu": torch.cuda.get_device_name(0)}
+    gpu = torch.cuda.get_device_properties(0)
+    figures: dict[str, Any] = {"gpu": gpu.name, "multiprocessors": gpu.multi_processor_count, "L2_MiB": gpu.L2_cache_size / MIB}
     for name, measure in (*_copies(torch).items(), *_products(torch).items()):
         figures[name] = measure()
         sys.stdout.write(f"{name}: {figures[name]:.1f}\n")

@@ -79,7 +79,9 @@ def _latencies(latencies: list[dict[str, Any]]) -> str:
 def _number(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:.4g}" if isinstance(value, int | float) else ""
+    if not isinstance(value, int | float):
+        return ""
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _flat(data: Any, prefix: str = "") -> Iterator[tuple[str, object]]:
