@@ -25,6 +25,9 @@ WINDOWS = (48, 64, 96, 128, 192, 256, 384)
 MULTIPLE = 8
 # A graph of one shape saves 1 to 2 ms per run, 5 to 10 % in bfloat16, and takes 20 to 35 MB for the published generator.
 MOST_SHAPES = 8
+# What a dynamic graph keeps of each layer and length that it ran (https://github.com/openvinotoolkit/openvino/issues/20633): 16 lengths or
+# more. The default, 5,000, took 5 GB after 200 lengths.
+LAYERS_KEPT = 512
 _first_use = threading.Lock()
 
 
@@ -47,6 +50,7 @@ class OpenVinoModel:
         # Without the hint, OpenVINO rounds float32 layers to bfloat16. Pinned threads of two models would share one core.
         self._settings = {
             "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": workers, "INFERENCE_NUM_THREADS": workers, "ENABLE_CPU_PINNING": False,
+            "CPU_RUNTIME_CACHE_CAPACITY": LAYERS_KEPT,
         }  # fmt: skip
         try:
             self._model = self._core.read_model(io.BytesIO(model))

@@ -81,6 +81,27 @@ def test_compiled_shapes_are_bounded_and_every_shape_runs(bundle: Bundle) -> Non
 
 
 @installed
+def test_memory_of_many_lengths_is_bounded(tiny_bundle_path: Path) -> None:
+    """In a process of its own. Without a limit, OpenVINO keeps 8 MiB for each of these lengths."""
+    code = f"""
+import numpy as np
+from pathlib import Path
+from melrt import Bundle
+from melrt.backends.openvino import OpenVinoModel
+bundle = Bundle.open({str(tiny_bundle_path)!r})
+model = OpenVinoModel(bundle.read(bundle.find("onnx", graph="edge", precision="fp32")[0]))
+noise = np.random.default_rng(0)
+resident = []
+for frames in range(140, 20, -1):
+    model.run(noise.normal(-2, 1, (1, 80, frames)).astype(np.float32))
+    resident.append(int(Path("/proc/self/statm").read_text().split()[1]) // 256)
+print(resident[39], resident[-1])
+"""
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120).stdout
+    after_40, after_120 = map(int, found.split())
+    assert after_120 - after_40 < 64, found
+
+
 def test_runs_of_many_threads_do_not_share_memory(bundle: Bundle) -> None:
     edge = OpenVinoModel(model(bundle, "edge"), workers=2)
     mels = [speech_mel(bundle, 30, seed)[None] for seed in range(6)]
