@@ -24,12 +24,6 @@ def bundle(tiny_bundle_path: Path) -> Bundle:
     return Bundle.open(tiny_bundle_path)
 
 
-@pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
-def backend(request: pytest.FixtureRequest) -> str:
-    pytest.importorskip(request.param, reason=f"needs the extra of {request.param}")
-    return request.param
-
-
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 def test_every_way_gives_pytorch_audio(bundle: Bundle, backend: str, policy: Policy) -> None:
     """One mel has the audio of melgan-neurips's code, and the other that of melrt's generator in PyTorch."""
@@ -81,8 +75,9 @@ def test_requests_of_many_threads_are_exact(bundle: Bundle, backend: str) -> Non
 
 
 @pytest.mark.parametrize("edges", [Edges(2, 2), Edges(0, 10, -5.0), Edges(3, 1, 0.0)])
-def test_extended_ends_are_trimmed(bundle: Bundle, edges: Edges) -> None:
-    with Vocoder.load(bundle, options=Options(edges=edges, policy=POLICIES["dynamic"])) as vocoder:
+def test_extended_ends_are_trimmed(bundle: Bundle, backend: str, edges: Edges) -> None:
+    options = Options(edges=edges, policy=POLICIES["dynamic"])
+    with Vocoder.load(bundle, precision="fp32", backend=backend, options=options) as vocoder:
         for frames in (1, 30, 150):
             if frames + edges.left + edges.right < vocoder.field.smallest_input:
                 continue
@@ -94,8 +89,8 @@ def test_extended_ends_are_trimmed(bundle: Bundle, edges: Edges) -> None:
                 assert np.abs(stream_audio(vocoder, mel, size, np.random.default_rng(0)) - reference).max() < FP32_MAX_ABS
 
 
-def test_first_audio_needs_only_the_look_ahead(bundle: Bundle) -> None:
-    with Vocoder.load(bundle) as vocoder:
+def test_first_audio_needs_only_the_look_ahead(bundle: Bundle, backend: str) -> None:
+    with Vocoder.load(bundle, precision="fp32", backend=backend) as vocoder:
         mel = speech_mel(bundle, 60)
         opened = vocoder.open_stream()
         sizes = [opened.push(mel[:, at : at + 1]).size // 256 for at in range(60)]
@@ -104,8 +99,8 @@ def test_first_audio_needs_only_the_look_ahead(bundle: Bundle) -> None:
         assert opened.flush().size // 256 == 60 - 24
 
 
-def test_refused_frames_leave_no_gap_in_a_stream(bundle: Bundle) -> None:
-    with Vocoder.load(bundle) as vocoder:
+def test_refused_frames_leave_no_gap_in_a_stream(bundle: Bundle, backend: str) -> None:
+    with Vocoder.load(bundle, precision="fp32", backend=backend) as vocoder:
         assert vocoder.open_stream().flush().size == 0
         short = vocoder.open_stream()
         short.push(np.zeros((80, 3)))
@@ -127,7 +122,7 @@ def test_refused_frames_leave_no_gap_in_a_stream(bundle: Bundle) -> None:
             opened.push(mel)
 
 
-def test_asyncio_streams_are_exact(bundle: Bundle) -> None:
+def test_asyncio_streams_are_exact(bundle: Bundle, backend: str) -> None:
     async def scenario(vocoder: Vocoder) -> None:
         mel = speech_mel(bundle, 150)
 
@@ -143,5 +138,5 @@ def test_asyncio_streams_are_exact(bundle: Bundle) -> None:
         for audio in await asyncio.gather(collect(frames()), collect([mel]), collect(frames())):
             assert np.abs(audio - whole).max() < FP32_MAX_ABS
 
-    with Vocoder.load(bundle) as vocoder:
+    with Vocoder.load(bundle, precision="fp32", backend=backend) as vocoder:
         asyncio.run(scenario(vocoder))

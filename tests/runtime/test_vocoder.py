@@ -19,8 +19,8 @@ from melrt.files.audio import to_int16
 
 
 @pytest.fixture(scope="module")
-def vocoder(tiny_bundle_path: Path) -> Vocoder:
-    return Vocoder.load(tiny_bundle_path)
+def vocoder(tiny_bundle_path: Path, backend: str) -> Vocoder:
+    return Vocoder.load(tiny_bundle_path, precision="fp32", backend=backend)
 
 
 def test_batch_equals_single_utterances(vocoder: Vocoder) -> None:
@@ -96,13 +96,13 @@ def test_requested_precision_runs(tiny_bundle_path: Path) -> None:
     assert Vocoder.load(tiny_bundle_path).backend.precision == "fp32"
 
 
-def test_altered_model_is_refused(tiny_bundle: Bundle) -> None:
+def test_altered_model_is_refused(tiny_bundle: Bundle, backend: str) -> None:
     file = tiny_bundle.path / "edge.fp32.onnx"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     with pytest.raises(BundleError, match="was altered"):
-        Vocoder.load(tiny_bundle)
+        Vocoder.load(tiny_bundle, precision="fp32", backend=backend)
 
 
 def test_batch_reads_its_source_lazily(tiny_bundle_path: Path) -> None:

@@ -8,12 +8,14 @@ import multiprocessing
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.runtime.reference import FP32_MAX_ABS
 
 import melrt.voices
 from melrt import Bundle, ClosedError, ConfigError, Limits, Options, QueueFullError, Residency, Vocoder, Voices
@@ -22,6 +24,9 @@ from melrt.errors import BackendError, BundleError
 
 pytest.importorskip("onnxruntime", reason="needs the extra `cpu`")
 RNG = np.random.default_rng(0)
+Open = Callable[..., Voices]
+# On a busy machine OpenVINO takes longer to load a voice than these tests wait.
+QUICK_LOAD = pytest.mark.parametrize("backend", ["onnxruntime"], indirect=True)
 MEL = RNG.normal(-2.4, 0.9, (80, 150)).astype(np.float32)
 
 
@@ -33,19 +38,28 @@ def folder(tiny_bundle_path: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def audio(tiny_bundle_path: Path) -> np.ndarray:
-    with Vocoder.load(tiny_bundle_path, device="cpu", precision="fp32", backend="onnxruntime") as vocoder:
+def audio(tiny_bundle_path: Path, backend: str) -> np.ndarray:
+    with Vocoder.load(tiny_bundle_path, device="cpu", precision="fp32", backend=backend, threads=2) as vocoder:
         return vocoder(MEL)
 
 
-def open_voices(source: object, limits: Limits | None = None, **residency: object) -> Voices:
-    options = Options(limits=limits or Limits())
-    settings = {"device": "cpu", "precision": "fp32", "backend": "onnxruntime", "threads": 2}
-    return Voices(source, **settings, options=options, residency=Residency(**residency))  # type: ignore[arg-type]
+@pytest.fixture
+def open_voices(backend: str) -> Open:
+    def opened(source: object, limits: Limits | None = None, **residency: object) -> Voices:
+        options = Options(limits=limits or Limits())
+        settings = {"device": "cpu", "precision": "fp32", "backend": backend, "threads": 2}
+        return Voices(source, **settings, options=options, residency=Residency(**residency))  # type: ignore[arg-type]
+
+    return opened
 
 
-def memory_of_one(folder: Path) -> int:
-    with open_voices(folder) as voices:
+def same(audio: np.ndarray, expected: np.ndarray) -> bool:
+    """Compare a stream with a call. OpenVINO rounds otherwise in windows of another length."""
+    return audio.shape == expected.shape and float(np.abs(audio - expected).max()) < FP32_MAX_ABS
+
+
+def memory_of_one(voices: Voices) -> int:
+    with voices:
         _ = voices["anna"]
         return voices.memory
 
@@ -65,7 +79,7 @@ def until(condition) -> None:
         time.sleep(0.005)
 
 
-def test_voices_are_vocoders_on_the_same_threads(folder: Path, audio: np.ndarray) -> None:
+def test_voices_are_vocoders_on_the_same_threads(open_voices: Open, folder: Path, audio: np.ndarray) -> None:
     with open_voices(folder) as voices:
         assert voices.names == ("anna", "ben", "cleo")
         assert len(voices) == 3
@@ -74,7 +88,7 @@ def test_voices_are_vocoders_on_the_same_threads(folder: Path, audio: np.ndarray
         for name in voices:
             assert np.array_equal(voices[name](MEL), audio)
             assert np.array_equal(voices[name].submit(MEL).result(20), audio)
-            assert np.array_equal(np.concatenate(list(voices[name].stream(np.split(MEL, 10, axis=1)))), audio)
+            assert same(np.concatenate(list(voices[name].stream(np.split(MEL, 10, axis=1)))), audio)
         assert threading.active_count() <= before + 3, "two workers and the loader serve all voices"
         assert voices["anna"] is voices["anna"]
         stats = voices.stats()
@@ -83,9 +97,9 @@ def test_voices_are_vocoders_on_the_same_threads(folder: Path, audio: np.ndarray
         assert voices.memory == sum(one.memory for one in stats.values())
 
 
-def test_least_recently_used_voice_makes_room(folder: Path, audio: np.ndarray) -> None:
+def test_least_recently_used_voice_makes_room(open_voices: Open, folder: Path, audio: np.ndarray) -> None:
     shutil.copytree(folder / "ben.melrt", folder / "dora.melrt")
-    memory = 3 * memory_of_one(folder)
+    memory = 3 * memory_of_one(open_voices(folder))
     with open_voices(folder, memory=memory, pinned=("anna",)) as voices:
         for name in ("anna", "ben", "cleo", "ben", "dora"):
             assert np.array_equal(voices[name](MEL), audio)
@@ -100,8 +114,9 @@ def test_least_recently_used_voice_makes_room(folder: Path, audio: np.ndarray) -
         stream.close()
 
 
-def test_voice_in_use_is_not_unloaded_under_its_stream(folder: Path, audio: np.ndarray) -> None:
-    with open_voices(folder, Limits(wait_timeout=0.2), memory=memory_of_one(folder)) as voices:
+@QUICK_LOAD
+def test_voice_in_use_is_not_unloaded_under_its_stream(open_voices: Open, folder: Path, audio: np.ndarray) -> None:
+    with open_voices(folder, Limits(wait_timeout=0.2), memory=memory_of_one(open_voices(folder))) as voices:
         stream = voices["anna"].open_stream()
         first = stream.push(MEL[:, :100])
         with pytest.raises(QueueFullError, match="so ben was not loaded"):
@@ -113,12 +128,12 @@ def test_voice_in_use_is_not_unloaded_under_its_stream(folder: Path, audio: np.n
             _ = voices["cleo"]
 
 
-def test_memory_that_one_voice_exceeds_is_a_wrong_setting(folder: Path) -> None:
+def test_memory_that_one_voice_exceeds_is_a_wrong_setting(open_voices: Open, folder: Path) -> None:
     with open_voices(folder, memory=1000) as voices, pytest.raises(ConfigError, match="Residency.memory is 0 MiB"):
         _ = voices["anna"]
 
 
-def test_changed_bundle_is_loaded_again_and_no_request_fails(folder: Path, audio: np.ndarray) -> None:
+def test_changed_bundle_is_loaded_again_and_no_request_fails(open_voices: Open, folder: Path, audio: np.ndarray) -> None:
     with open_voices(folder, check_seconds=0.0) as voices, ThreadPoolExecutor(4) as callers:
         stop = threading.Event()
 
@@ -139,13 +154,15 @@ def test_changed_bundle_is_loaded_again_and_no_request_fails(folder: Path, audio
         finally:
             stop.set()
         assert all(caller.result(20) for caller in working)
-        assert np.array_equal(np.concatenate([first, old.push(MEL[:, 70:]), old.flush()]), audio)
+        assert same(np.concatenate([first, old.push(MEL[:, 70:]), old.flush()]), audio)
         assert voices.stats()["anna"].loads == 6
         del old, working
         until(lambda: voices.memory == voices.stats()["anna"].memory)
 
 
-def test_damaged_replacement_leaves_the_old_voice(folder: Path, audio: np.ndarray, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_replacement_leaves_the_old_voice(
+    open_voices: Open, folder: Path, audio: np.ndarray, caplog: pytest.LogCaptureFixture
+) -> None:
     with open_voices(folder, check_seconds=0.0) as voices:
         assert np.array_equal(voices["anna"](MEL), audio)
         (folder / "anna.melrt" / MANIFEST).write_text("{}")
@@ -159,7 +176,7 @@ def test_damaged_replacement_leaves_the_old_voice(folder: Path, audio: np.ndarra
         until(lambda: voices["anna"].bundle.manifest.name == "repaired")
 
 
-def test_refused_while_loading_if_the_limits_say_not_to_wait(folder: Path) -> None:
+def test_refused_while_loading_if_the_limits_say_not_to_wait(open_voices: Open, folder: Path) -> None:
     with open_voices(folder, Limits(wait=False)) as voices:
         with pytest.raises(QueueFullError, match="is being loaded; try again"):
             _ = voices["anna"]
@@ -167,7 +184,7 @@ def test_refused_while_loading_if_the_limits_say_not_to_wait(folder: Path) -> No
         assert voices["anna"](MEL).size
 
 
-def test_folder_is_read_again_for_an_unknown_name(folder: Path, tiny_bundle_path: Path) -> None:
+def test_folder_is_read_again_for_an_unknown_name(open_voices: Open, folder: Path, tiny_bundle_path: Path) -> None:
     with open_voices(folder) as voices:
         with pytest.raises(BundleError, match="no voice 'dora'; there are: anna, ben, cleo"):
             _ = voices["dora"]
@@ -175,7 +192,7 @@ def test_folder_is_read_again_for_an_unknown_name(folder: Path, tiny_bundle_path
         assert voices["dora"](MEL).size
 
 
-def test_removed_bundle_serves_until_it_is_unloaded(folder: Path, audio: np.ndarray) -> None:
+def test_removed_bundle_serves_until_it_is_unloaded(open_voices: Open, folder: Path, audio: np.ndarray) -> None:
     with open_voices(folder, check_seconds=0.0) as voices:
         assert np.array_equal(voices["anna"](MEL), audio)
         for name in ("anna", "ben"):
@@ -189,7 +206,7 @@ def test_removed_bundle_serves_until_it_is_unloaded(folder: Path, audio: np.ndar
 
 
 def test_bundle_that_is_replaced_while_it_is_loaded_is_loaded_again(
-    folder: Path, audio: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    open_voices: Open, folder: Path, audio: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, opened = melrt.voices.open_backend, []
 
@@ -206,7 +223,7 @@ def test_bundle_that_is_replaced_while_it_is_loaded_is_loaded_again(
         assert opened[1:] == ["the new one"]
 
 
-def test_sources_that_are_not_bundles_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_sources_that_are_not_bundles_are_refused(open_voices: Open, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="does not exist"):
         open_voices([folder / "nobody.melrt"])
     with pytest.raises(BundleError, match="the same name 'anna'"):
@@ -217,7 +234,7 @@ def test_sources_that_are_not_bundles_are_refused(folder: Path, tmp_path: Path) 
         Residency(weights={"anna": 0})
 
 
-def test_closed_voices_refuse_and_leave_no_thread(folder: Path) -> None:
+def test_closed_voices_refuse_and_leave_no_thread(open_voices: Open, folder: Path) -> None:
     threads = set(threading.enumerate())
     voices = open_voices(folder)
     pending = voices["anna"].submit(MEL)
@@ -243,7 +260,7 @@ def _in_child(voices: Voices, answers) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_use_after_a_fork_is_refused(folder: Path) -> None:
+def test_use_after_a_fork_is_refused(open_voices: Open, folder: Path) -> None:
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
     with open_voices(folder) as voices:
@@ -253,7 +270,7 @@ def test_use_after_a_fork_is_refused(folder: Path) -> None:
         child.join(20)
 
 
-def test_voice_that_its_caller_closed_is_loaded_again(folder: Path, audio: np.ndarray) -> None:
+def test_voice_that_its_caller_closed_is_loaded_again(open_voices: Open, folder: Path, audio: np.ndarray) -> None:
     with open_voices(folder) as voices:
         with voices["anna"] as closed:
             assert np.array_equal(closed(MEL), audio)
@@ -263,7 +280,7 @@ def test_voice_that_its_caller_closed_is_loaded_again(folder: Path, audio: np.nd
         assert voices.memory == voices.stats()["anna"].memory, "the closed one takes none"
 
 
-def test_voices_are_loaded_without_blocking_the_event_loop(folder: Path, audio: np.ndarray) -> None:
+def test_voices_are_loaded_without_blocking_the_event_loop(open_voices: Open, folder: Path, audio: np.ndarray) -> None:
     async def speech(voices: Voices, name: str) -> np.ndarray:
         return await (await voices.load_async(name)).call_async(MEL)
 
@@ -277,8 +294,9 @@ def test_voices_are_loaded_without_blocking_the_event_loop(folder: Path, audio: 
         asyncio.run(all_at_once(voices))
 
 
-def test_changed_voice_is_loaded_again_in_memory_for_one(folder: Path, audio: np.ndarray) -> None:
-    limits, memory = Limits(wait_timeout=0.2), memory_of_one(folder)
+@QUICK_LOAD
+def test_changed_voice_is_loaded_again_in_memory_for_one(open_voices: Open, folder: Path, audio: np.ndarray) -> None:
+    limits, memory = Limits(wait_timeout=0.2), memory_of_one(open_voices(folder))
     with open_voices(folder, limits, memory=memory, pinned=("anna",), check_seconds=0.0) as voices:
         stream = voices["anna"].open_stream()
         first = stream.push(MEL)
