@@ -19,10 +19,12 @@ mutants: $(VENV)/.installed
 	$(BIN)/python tests/mutants.py
 
 # Attacks melrt with 10,000 bundles, 5,000 checkpoints, 2,000 files of mels and 5,000 arrays, and prints the counts;
-# then reads small checkpoints that would fill the memory, and prints the time and memory of each.
+# then reads small checkpoints that would fill the memory, and prints the time and memory of each; then sends 3,000
+# hostile requests to the HTTP service.
 fuzz: $(VENV)/.installed
 	$(BIN)/python tests/fuzz/attacks.py
 	$(BIN)/python tests/fuzz/bombs.py
+	$(BIN)/python -m tests.fuzz.service
 
 # Continues after a step that fails, and resumes if it is run again.
 gpu: $(VENV)/.installed

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 import h11
+from uvicorn._types import ASGISendEvent
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.frames import Frame
 
 from melrt.serving.http.config import ServiceConfig
 
+_Kind = TypeVar("_Kind", "BoundedConnection", "BoundedStream")
 # Time in which a client must read a response that came before it had sent its whole request.
 LINGER_SECONDS = 2.0
 
@@ -98,12 +102,57 @@ class BoundedConnection(H11Protocol):
 
 
 class BoundedStream(WebSocketsSansIOProtocol):
-    """A WebSocket that ends at once if its request is not a handshake (one with a body, for example). uvicorn alone would keep it."""
+    """A WebSocket that ends in time, and quietly, when its client breaks the protocol.
+
+    uvicorn alone would keep one whose request is not a handshake (a request with a body, for example), wait 10 s for the answer to the end
+    of a stream, and log an error for each refused handshake and for bytes that are not WebSocket.
+    """
+
+    limits = ServiceConfig()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
+        super().connection_made(transport)
+        self.close_timeout = self.limits.idle_seconds
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if not self.handshake_initiated:
             self.transport.abort()
+
+    async def send(self, message: ASGISendEvent) -> None:
+        """Send a message of the application, which may not know yet that the client has broken the protocol."""
+        if self.close_sent:
+            raise ClientDisconnected
+        await super().send(message)
+        self.handshake_complete |= self.close_sent  # a refusal answers the handshake as well
+
+    def send_receive_event_to_app(self) -> None:
+        """Pass a message on, if it is binary or UTF-8."""
+        try:
+            if self.curr_msg_data_type == "text":
+                b"".join(self.frames).decode()
+        except UnicodeDecodeError:
+            self.frames = []
+            if self._answered() and not self.close_sent:
+                self.conn.fail(1007)
+                self.handle_parser_exception()
+        else:
+            super().send_receive_event_to_app()
+
+    def handle_parser_exception(self) -> None:
+        if self._answered():
+            super().handle_parser_exception()
+
+    def handle_close(self, event: Frame) -> None:
+        if self._answered():
+            super().handle_close(event)
+
+    def _answered(self) -> bool:
+        """Return True once the handshake is answered; before that, end the connection like one that is lost."""
+        if not self.handshake_complete:
+            self.handshake_complete = self.disconnected = True
+            self.transport.abort()
+        return not self.disconnected
 
 
 class _LingeringTransport:
@@ -136,9 +185,9 @@ class _LingeringTransport:
             self._connection.loop.call_later(LINGER_SECONDS, self._transport.abort)
 
 
-def bounded(limits: ServiceConfig) -> type[BoundedConnection]:
-    """Return the class of connections with these limits."""
-    return type("Connection", (BoundedConnection,), {"limits": limits})
+def bounded(kind: type[_Kind], limits: ServiceConfig) -> type[_Kind]:
+    """Return a class of connections with these limits."""
+    return type(kind.__name__, (kind,), {"limits": limits})
 
 
 def _cancel(timer: asyncio.TimerHandle | None) -> None:

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from melrt.errors import ConfigError
 from melrt.serving.http.app import make_app
 from melrt.serving.http.config import ServiceConfig
-from melrt.serving.http.connection import BoundedStream, bounded
+from melrt.serving.http.connection import BoundedConnection, BoundedStream, bounded
 from melrt.serving.http.service import Service
 from melrt.voices import Voices
 
@@ -54,8 +54,8 @@ def serve(voices: Voices, config: ServiceConfig, port: socket.socket) -> None:
     app = make_app(service)
     app.router.lifespan_context = _signals(service)
     settings = uvicorn.Config(
-        app, http=bounded(config), ws=BoundedStream, ws_max_size=MESSAGE_BYTES, ws_per_message_deflate=False,
-        log_config=None, access_log=False, server_header=False,
+        app, http=bounded(BoundedConnection, config), ws=bounded(BoundedStream, config),
+        ws_max_size=MESSAGE_BYTES, ws_per_message_deflate=False, log_config=None, access_log=False, server_header=False,
         timeout_keep_alive=max(1, round(config.idle_seconds)), timeout_graceful_shutdown=round(config.grace_seconds),
     )  # fmt: skip
     server = uvicorn.Server(settings)
