@@ -158,10 +158,13 @@ def test_wrong_requests_are_told_what_is_allowed(service: Running, demo_bundle: 
             answer = post(service, wrong, **{"format": form, **query})
             assert (answer.status_code, reason in answer.json()["detail"]) == (status, True), answer.text
     assert "/v1/speech" in service.client.get("/v1/sing").json()["detail"]
+    for path in ("/", "/healthz", "/voices"):  # load balancers and monitors send HEAD
+        assert (service.client.head(path).status_code, service.client.head(path).content) == (200, b"")
     assert "use POST" in service.client.get("/v1/speech").json()["detail"]
     with pytest.raises(InvalidStatus) as refused:
         conversation(service, "none")
     assert (refused.value.response.status_code, b"there are: lj, tiny" in refused.value.response.body) == (404, True)
+    assert 'melrt_http_responses_total{path="/v1/stream",status="404"}' in service.client.get("/metrics").text
     for wrong, reason in ((b"123", "320 bytes"), ("begin", "'end'"), (body(np.full((80, 20), np.nan, np.float32)), "finite")):
         with conversation(service, "lj") as stream:
             stream.recv(TIMEOUT)

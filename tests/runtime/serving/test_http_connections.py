@@ -94,6 +94,11 @@ def test_clients_that_break_off_or_do_not_read_free_their_place(service: Running
         reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         reset.close()
     assert answer(opened(service, UPGRADE + b"Content-Length: 5\r\n\r\n" + b"\xff" * 20)) == b""
+    start, stream = time.monotonic(), opened(service, UPGRADE + b"\r\n")
+    assert stream.recv(12) == b"HTTP/1.1 101"
+    stream.sendall(b"\x81\x83\x00\x00\x00\x00end")
+    assert answer(stream).endswith(b'{"samples": 0}\x88\x02\x03\xe8'), "the end, which this client does not answer"
+    assert time.monotonic() - start < 5 * IDLE_SECONDS
     frames = bytes(4 * 80 * MAX_FRAMES)
     deaf = opened(service)
     deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
