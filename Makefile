@@ -52,7 +52,7 @@ triton:
 
 $(TRITON)/.installed: Makefile
 	$(PYTHON) -m venv $(TRITON)
-	$(TRITON)/bin/python -m pip install -q --disable-pip-version-check -e . "numpy<2" onnxruntime
+	$(TRITON)/bin/python -m pip install -q --disable-pip-version-check -e ".[output]" "numpy<2" onnxruntime
 	$(TRITON)/bin/python -m pip install -q --disable-pip-version-check --no-deps nvidia-pytriton==0.7.0
 	touch $@
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import queue
 import threading
 import time
@@ -22,6 +23,7 @@ from tests.runtime.serving.triton_server import Server, is_installed, serve
 from tritonclient.grpc import model_config_pb2 as pb
 from tritonclient.utils import InferenceServerException
 
+from melrt import Output
 from melrt.bundle import Bundle
 from melrt.planning.edges import Edges
 from melrt.serving.triton.repository import add_voice, use_version
@@ -67,12 +69,19 @@ def test_repository_is_complete_and_keeps_versions(tiny_bundle: Bundle, tmp_path
     assert (policy.max_queue_size, policy.default_timeout_microseconds) == (7, 500_000)
     (group,) = config.instance_group
     assert (group.kind, list(group.gpus)) == (pb.ModelInstanceGroup.KIND_GPU, [0, 2])
-    (sample,) = config.model_warmup
-    given = sample.inputs["mel"]
-    assert (repository / "tiny" / "warmup" / given.input_data_file).stat().st_size == 4 * int(np.prod(given.dims))
     stream = config_of(repository / "tiny_stream")
     assert stream.model_transaction_policy.decoupled
     assert stream.WhichOneof("scheduling_choice") == "sequence_batching"
+
+
+def test_outputs_of_a_repository(tiny_bundle: Bundle, tmp_path: Path, melrt) -> None:
+    """Clients find rate and encoding in the model's configuration."""
+    arguments = "--format", "opus", "--rate", 24000, "--stream-format", "mulaw"
+    assert melrt("serve", "triton", tiny_bundle.path, "-o", tmp_path, *arguments)[0] == 0
+    for name, encoding in (("tiny", "opus"), ("tiny_stream", "mulaw")):
+        config = config_of(tmp_path / name)
+        assert config.output[0].data_type == pb.TYPE_UINT8
+        assert {key: value.string_value for key, value in config.parameters.items()} == {"encoding": encoding, "sample_rate": "24000"}
 
 
 def test_a_model_adds_the_frames_of_the_project(tiny_bundle: Bundle, tmp_path: Path) -> None:
@@ -82,7 +91,7 @@ def test_a_model_adds_the_frames_of_the_project(tiny_bundle: Bundle, tmp_path: P
     arguments = {"model_repository": str(tmp_path / "tiny"), "model_instance_kind": "CPU", "model_instance_device_id": "0"}
     for version, config, expected in ((1, ServingConfig(), manifest.edges), (2, ServingConfig(edges="model"), Edges())):
         assert add_voice(tmp_path, "tiny", bundle, config) == version
-        vocoder, _ = open_voice({**arguments, "model_version": str(version)})
+        vocoder, _, _ = open_voice({**arguments, "model_version": str(version)}, streams=False)
         with vocoder:
             assert vocoder.edges == expected
 
@@ -94,8 +103,11 @@ def test_a_model_adds_the_frames_of_the_project(tiny_bundle: Bundle, tmp_path: P
         (("--name", "lj_stream"), "not end in _stream"),
         (("--max-queue", 0), "max_queue is 0"),
         (("--gpus", "0,x"), "--gpus is '0,x'"),
-        (("--format", "mp3"), "sample_format is 'mp3'"),
+        (("--format", "mp3"), "encoding is 'mp3'"),
         (("--precision", "fp7"), "precision is 'fp7'"),
+        (("--format", "opus"), "Opus does not support 22050 Hz"),
+        (("--format", "opus", "--rate", 24000), "cannot be streamed: libsndfile completes an Opus page once a second"),
+        (("--format", "flac"), "--stream-format gives the model for streams another encoding"),
     ],
 )
 def test_wrong_settings_are_refused(tiny_bundle: Bundle, tmp_path: Path, melrt, arguments, complaint: str) -> None:
@@ -121,6 +133,15 @@ def server(repository: Path) -> Iterator[Server]:
     if not is_installed():
         pytest.skip("no Triton server in .triton; `make triton` installs one where its wheel is available")
     with serve(repository, repository.parent) as running:
+        yield running
+
+
+@pytest.fixture
+def telephone(tmp_path: Path, demo_bundle: Bundle) -> Iterator[Server]:
+    if not is_installed("soundfile", "soxr"):
+        pytest.skip("no Triton server in .triton whose Python has soundfile and soxr; `make triton` installs one")
+    add_voice(tmp_path / "models", "lj", demo_bundle, ServingConfig(sample_rate=16000, encoding="flac", stream_encoding="mulaw"))
+    with serve(tmp_path / "models", tmp_path) as running:
         yield running
 
 
@@ -209,8 +230,8 @@ def test_http_and_grpc_give_the_audio_of_vocoder(server: Server, vocoder: Vocode
         assert audio.dtype == expected.dtype
         assert audio.shape == expected.shape
         assert np.abs(audio - expected).max() < ROUNDING
-    assert eventually(lambda: metric(server, "melrt_requests") == len(lengths) + 1)  # including the warm-up
-    assert metric(server, "nv_inference_request_success") == len(lengths) + 1
+    assert eventually(lambda: metric(server, "melrt_requests") == len(lengths) + 1)  # including the model's own warm-up
+    assert metric(server, "nv_inference_request_success") == len(lengths)
     assert metric(server, "melrt_windows") > len(lengths) + 1
 
 
@@ -242,6 +263,26 @@ def test_stream_pieces_join_to_the_same_audio(server: Server, vocoder: Vocoder, 
                 audio[streamer] += streamer.pieces()
         for pieces in audio.values():
             assert np.abs(np.concatenate(pieces) - expected).max() < ROUNDING
+
+
+def test_encoded_audio_at_other_rates(telephone: Server, vocoder: Vocoder, speech: np.ndarray) -> None:
+    """The whole model returns FLAC files at 16 kHz, the model for streams G.711 at the same rate; both equal `Vocoder`'s."""
+    mel = 6 + speech[:, :150]  # so loud that resampling exceeds full scale
+    with grpc.InferenceServerClient(telephone.grpc) as client:
+        encoded = client.infer("lj", [tensor(grpc, mel)]).as_numpy("audio")
+    samples, rate = soundfile.read(io.BytesIO(encoded.tobytes()), dtype="int16")
+    expected = vocoder(mel, Output(16000, "int16"))
+    assert (encoded.dtype, rate, samples.shape) == (np.uint8, 16000, expected.shape)
+    assert np.abs(samples.astype(np.int32) - expected).max() <= 1, "all but rounding"
+    with StreamClient(telephone) as streamer:
+        streamer.send(mel, "call")
+        pieces = streamer.pieces()
+    audio, expected = np.concatenate(pieces), vocoder(mel, Output(16000, "mulaw"))
+    assert len(pieces) >= 3
+    assert (audio.dtype, audio.shape) == (np.uint8, expected.shape)
+    assert np.mean(audio == expected) > 0.98, "all but rounding"
+    for model in ("lj", "lj_stream"):
+        assert eventually(lambda model=model: metric(telephone, "melrt_clipped", model) > 100)
 
 
 def test_cancelled_and_abandoned_work_is_dropped(server: Server, client: grpc.InferenceServerClient, speech: np.ndarray) -> None:
@@ -352,7 +393,7 @@ def test_versions_change_under_load_without_failures(
         loads = [callers.submit(load) for _ in range(2)]
         try:
             assert eventually(lambda: len(served) > 4)
-            assert add_voice(repository, "lj", demo_bundle, ServingConfig(sample_format="int16")) == 2
+            assert add_voice(repository, "lj", demo_bundle, ServingConfig(encoding="int16")) == 2
             client.load_model("lj")
             assert eventually(lambda: served[-1][0] == "2")
             use_version(repository, "lj", 1)

@@ -32,8 +32,12 @@ class Server:
     log: Path
 
 
-def is_installed() -> bool:
-    return (HOME / ".installed").is_file()
+def is_installed(*modules: str) -> bool:
+    """Return whether there is a server, whose Python has these modules."""
+    if not (HOME / ".installed").is_file():
+        return False
+    query = [str(HOME / "bin" / "python"), "-c", "".join(f"import {module};" for module in modules)]
+    return subprocess.run(query, capture_output=True).returncode == 0
 
 
 @contextlib.contextmanager

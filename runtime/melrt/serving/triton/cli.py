@@ -11,7 +11,7 @@ from rich.console import Console
 from melrt.bundle import Bundle
 from melrt.cli.commands import BackendName, EndsOption, Precision
 from melrt.errors import ConfigError
-from melrt.files.audio import SampleFormat
+from melrt.files.audio import Encoding
 from melrt.planning.edges import Ends
 from melrt.serving.triton.voice import ServingConfig
 
@@ -20,7 +20,11 @@ DEFAULT = ServingConfig()
 
 Voices = Annotated[list[Path], typer.Argument(metavar="VOICE.melrt...", help="One or more bundles.")]
 Name = Annotated[str | None, typer.Option(help="Name of the models, for a single voice; the bundle's file name if left out.")]
-Format = Annotated[str, typer.Option("--format", help="Format of the audio: float32 or int16.")]
+Rate = Annotated[int | None, typer.Option("--rate", help="Sample rate of the audio in Hz; the default is the voice's own.")]
+Format = Annotated[str, typer.Option("--format", help="Encoding of the audio: float32, int16, mulaw, alaw, flac or opus.")]
+StreamFormat = Annotated[
+    str | None, typer.Option("--stream-format", help="Encoding of the audio of streams, if another: float32, int16, mulaw or alaw.")
+]
 Gpus = Annotated[str, typer.Option(help="GPUs to use, for example 0,1; if left out Triton uses all GPUs, or the CPU if there is none.")]
 
 
@@ -31,7 +35,9 @@ def triton(
     precision: Precision = DEFAULT.precision,
     backend: BackendName = DEFAULT.backend,
     threads: Annotated[int, typer.Option(help="CPU threads of an instance; 0 for one per usable core.")] = DEFAULT.threads,
-    sample_format: Format = DEFAULT.sample_format,
+    sample_rate: Rate = DEFAULT.sample_rate,
+    encoding: Format = DEFAULT.encoding,
+    stream_encoding: StreamFormat = DEFAULT.stream_encoding,
     instances: Annotated[int, typer.Option(help="Processes that load the voice, on each GPU or on the CPU.")] = DEFAULT.instances,
     gpus: Gpus = "",
     max_frames: Annotated[int, typer.Option(help="Longest utterance in mel frames.")] = DEFAULT.max_frames,
@@ -52,8 +58,8 @@ def triton(
     from melrt.serving.triton.repository import add_voice, models_of
 
     serving = ServingConfig(
-        precision, backend, threads, cast(SampleFormat, sample_format), max_frames, max_streams, timeout, max_queue, queue_timeout,
-        instances, _gpu_indices(gpus), trust, cast(Ends, edges),
+        precision, backend, threads, sample_rate, cast(Encoding, encoding), cast(Encoding | None, stream_encoding),
+        max_frames, max_streams, timeout, max_queue, queue_timeout, instances, _gpu_indices(gpus), trust, cast(Ends, edges),
     )  # fmt: skip
     if name and len(voices) > 1:
         raise ConfigError(f"--name is for one voice, but {len(voices)} are given; add them one at a time.")

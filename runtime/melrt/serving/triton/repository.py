@@ -2,9 +2,8 @@
 
 ```
 REPOSITORY/lj/config.pbtxt            whole mels: HTTP or gRPC
-REPOSITORY/lj/warmup/probe            the mel with which Triton warms the model up
 REPOSITORY/lj/1/                      a version: model.py, serving.json, voice.melrt
-REPOSITORY/lj_stream/...              streams: decoupled, gRPC; the model warms itself up
+REPOSITORY/lj_stream/...              streams: decoupled, gRPC
 ```
 
 The server's Python needs melrt and one inference engine, nothing else.
@@ -14,7 +13,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -25,15 +23,16 @@ from tritonclient.grpc import model_config_pb2 as pb
 from melrt.bundle import Bundle
 from melrt.errors import ConfigError
 from melrt.files.atomic import atomic_folder, atomic_write
+from melrt.files.output import Output
+from melrt.mel.spec import MelSpec
 from melrt.serving.triton.voice import BUNDLE, SERVING, ServingConfig, warm_up_mel
 
 CONFIG = "config.pbtxt"
 STREAM_SUFFIX = "_stream"
-WARM_UP_FOLDER = "warmup"  # Triton's name for it
-WARM_UP_FILE = "probe"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 # Larger than any `max_streams`: Triton would silently hold a sequence beyond its own limit, where melrt refuses it with an error.
 MAX_SEQUENCES = 1 << 16
+_TYPES = {"float32": pb.TYPE_FP32, "int16": pb.TYPE_INT16}
 MICROSECONDS = 1_000_000
 
 
@@ -66,13 +65,14 @@ def add_voice(repository: Path, name: str, bundle: Bundle, serving: ServingConfi
 
     Raises:
         BundleError: The bundle is damaged.
-        ConfigError: The name is not allowed.
+        ConfigError: The name is not allowed, or the voice cannot have this output.
     """
     if not _NAME.fullmatch(name) or name.endswith(STREAM_SUFFIX):
         raise ConfigError(
             f"the voice's name is {name!r}; it must have only letters, digits, `_`, `.` and `-`, begin with a letter or digit, "
             f"and not end in {STREAM_SUFFIX}. Give another with --name."
         )
+    serving.check_output(bundle.manifest.spec.sample_rate)
     warm_up_mel(bundle)  # fails before anything is written
     version = 1 + max((number for model in models_of(name) for number in versions(repository / model.name)), default=0)
     for model in models_of(name):
@@ -96,11 +96,11 @@ def use_version(repository: Path, name: str, version: int) -> None:
             raise ConfigError(f"version {version} cannot be served: {repository / model.name} {state}.")
     for model in models_of(name):
         folder = repository / model.name
-        mel = warm_up_mel(Bundle.open(folder / str(version) / BUNDLE))
-        config = model_config(model, mel.shape, ServingConfig.loads((folder / str(version) / SERVING).read_text()), version)
-        if not model.streams:
-            _write(folder / WARM_UP_FOLDER / WARM_UP_FILE, mel.tobytes())
-        _write(folder / CONFIG, str(text_format.MessageToString(config)).encode())
+        bundle = Bundle.open(folder / str(version) / BUNDLE)
+        serving = ServingConfig.loads((folder / str(version) / SERVING).read_text())
+        config = model_config(model, bundle.manifest.spec, serving, version)
+        with atomic_write(folder / CONFIG) as temporary:
+            temporary.write_text(text_format.MessageToString(config))
 
 
 def versions(model: Path) -> list[int]:
@@ -108,26 +108,32 @@ def versions(model: Path) -> list[int]:
     return sorted(int(folder.name) for folder in model.glob("[0-9]*") if folder.name.isdecimal() and (folder / BUNDLE).is_dir())
 
 
-def model_config(model: Model, warm_up_shape: tuple[int, ...], serving: ServingConfig, version: int) -> pb.ModelConfig:
+def model_config(model: Model, spec: MelSpec, serving: ServingConfig, version: int) -> pb.ModelConfig:
     """Build Triton's configuration of a model.
 
     Args:
         model: Model to configure.
-        warm_up_shape: Shape (M, T) of the warm-up mel.
+        spec: Mel convention of the voice.
         serving: Settings of the version.
         version: Version to serve.
     """
     config = pb.ModelConfig(name=model.name, backend="python")
-    config.input.add(name="mel", data_type=pb.TYPE_FP32, dims=[warm_up_shape[0], -1])
-    config.output.add(name="audio", data_type=pb.TYPE_INT16 if serving.sample_format == "int16" else pb.TYPE_FP32, dims=[-1])
+    config.input.add(name="mel", data_type=pb.TYPE_FP32, dims=[spec.n_mels, -1])
+    _describe_audio(config, serving.output(streams=model.streams), spec.sample_rate)
     config.version_policy.specific.versions.append(version)
     _configure_instances(config, serving, priority=1 if model.streams else 2)
     if model.streams:
         _configure_sequences(config, serving)
     else:
         _configure_queue(config, serving)
-        _configure_warm_up(config, warm_up_shape)
     return config
+
+
+def _describe_audio(config: pb.ModelConfig, output: Output, sample_rate: int) -> None:
+    """Set the type of the audio, and tell clients its encoding and sample rate in Hz as parameters."""
+    config.output.add(name="audio", data_type=_TYPES.get(output.encoding, pb.TYPE_UINT8), dims=[-1])
+    config.parameters["encoding"].string_value = output.encoding
+    config.parameters["sample_rate"].string_value = str(output.sample_rate or sample_rate)
 
 
 def _configure_instances(config: pb.ModelConfig, serving: ServingConfig, priority: int) -> None:
@@ -153,15 +159,5 @@ def _configure_sequences(config: pb.ModelConfig, serving: ServingConfig) -> None
     config.sequence_batching.oldest.max_candidate_sequences = MAX_SEQUENCES
 
 
-def _configure_warm_up(config: pb.ModelConfig, shape: Sequence[int]) -> None:
-    sample = config.model_warmup.add(name=WARM_UP_FILE, batch_size=1, count=1)  # Triton skips a sample whose batch size is 0
-    sample.inputs["mel"].CopyFrom(pb.ModelWarmup.Input(data_type=pb.TYPE_FP32, dims=shape, input_data_file=WARM_UP_FILE))
-
-
 def _model_code(model: Model) -> str:
     return (resources.files("melrt.serving.triton") / "models" / ("stream.py" if model.streams else "whole.py")).read_text()
-
-
-def _write(file: Path, content: bytes) -> None:
-    with atomic_write(file) as temporary:
-        temporary.write_bytes(content)

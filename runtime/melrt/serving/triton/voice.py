@@ -7,7 +7,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 
@@ -15,7 +15,8 @@ from melrt.backends.select import BackendChoice, open_backend
 from melrt.bundle import Bundle
 from melrt.checks import check_fields, flag, number, one_of, whole
 from melrt.errors import ClosedError, ConfigError, MelError, OverdueError, QueueFullError
-from melrt.files.audio import SAMPLE_FORMATS, SampleFormat
+from melrt.files.audio import SAMPLE_FORMATS, Encoding, SampleFormat
+from melrt.files.output import Output
 from melrt.planning.edges import Ends
 from melrt.scheduling.limits import Limits
 from melrt.scheduling.policy_tuning import recorded_policy
@@ -43,8 +44,12 @@ class ServingConfig:
     """Backend, see `Vocoder.load`."""
     threads: int = 0
     """CPU threads of an instance; 0 for one per usable core."""
-    sample_format: SampleFormat = "float32"
-    """Format of the audio: `float32` or `int16`."""
+    sample_rate: int | None = None
+    """Sample rate of the audio in Hz; None for the voice's own."""
+    encoding: Encoding = "float32"
+    """Encoding of the audio, see `melrt.Output`."""
+    stream_encoding: Encoding | None = None
+    """Encoding of the audio of streams; None for the same."""
     max_frames: int = 8192
     """Longest utterance in mel frames."""
     max_streams: int = 64
@@ -70,13 +75,30 @@ class ServingConfig:
         rules |= {
             "timeout": _SECONDS,
             "queue_timeout": _SECONDS,
-            "sample_format": one_of(*SAMPLE_FORMATS),
             "trust": flag(),
             "edges": one_of(*get_args(Ends)),
         }
         check_fields(self, rules, "Triton model")
         if len(set(self.gpus)) != len(self.gpus) or any(gpu < 0 for gpu in self.gpus):
             raise ConfigError(f"Triton model: gpus is {self.gpus}; it must be different whole numbers from 0 on.")
+        for streams in (False, True):
+            self.output(streams=streams)
+
+    def output(self, *, streams: bool) -> Output:
+        """Return the sample rate and encoding of whole mels or of streams."""
+        return Output(self.sample_rate, self.stream_encoding or self.encoding if streams else self.encoding)
+
+    def check_output(self, sample_rate: int) -> None:
+        """Check that both models of a voice with this sample rate in Hz can have their outputs.
+
+        Raises:
+            ConfigError: The encoding does not support the rate, or cannot be streamed.
+        """
+        self.output(streams=False).check(sample_rate)
+        try:
+            self.output(streams=True).check(sample_rate, streamed=True)
+        except ConfigError as error:
+            raise ConfigError(f"{error} --stream-format gives the model for streams another encoding than --format.") from error
 
     def dumps(self) -> str:
         """Return the settings as the text of a `serving.json`."""
@@ -96,19 +118,28 @@ class ServingConfig:
             raise ConfigError(f"{SERVING} is damaged: {error} Add the voice again with `melrt serve triton`.") from error
 
 
-def open_voice(args: Mapping[str, str]) -> tuple[Vocoder, ServingConfig]:
+def open_voice(args: Mapping[str, str], *, streams: bool) -> tuple[Vocoder, ServingConfig, Output | None]:
     """Load the voice in the version folder of a model.
 
     Args:
         args: Arguments that Triton gives to `TritonPythonModel.initialize`.
+        streams: True in the model for streams.
+
+    Returns:
+        The voice, its settings, and the output of each request; None for the voice's own.
+
+    Raises:
+        MissingExtraError: A package that encodes the output is not installed in the server's Python.
     """
     version = Path(args["model_repository"]) / args["model_version"]
     config = ServingConfig.loads((version / SERVING).read_text())
     on_gpu = args["model_instance_kind"] == "GPU"
     device = f"cuda:{args['model_instance_device_id']}" if on_gpu else "cpu"
     bundle = Bundle.open(version / BUNDLE)
-    threads = config.threads or None
-    choice = BackendChoice(device, config.precision, config.backend, threads, config.sample_format, config.trust)
+    output = config.output(streams=streams)
+    own = output.sample_rate in (None, bundle.manifest.spec.sample_rate) and output.encoding in SAMPLE_FORMATS
+    sample_format = cast(SampleFormat, output.encoding) if own else "float32"  # converted on the GPU if there is one
+    choice = BackendChoice(device, config.precision, config.backend, config.threads or None, sample_format, config.trust)
     backend = open_backend(bundle, choice)
     policy = recorded_policy(bundle, backend) or backend.policy
     limits = Limits(
@@ -118,8 +149,10 @@ def open_voice(args: Mapping[str, str]) -> tuple[Vocoder, ServingConfig]:
         timeout=config.timeout,
         wait_timeout=config.timeout,
     )
-    edges = bundle.manifest.choose_edges(config.edges)
-    return Vocoder(bundle, backend, Options(policy=policy, limits=limits, edges=edges, sample_format=config.sample_format)), config
+    options = Options(policy=policy, limits=limits, edges=bundle.manifest.choose_edges(config.edges), sample_format=sample_format)
+    vocoder = Vocoder(bundle, backend, options)
+    vocoder(warm_up_mel(bundle), None if own else output)  # a server whose Python lacks a package fails here, not at a request
+    return vocoder, config, None if own else output
 
 
 def warm_up_mel(bundle: Bundle) -> Mel:
@@ -192,5 +225,6 @@ _METRICS = {
     "windows": "Windows computed",
     "runs": "Engine runs",
     "busy_seconds": "Seconds spent in engine runs, summed over all workers",
+    "clipped": "Samples that the encoding clipped to full scale",
     "underruns": "Times that the audio of a stream came after playback had run out",
 }

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from melrt import Vocoder
+from melrt import Output, Vocoder
 from melrt.errors import MelError, MelrtError, QueueFullError
 from melrt.scheduling.stream import Stream
-from melrt.serving.triton.voice import MetricsReporter, error_code, open_voice, warm_up_mel
+from melrt.serving.triton.voice import MetricsReporter, error_code, open_voice
 
 PUSH_FRAMES = 8
 """Frames pushed to the stream at a time; the stream gathers them into pieces at its own pace."""
@@ -31,8 +31,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the voice."""
-        self.vocoder, serving = open_voice(args)
-        self.vocoder(warm_up_mel(self.vocoder.bundle))  # Triton has no warm-up for sequences
+        self.vocoder, serving, self.output = open_voice(args, streams=True)
         self.idle_timeout = serving.timeout
         self.metrics = MetricsReporter(pb_utils, self.vocoder, args)
         self.utterances: dict[Any, Utterance] = {}
@@ -61,7 +60,7 @@ class TritonPythonModel:
         if flags & pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_START:
             if key in self.utterances:
                 self.utterances.pop(key).end()  # a sequence that begins again is another utterance
-            self.utterances[key] = Utterance(self.vocoder, self.idle_timeout)
+            self.utterances[key] = Utterance(self.vocoder, self.output, self.idle_timeout)
         if key not in self.utterances:
             raise MelError(NOT_OPEN)
         # A copy, because Triton reuses the tensor's memory when `execute` returns.
@@ -72,14 +71,15 @@ class TritonPythonModel:
 class Utterance:
     """A stream and the thread that synthesizes it."""
 
-    def __init__(self, vocoder: Vocoder, idle_timeout: float) -> None:
+    def __init__(self, vocoder: Vocoder, output: Output | None, idle_timeout: float) -> None:
         """Open a stream and start its thread.
 
         Args:
             vocoder: Loaded voice.
+            output: Sample rate and encoding of the audio; None for the voice's own.
             idle_timeout: Seconds that the stream may wait for frames.
         """
-        self.stream = vocoder.open_stream()
+        self.stream = vocoder.open_stream(output=output)
         self.limits = vocoder.options.limits
         self.idle_timeout = idle_timeout
         self.frames = 0

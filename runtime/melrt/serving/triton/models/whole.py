@@ -26,7 +26,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the voice."""
-        self.vocoder, _ = open_voice(args)
+        self.vocoder, _, self.output = open_voice(args, streams=False)
         self.metrics = MetricsReporter(pb_utils, self.vocoder, args)
         self.senders: dict[Future[Any], Any] = {}
         self.done: queue.SimpleQueue[Future[Any] | None] = queue.SimpleQueue()
@@ -39,7 +39,7 @@ class TritonPythonModel:
             sender = request.get_response_sender()
             try:
                 # The vocoder copies the mel, because Triton reuses the tensor's memory when `execute` returns.
-                future = self.vocoder.submit(pb_utils.get_input_tensor_by_name(request, "mel").as_numpy())
+                future = self.vocoder.submit(pb_utils.get_input_tensor_by_name(request, "mel").as_numpy(), self.output)
             except Exception as error:
                 _send(sender, error)
                 continue
