@@ -143,11 +143,17 @@ def test_formats_and_rates(service: Running, tiny_bundle: Bundle) -> None:
 def test_wrong_requests_are_told_what_is_allowed(service: Running, demo_bundle: Bundle) -> None:
     mel = speech_mel(demo_bundle, 200)
     forged = npy(mel).replace(b"(80, 200)", b"(80, 9" + b"9" * 2 + b")")
+    late = mel.copy()
+    late[7, -1] = np.inf  # after the first audio of a stream
+    huge = io.BytesIO()
+    np.lib.format.write_array_header_1_0(huge, {"descr": "<f4", "fortran_order": False, "shape": (1 << 32, 1 << 32)})
     for wrong, query, status, reason in (
         (b"", {}, 422, "0 bytes"), (b"123", {}, 422, "a frame of this voice is 80 float32, 320 bytes"),
         (npy(mel.astype(np.int16)), {}, 422, "float32 or float64"), (npy(mel)[:-1], {}, 422, "complete"), (forged, {}, 422, "(80, 999)"),
         (npy(mel[None, None]), {}, 422, "(bands, frames)"), (npy(mel.T), {}, 422, "80"),
-        (b"\x93NUMPY\x01\x00\xff\xff{", {}, 422, "np.save"),
+        (b"\x93NUMPY\x01\x00\xff\xff{", {}, 422, "np.save"), (b"\x93NUMPY\x01\x00\x05\x00{(((\n", {}, 422, "np.save"),
+        (huge.getvalue(), {}, 422, "complete"), (npy(mel.astype(np.longdouble)), {}, 422, "float32 or float64"),
+        (body(late), {}, 422, "inf at (7, 199)"),
         (body(np.full((80, 20), np.nan, np.float32)), {}, 422, "finite"), (body(mel[:, :2]), {}, 422, "frames"),
         (body(mel), {"format": "mp3"}, 422, "wav, flac, opus, pcm"), (body(mel), {"rate": "fast"}, 422, "fast"),
         (body(mel), {"voice": "none"}, 404, "there are: lj, tiny"),
@@ -157,6 +163,8 @@ def test_wrong_requests_are_told_what_is_allowed(service: Running, demo_bundle: 
         for form in ("wav", "pcm"):
             answer = post(service, wrong, **{"format": form, **query})
             assert (answer.status_code, reason in answer.json()["detail"]) == (status, True), answer.text
+    recording = service.client.post("/v1/mel", content=np.full(9999, np.nan, "<f4").tobytes(), params={"voice": "lj"})
+    assert (recording.status_code, "not finite" in recording.json()["detail"]) == (422, True)
     assert "/v1/speech" in service.client.get("/v1/sing").json()["detail"]
     for path in ("/", "/healthz", "/voices"):  # load balancers and monitors send HEAD
         assert (service.client.head(path).status_code, service.client.head(path).content) == (200, b"")
@@ -249,6 +257,8 @@ def test_voices_of_a_folder_come_and_go(tiny_bundle_path: Path, tmp_path: Path) 
         facts = service.client.get("/voices").json()["voices"]
         assert [one["name"] for one in facts] == ["one", "two"]
         assert (facts[0]["loaded"], "manifest" in facts[1]["error"]) == (True, True)
+        assert post(service, body(mel), "two").status_code == 500
+        assert "/v1/speech" in service.log.read_text(), "an error of the service is logged"
         assert post(service, body(mel), "three").json()["detail"] == "there is no voice 'three'; there are: one, two"
 
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
 import socket
 import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
+import h11
 import pytest
 from tests.runtime.serving.http_service import TIMEOUT, Running, eventually, running
 
 from melrt.bundle import Bundle
+from melrt.serving.http.config import ServiceConfig
+from melrt.serving.http.connection import LINGER_SECONDS, _LingeringTransport
 from melrt.serving.http.server import listen
+from melrt.serving.http.service import Service
+from melrt.voices import Voices
 
 IDLE_SECONDS = 1
 # Bytes of the longest stream: more than the kernel buffers for a client that does not read.
@@ -78,6 +86,7 @@ def test_bodies_that_are_too_long_or_too_slow_close_their_connection(service: Ru
     assert told.startswith(b"HTTP/1.1 408")
     assert b"within 1 s" in told
     assert b"connection: close" in told
+    assert answer(opened(service, POST + b"Content-Length: %b\r\n\r\n" % (b"9" * 20))).startswith(b"HTTP/1.1 413")
     assert answer(opened(service, POST + b"Content-Length: 1e9\r\n\r\n")).startswith(b"HTTP/1.1 400")
 
 
@@ -106,6 +115,31 @@ def test_clients_that_break_off_or_do_not_read_free_their_place(service: Running
     assert eventually(lambda: service.metric("http_in_progress") == 1)
     assert eventually(lambda: service.metric("http_in_progress") == 0)
     deaf.close()
+
+
+def test_a_client_that_leaves_while_its_upload_is_refused_is_no_error() -> None:
+    """asyncio may not know yet that the client has reset the connection: closing one side of it fails then."""
+    transport, connection = Mock(), Mock()
+    transport.is_closing.return_value = False
+    transport.write_eof.side_effect = OSError(errno.ENOTCONN, "not connected")
+    connection.conn.their_state = h11.SEND_BODY
+    _LingeringTransport(transport, connection).close()
+    connection.loop.call_later.assert_called_once_with(LINGER_SECONDS, transport.abort)
+
+
+def test_requests_that_exceed_the_grace_period_are_broken_off(tiny_bundle_path: Path) -> None:
+    ends: list[bool] = []
+
+    async def drain(service: Service, in_progress: bool) -> None:
+        with service.place() if in_progress else contextlib.nullcontext():
+            service.drain(0.0)
+            while not ends:
+                await asyncio.sleep(0.001)
+
+    with Voices([tiny_bundle_path]) as voices:
+        for in_progress in (True, False):
+            asyncio.run(drain(Service(voices, ServiceConfig(grace_seconds=0.0), ends.append), in_progress))
+            assert ends.pop() is in_progress
 
 
 def test_responses_do_not_wait_for_acknowledgments() -> None:
