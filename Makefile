@@ -18,11 +18,11 @@ test: $(VENV)/.installed triton
 mutants: $(VENV)/.installed
 	$(BIN)/python tests/mutants.py
 
-# Attacks melrt with 10,000 bundles, 5,000 checkpoints, 2,000 files of mels and 5,000 arrays, and prints the counts;
+# Attacks melrt with 10,000 bundles, 5,000 checkpoints, thousands of other files and 5,000 arrays, and prints the counts;
 # then reads small checkpoints that would fill the memory, and prints the time and memory of each; then sends 3,000
 # hostile requests to the HTTP service.
 fuzz: $(VENV)/.installed
-	$(BIN)/python tests/fuzz/attacks.py
+	$(BIN)/python -m tests.fuzz.attacks
 	$(BIN)/python tests/fuzz/bombs.py
 	$(BIN)/python -m tests.fuzz.service
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from melrt.bundle import Bundle
+from melrt.checks import check_fields, text
 from melrt.errors import CalibrationError
 
 SCHEMA = 2
@@ -60,6 +61,7 @@ class Range:
     """Method that chose the range: `minmax`, `percentile`, `entropy` or `mse`."""
 
     def __post_init__(self) -> None:
+        check_fields(self, {"method": text()}, "a range", CalibrationError)
         if not (np.isfinite(self.low) and np.isfinite(self.high) and self.low <= 0 <= self.high and self.low < self.high):
             raise CalibrationError(f"a range goes from {self.low!r} to {self.high!r}; it must be finite, contain 0 and not be empty.")
 

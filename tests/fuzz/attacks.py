@@ -1,6 +1,6 @@
-"""Attack melrt with damaged and hostile bundles, checkpoints, mels and arrays: `make fuzz`. Each case depends on its seed alone.
+"""Attack melrt with damaged and hostile files and arrays: `make fuzz`. Each case depends on its seed alone.
 
-Usage: python tests/fuzz/attacks.py [BUNDLES CHECKPOINTS MELS ARRAYS]
+Usage: python -m tests.fuzz.attacks [BUNDLES CHECKPOINTS ARCHIVES RECORDS MELS ARRAYS]
 
 A case fails if it raises anything but a MelrtError, takes more than 10 s, or leaves a file outside its folder. A kind fails if it
 makes the process more than 1 GiB larger.
@@ -18,10 +18,12 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tests.fuzz.records import RECORDS
 
 from melrt import Vocoder
 from melrt.bundle import MANIFEST, Bundle
@@ -34,7 +36,8 @@ ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "data" / "bundles" / "tiny.melrt"
 MAX_SECONDS = 10
 MAX_KILOBYTES = 1 << 20
-MAKE_FUZZ = {"bundles": 10_000, "checkpoints": 5_000, "mels": 2_000, "arrays": 5_000}
+ARCHIVES = ("zip", "tar", "gztar", "bztar", "xztar")
+MAKE_FUZZ = {"bundles": 10_000, "checkpoints": 5_000, "archives": 2_000, "records": 5_000, "mels": 2_000, "arrays": 5_000}
 _ODD: tuple[Any, ...] = (
     None, True, -1, 0, 1, 10**400, 1e308, float("nan"), float("-inf"), "", "x" * 5000, "\x1b[31m", "../../x", "\ud800", [], {}, [[]],
     [None], {"a": 1}, "1e999", 2**63,
@@ -87,6 +90,30 @@ def checkpoint_case(noise: np.random.Generator, folder: Path) -> None:
     load_checkpoint(path if noise.random() < 0.8 else file)
 
 
+def archive_case(noise: np.random.Generator, folder: Path) -> None:
+    """Damage an archive that holds a checkpoint."""
+    from melrt_export.checkpoints import load_checkpoint
+
+    packed = _archives()[noise.integers(len(_archives()))]
+    path = folder / packed.name
+    data = packed.read_bytes()
+    path.write_bytes(_damaged(data, noise) if noise.random() < 0.8 else data)
+    load_checkpoint(path)
+
+
+def record_case(noise: np.random.Generator, folder: Path) -> None:
+    """Exchange a value in a record, or damage its text."""
+    name = list(RECORDS)[noise.integers(len(RECORDS))]
+    text, read = RECORDS[name]
+    if name != "training" and noise.random() < 0.7:
+        values = json.loads(text)
+        _change(values, noise)
+        text = json.dumps(values).encode()
+    else:
+        text = _damaged(text, noise)
+    read(text, folder)
+
+
 def mel_case(noise: np.random.Generator, folder: Path) -> None:
     """Damage a file that holds a mel."""
     suffix = (".npy", ".npz", ".wav", ".bin")[noise.integers(4)]
@@ -124,7 +151,8 @@ def array_case(noise: np.random.Generator, _folder: Path) -> None:
 
 
 CASES: dict[str, Callable[[np.random.Generator, Path], None]] = {
-    "bundles": bundle_case, "checkpoints": checkpoint_case, "mels": mel_case, "arrays": array_case,
+    "bundles": bundle_case, "checkpoints": checkpoint_case, "archives": archive_case, "records": record_case, "mels": mel_case,
+    "arrays": array_case,
 }  # fmt: skip
 
 
@@ -200,6 +228,7 @@ def _places(values: Any) -> Iterator[tuple[Any, Any]]:
             yield from _places(values[key])
 
 
+_kept = tempfile.TemporaryDirectory()
 _made: list[Path] = []
 
 
@@ -212,6 +241,13 @@ def _checkpoints() -> list[Path]:
         small = [path for path in sorted(fixtures.iterdir()) if path.name != "seungwonpark"] if fixtures.is_dir() else []
         _made.extend([Path(DEMO_VOICE), *small])
     return _made
+
+
+@cache
+def _archives() -> list[Path]:
+    """Return a checkpoint in archives of all kinds, in a folder that is removed when the program ends."""
+    folder = Path(_kept.name)
+    return [Path(shutil.make_archive(str(folder / "packed"), kind, _checkpoints()[0])) for kind in ARCHIVES]
 
 
 def main() -> int:

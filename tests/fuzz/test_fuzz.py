@@ -6,11 +6,13 @@ import pytest
 from tests.fuzz.attacks import attack
 
 
-@pytest.mark.parametrize(("kind", "count"), [("bundles", 80), ("checkpoints", 60), ("mels", 100), ("arrays", 100)])
+@pytest.mark.parametrize(
+    ("kind", "count"), [("bundles", 80), ("checkpoints", 60), ("archives", 20), ("records", 200), ("mels", 100), ("arrays", 100)]
+)
 def test_hostile_input_gives_melrts_errors(kind: str, count: int) -> None:
-    if kind == "checkpoints":
-        pytest.importorskip("torch", reason="reading checkpoints needs the extra `export`")
+    if kind in ("checkpoints", "archives", "records"):
+        pytest.importorskip("torch", reason="what reads them needs the extra `export`")
     results, failures = attack(kind, count)
     assert not failures, failures[:5]
-    assert results["accepted"] >= 3, "most cases are so damaged that they test nothing"
+    assert results["accepted"] >= 2, "most cases are so damaged that they test nothing"
     assert sum(results.values()) - results["accepted"] >= count // 4, "most cases are not damaged"

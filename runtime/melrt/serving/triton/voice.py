@@ -105,7 +105,7 @@ class ServingConfig:
         return json.dumps(asdict(self), indent=1) + "\n"
 
     @classmethod
-    def loads(cls, text: str) -> ServingConfig:
+    def loads(cls, text: str | bytes) -> ServingConfig:
         """Read the text of a `serving.json`.
 
         Raises:
@@ -114,7 +114,7 @@ class ServingConfig:
         try:
             values = json.loads(text)
             return cls(**values | {"gpus": tuple(values["gpus"])})
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, ValueError, RecursionError) as error:
             raise ConfigError(f"{SERVING} is damaged: {error} Add the voice again with `melrt serve triton`.") from error
 
 
@@ -132,7 +132,7 @@ def open_voice(args: Mapping[str, str], *, streams: bool) -> tuple[Vocoder, Serv
         MissingExtraError: A package that encodes the output is not installed in the server's Python.
     """
     version = Path(args["model_repository"]) / args["model_version"]
-    config = ServingConfig.loads((version / SERVING).read_text())
+    config = ServingConfig.loads((version / SERVING).read_bytes())
     on_gpu = args["model_instance_kind"] == "GPU"
     device = f"cuda:{args['model_instance_device_id']}" if on_gpu else "cpu"
     bundle = Bundle.open(version / BUNDLE)
