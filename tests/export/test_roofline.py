@@ -80,7 +80,7 @@ def test_fewer_bytes_bound_a_voice_less() -> None:
         assert memory == sorted(memory)
         assert set(fused) == set(separate)
         for gpu in GPUS:
-            assert real_time_factor(whole, gpu, 1) >= real_time_factor(fused, gpu, 1)
+            assert real_time_factor(whole, gpu, 1) >= real_time_factor(fused, gpu, 1) * (1 - 1e-9), "but for rounding"
     h100, h200 = (real_time_factor(fused_work(lowered(PUBLISHED)), gpu_figures(name), 1) for name in ("H100", "H200"))
     assert h100 < h200 < h100 * 4800 / 3352, "only some kernels wait for memory"
 

@@ -34,46 +34,37 @@ def activations(x, s, c, T, C: tl.constexpr, MODE: tl.constexpr):
 
 @triton.jit
 def leaky_relu(v, SLOPE: tl.constexpr):
-    """Return max(v, SLOPE * v) for a slope below 1."""
+    """Return max(v, SLOPE * v) for a slope of at most 1."""
     return tl.where(v > 0, v, (v * SLOPE).to(v.dtype))
 
 
 @triton.jit
-def first(mel, w, b, mean, scale, y, T, LEFT,
-          C: tl.constexpr, CP: tl.constexpr, N: tl.constexpr, W: tl.constexpr, TAPS: tl.constexpr, MODE: tl.constexpr,
-          LOW: tl.constexpr, HIGH: tl.constexpr, AFFINE: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """Convolution of a mel (C, T) in float32 to (T, N). The mel is clipped and normalized in float32 first, and padded after that."""
+def frames(mel, mean, scale, y, T,
+           C: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, AFFINE: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """Transpose a mel (C, T) in float32 to (T, C), clipped and normalized in float32."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    c = tl.program_id(1) * BN + tl.arange(0, BN)
     utterance = tl.program_id(2).to(tl.int64)
-    mel += utterance * T * C
-    acc = tl.full((BT, BN), 0.0, tl.float32)
-    chunks: tl.constexpr = CP // BK
-    for i in range(TAPS * chunks):
-        tap = i // chunks
-        c = (i % chunks) * BK + tl.arange(0, BK)
-        s = padded(t + tap - LEFT, T, MODE)
-        mask = (s >= 0)[:, None] & (s < T)[:, None] & (c < C)[None, :]
-        v = tl.load(mel + c[None, :] * T + s[:, None], mask=mask, other=0.0)
-        if LOW < HIGH:
-            v = tl.maximum(v, LOW, propagate_nan=tl.PropagateNan.ALL)
-            v = tl.minimum(v, HIGH, propagate_nan=tl.PropagateNan.ALL)
-        if AFFINE:
-            v = (v - tl.load(mean + c, mask=c < C, other=0.0)[None, :]) / tl.load(scale + c, mask=c < C, other=1.0)[None, :]
-        v = tl.where(mask, v, 0.0).to(tl.float16)
-        acc = tl.dot(v, tl.load(w + (tap * CP + c)[:, None] * W + n[None, :]), acc)
-    acc += tl.load(b + n)[None, :]
-    tl.store(y + utterance * T * N + t[:, None] * N + n[None, :], acc.to(tl.float16), mask=(t < T)[:, None] & (n < N)[None, :])
+    v = tl.load(mel + utterance * T * C + c[:, None] * T + t[None, :], mask=(c < C)[:, None] & (t < T)[None, :], other=0.0)
+    if LOW < HIGH:
+        v = tl.maximum(v, LOW, propagate_nan=tl.PropagateNan.ALL)
+        v = tl.minimum(v, HIGH, propagate_nan=tl.PropagateNan.ALL)
+    if AFFINE:
+        v = (v - tl.load(mean + c, mask=c < C, other=0.0)[:, None]) / tl.load(scale + c, mask=c < C, other=1.0)[:, None]
+    place = t[:, None] * C + c[None, :]
+    tl.store(y + utterance * T * C + place, tl.trans(v).to(tl.float16), mask=(t < T)[:, None] & (c < C)[None, :])
 
 
 @triton.jit
-def upsample(x, w, b, y, T,
-             C: tl.constexpr, CP: tl.constexpr, N: tl.constexpr, W: tl.constexpr, S: tl.constexpr, CROP: tl.constexpr,
-             MODE: tl.constexpr, SLOPE: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """Transposed convolution of leaky_relu(x), kernel 2·S and stride S, (T, C) to (T·S, N / S), as a convolution of two taps.
+def convolution(x, w, b, y, T, LEFT,
+                C: tl.constexpr, CP: tl.constexpr, N: tl.constexpr, W: tl.constexpr, TAPS: tl.constexpr, S: tl.constexpr,
+                CROP: tl.constexpr, MODE: tl.constexpr, SLOPE: tl.constexpr,
+                BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Convolution of leaky_relu(x), (T, C) to (T, N), or a transposed one of kernel 2·S and stride S, (T, C) to (T·S, N / S).
 
-    It has one output for each phase and channel. The phases come first, so that row t holds the samples t·S to t·S + S - 1 in their final
-    places, and CROP samples are cropped by shifting the address. With a crop there is one more row than steps.
+    The transposed one is a convolution of two taps with one output for each phase and channel. The phases come first, so that row t holds
+    the samples t·S to t·S + S - 1 in their final places, and CROP samples are cropped by shifting the address. With a crop there is one
+    more row than steps.
     """
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -81,10 +72,10 @@ def upsample(x, w, b, y, T,
     x += utterance * T * C
     acc = tl.full((BT, BN), 0.0, tl.float32)
     chunks: tl.constexpr = CP // BK
-    for i in range(2 * chunks):
+    for i in range(TAPS * chunks):
         tap = i // chunks
         c = (i % chunks) * BK + tl.arange(0, BK)
-        v = leaky_relu(activations(x, t + tap - 1, c, T, C, MODE), SLOPE)
+        v = leaky_relu(activations(x, t + tap - LEFT, c, T, C, MODE), SLOPE)
         acc = tl.dot(v, tl.load(w + (tap * CP + c)[:, None] * W + n[None, :]), acc)
     acc += tl.load(b + n)[None, :]
     place = t[:, None] * N - CROP * (N // S) + n[None, :]
@@ -122,24 +113,30 @@ def block(x, wd, bd, wp, ws, b, y, T, D, LEFT,
 
 @triton.jit
 def last(x, w, b, y, T, LEFT,
-         C: tl.constexpr, CP: tl.constexpr, N: tl.constexpr, W: tl.constexpr, TAPS: tl.constexpr, MODE: tl.constexpr,
-         SLOPE: tl.constexpr, TANH: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """Convolution of leaky_relu(x) to few channels, and tanh: (T, C) to (T, N) in float32."""
-    t = tl.program_id(0) * BT + tl.arange(0, BT)
+         C: tl.constexpr, CP: tl.constexpr, N: tl.constexpr, W: tl.constexpr, TAPS: tl.constexpr, GROUP: tl.constexpr,
+         MODE: tl.constexpr, SLOPE: tl.constexpr, TANH: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Convolution of leaky_relu(x) to few channels, and tanh: (T, C) to (T, N) in float32.
+
+    One row of a product has the outputs of GROUP steps, because a product with N columns would compute 16 to keep N. The weight
+    (TAPS, C, GROUP * N) has the convolution's own taps once for each of these steps, each time one step later.
+    """
+    t = tl.program_id(0) * (BT // GROUP) + tl.arange(0, BT // GROUP)
     utterance = tl.program_id(2).to(tl.int64)
     x += utterance * T * C
     n = tl.arange(0, W)
-    acc = tl.full((BT, W), 0.0, tl.float32)
-    chunks: tl.constexpr = CP // BK
-    for i in range(TAPS * chunks):
-        tap = i // chunks
-        c = (i % chunks) * BK + tl.arange(0, BK)
-        v = leaky_relu(activations(x, t + tap - LEFT, c, T, C, MODE), SLOPE)
-        acc = tl.dot(v, tl.load(w + (tap * CP + c)[:, None] * W + n[None, :]), acc)
+    k = tl.arange(0, BK)  # all channels of several taps, or some channels of one
+    acc = tl.full((BT // GROUP, W), 0.0, tl.float32)
+    for i in range(TAPS * CP // BK):
+        s = padded((t * GROUP + i * BK // CP - LEFT)[:, None] + (k // CP)[None, :], T, MODE)
+        s = tl.max_constancy(s, (1, min(BK, CP)))
+        c = (i * BK % CP + k % CP)[None, :]
+        v = tl.load(x + s * C + c, mask=(s >= 0) & (s < T) & (c < C), other=0.0)
+        acc = tl.dot(leaky_relu(v, SLOPE), tl.load(w + (i * BK + k)[:, None] * W + n[None, :]), acc)
     acc += tl.load(b + n)[None, :]
     if TANH:
         acc = 1 - 2 / (tl.exp(2 * acc) + 1)
-    tl.store(y + utterance * T * N + t[:, None] * N + n[None, :], acc, mask=(t < T)[:, None] & (n < N)[None, :])
+    place = t[:, None] * (GROUP * N) + n[None, :]
+    tl.store(y + utterance * T * N + place, acc, mask=(n < GROUP * N)[None, :] & (place < T * N))
 
 
 @triton.jit

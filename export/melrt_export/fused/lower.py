@@ -7,7 +7,7 @@ blocks of a stage share one. Tile sizes are not part of it: each GPU has its own
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
@@ -30,10 +30,12 @@ LEAST_SIDE = 16
 MOST_OUTPUTS = 128
 # Weights of more channels than LEAST_SIDE are padded to a multiple of the chunk that one product takes.
 CHUNK = 32
+# The last convolution computes this many steps in one row of a product, and reads steps in multiples of READ: 256 bytes of 32 channels.
+GROUP, READ = 16, 4
 HALF, SINGLE = 2, 4
 # Element types of the pointers that each kernel takes, in order.
 POINTERS = {
-    "first": ("float32", "float16", "float32", "float32", "float32", "float16"), "upsample": ("float16", "float16", "float32", "float16"),
+    "frames": ("float32", "float32", "float32", "float16"), "convolution": ("float16", "float16", "float32", "float16"),
     "block": ("float16", "float16", "float32", "float16", "float16", "float32", "float16"),
     "last": ("float16", "float16", "float32", "float32"), "filter_bank": ("float32", "float32", "float32"),
 }  # fmt: skip
@@ -119,19 +121,22 @@ class _Lowering:
     def first(self) -> None:
         config = self.config
         low, high = config.input_clip or (0.0, 0.0)
-        inputs, outputs = padded_channels(config.in_channels), padded_outputs(config.channels)
-        constants = {
-            "C": config.in_channels, "CP": inputs, "N": config.channels, "W": outputs,
-            "TAPS": config.kernel_size, "MODE": _MODES[config.padding_mode], "LOW": low, "HIGH": high, "AFFINE": config.input_affine,
-        }  # fmt: skip
         statistics = [
             self._store(self.tensors[f"input.{name}"].reshape(-1).astype(np.float32) if config.input_affine else np.zeros(1, np.float32))
             for name in ("mean", "scale")
         ]
-        weights = self._convolution("first", inputs, outputs)
-        result = self._result(config.channels * HALF)
-        left = self._left(config.kernel_size - 1)
-        self._launch("first", "first", constants, [Argument("mel"), *weights, *statistics, result, _STEPS, left], 1)
+        constants: dict[str, Constant] = {"C": config.in_channels, "LOW": low, "HIGH": high, "AFFINE": config.input_affine}
+        result = self._result(config.in_channels * HALF)
+        self._launch(Kernel("frames", "frames", constants), "first.frames", [Argument("mel"), *statistics, result, _STEPS], 1)
+        sizes = padded_channels(config.in_channels), padded_outputs(config.channels)
+        constants = {
+            "C": config.in_channels, "CP": sizes[0], "N": config.channels, "W": sizes[1], "TAPS": config.kernel_size, "S": 1, "CROP": 0,
+            "MODE": _MODES[config.padding_mode], "SLOPE": 1.0,
+        }  # fmt: skip
+        source, weights, result = self._newest(), self._convolution("first", *sizes), self._result(config.channels * HALF)
+        self._launch(
+            Kernel("first", "convolution", constants), "first", [source, *weights, result, _STEPS, self._left(config.kernel_size - 1)], 1
+        )
 
     def upsample(self, stage: int, rate: int) -> None:
         config, name = self.config, f"stages.{stage}.upsample"
@@ -140,12 +145,13 @@ class _Lowering:
         crop = config.crop_before(scale)
         inputs, outputs = padded_channels(before), padded_outputs(after * scale)
         constants = {
-            "C": before, "CP": inputs, "N": after * scale, "W": outputs, "S": scale, "CROP": crop,
+            "C": before, "CP": inputs, "N": after * scale, "W": outputs, "TAPS": 2, "S": scale, "CROP": crop,
             "MODE": _MODES["replicate" if config.causal else "zeros"], "SLOPE": config.negative_slope,
         }  # fmt: skip
         weights = self._convolution(name, inputs, outputs, phases=scale)
         source, result = self._newest(), self._result(after * HALF * rate * scale)
-        self._launch(f"upsample_{before}x{scale}", name, constants, [source, *weights, result, _STEPS], rate, extra=int(crop > 0))
+        arguments = [source, *weights, result, _STEPS, Argument("integer", 1)]
+        self._launch(Kernel(f"upsample_{before}x{scale}", "convolution", constants), name, arguments, rate, extra=int(crop > 0))
 
     def block(self, stage: int, block: int, dilation: int, rate: int) -> None:
         config, name = self.config, f"stages.{stage}.blocks.{block}"
@@ -161,20 +167,27 @@ class _Lowering:
         left = self._left((config.stack_kernel_size - 1) * dilation)
         source, result = self._newest(), self._result(channels * HALF * rate)
         arguments = [source, dilated, dilated_bias, pointwise, shortcut, bias, result, _STEPS, Argument("integer", dilation), left]
-        self._launch(f"block_{channels}", name, constants, arguments, rate)
+        self._launch(Kernel(f"block_{channels}", "block", constants), name, arguments, rate)
 
     def last(self, rate: int) -> None:
         config = self.config
-        channels, outputs = config.stage_channels[-1], power_of_two(config.out_channels)
-        inputs = padded_channels(channels)
+        channels, bands, taps = config.stage_channels[-1], config.out_channels, config.kernel_size
+        left = self._left(taps - 1).value
+        start = -left % READ  # steps that are read before that of the first tap
+        shape = _multiple(start + GROUP + taps - 1, READ), power_of_two(channels), power_of_two(GROUP * bands)
         constants = {
-            "C": channels, "CP": inputs, "N": config.out_channels, "W": outputs, "TAPS": config.kernel_size,
+            "C": channels, "CP": shape[1], "N": bands, "W": shape[2], "TAPS": shape[0], "GROUP": GROUP,
             "MODE": _MODES[config.padding_mode], "SLOPE": config.resolved_last_slope, "TANH": config.final_tanh,
         }  # fmt: skip
-        weights = self._convolution("last", inputs, outputs)
+        weight, bias = np.zeros(shape, np.float16), np.zeros(shape[2], np.float32)
+        for step in range(GROUP):
+            place = slice(step * bands, (step + 1) * bands)
+            weight[start + step : start + step + taps, :, place] = self._packed("last", shape[1], bands)
+            bias[place] = self._bias("last", bands)
         source = self._newest()
-        result = self._result(config.out_channels * SINGLE * rate) if config.pqmf_taps else Argument("audio")
-        self._launch("last", "last", constants, [source, *weights, result, _STEPS, self._left(config.kernel_size - 1)], rate)
+        result = self._result(bands * SINGLE * rate) if config.pqmf_taps else Argument("audio")
+        arguments = [source, self._store(weight), self._store(bias), result, _STEPS, Argument("integer", left + start)]
+        self._launch(Kernel("last", "last", constants), "last", arguments, rate)
         if config.pqmf_taps:
             self._filter_bank(rate)
 
@@ -186,13 +199,11 @@ class _Lowering:
         packed[:, :, :phases] = weight.transpose(2, 1, 0)
         left = Argument("integer", self.config.pqmf_taps // 2 // self.config.subbands)
         arguments = [self._newest(), self._store(packed), Argument("audio"), _STEPS, left]
-        self._launch("filter_bank", "pqmf", {"S": bands, "SP": side, "TAPS": taps}, arguments, rate)
+        self._launch(Kernel("filter_bank", "filter_bank", {"S": bands, "SP": side, "TAPS": taps}), "pqmf", arguments, rate)
 
-    def _launch(self, name: str, layer: str, constants: dict[str, Constant], arguments: list[Argument], rate: int, extra: int = 0) -> None:
-        function = next(function for function in POINTERS if name.startswith(function))
-        kernel = Kernel(name, function, constants)
-        if self.kernels.setdefault(name, kernel) != kernel:
-            kernel = Kernel(f"{name}_{len(self.kernels)}", function, constants)
+    def _launch(self, kernel: Kernel, layer: str, arguments: list[Argument], rate: int, extra: int = 0) -> None:
+        if self.kernels.setdefault(kernel.name, kernel) != kernel:
+            kernel = replace(kernel, name=f"{kernel.name}_{len(self.kernels)}")
             self.kernels[kernel.name] = kernel
         self.launches.append(Launch(kernel.name, layer, tuple(arguments), rate, extra))
 
@@ -243,9 +254,14 @@ def power_of_two(size: int) -> int:
 
 def padded_channels(channels: int) -> int:
     """Return the input channels of a convolution's packed weight."""
-    return -(-channels // CHUNK) * CHUNK if channels > LEAST_SIDE else LEAST_SIDE
+    return _multiple(channels, CHUNK) if channels > LEAST_SIDE else LEAST_SIDE
 
 
 def padded_outputs(outputs: int) -> int:
     """Return the outputs of a convolution's packed weight."""
-    return -(-outputs // MOST_OUTPUTS) * MOST_OUTPUTS if outputs > MOST_OUTPUTS else power_of_two(outputs)
+    return _multiple(outputs, MOST_OUTPUTS) if outputs > MOST_OUTPUTS else power_of_two(outputs)
+
+
+def _multiple(size: int, unit: int) -> int:
+    """Return the smallest multiple of the unit that is at least this size."""
+    return -(-size // unit) * unit

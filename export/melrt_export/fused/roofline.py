@@ -43,7 +43,7 @@ def fused_work(lowered: Lowered, batch: int = BATCH, frames: int = FRAMES, capab
     stages: dict[str, list[Work]] = {}
     for launch in lowered.launches:
         kernel = lowered.kernels[launch.kernel]
-        stage = ".".join(launch.layer.split(".")[:2])
+        stage = ".".join(launch.layer.split(".")[:2]).removesuffix(".frames")
         stages.setdefault(stage, []).append(kernel_work(kernel, default_tile(kernel, capability), batch * launch.rate * frames))
     return stages
 
@@ -52,21 +52,21 @@ def kernel_work(kernel: Kernel, tile: Tile, steps: int) -> Work:
     """Return the work of a kernel that reads this many time steps."""
     c = {name: int(value) for name, value in kernel.constants.items()}
     tiles = math.ceil(steps / tile.rows)
-    size, columns = HALF, tile.columns(kernel)
+    size, columns, group = HALF, tile.columns(kernel), c.get("GROUP", 1)
     if kernel.function == "filter_bank":
         size, taps, weights, read, written = SINGLE, c["TAPS"], c["TAPS"] * c["S"] * c["SP"], SINGLE * c["S"], SINGLE * c["S"]
+    elif kernel.function == "frames":
+        columns, taps, weights, read, written = 1, 1, 0, SINGLE * c["C"], HALF * c["C"]
     elif kernel.function == "block":
         # the taps, and the shortcut once for each part of the outputs
         taps, weights = c["TAPS"] + c["CP"] // tile.outputs, (c["TAPS"] + 2) * c["CP"] ** 2
         read = written = HALF * c["C"]
     else:
-        taps = 2 if kernel.function == "upsample" else c["TAPS"]
-        weights = taps * c["CP"] * c["W"]
-        read = (SINGLE if kernel.function == "first" else HALF) * c["C"]
-        written = (SINGLE if kernel.function == "last" else HALF) * c["N"]
+        taps, weights = c["TAPS"], c["TAPS"] * c["CP"] * c["W"]
+        read, written = HALF * c["C"], (SINGLE if kernel.function == "last" else HALF) * c["N"]
     reread, each = size * tiles * weights, columns * steps * read
-    cache = reread + each + steps * written, reread + taps * each + steps * written
-    return Work(2 * steps * weights, steps * (read + written) + size * weights, cache)
+    cache = reread + each + steps * written, reread + taps * each // group + steps * written
+    return Work(2 * steps * weights / group, steps * (read + written) + size * weights, cache)
 
 
 def separate_work(config: GeneratorConfig, batch: int = BATCH, frames: int = FRAMES) -> Stages:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from melrt_export.fused.lower import CHUNK, MOST_OUTPUTS, Constant, Kernel
+from melrt_export.fused.lower import CHUNK, GROUP, LEAST_SIDE, MOST_OUTPUTS, READ, Constant, Kernel
 
 # A multiprocessor's 65,536 registers serve two blocks of 8 warps if each thread has no more than this.
 TWO_BLOCKS = 128
@@ -33,15 +33,16 @@ class Tile:
     def constants(self, kernel: Kernel) -> dict[str, Constant]:
         """Return all constants of a kernel with this tile."""
         own: dict[str, Constant] = {"BT": self.rows}
-        if kernel.function != "filter_bank":
+        if kernel.function in ("convolution", "block", "last"):
             own["BK"] = self.chunk
-        if kernel.function in ("first", "upsample", "block"):
+        if kernel.function in ("frames", "convolution", "block"):
             own["BN"] = self.outputs
         return {**kernel.constants, **own}
 
     def columns(self, kernel: Kernel) -> int:
         """Return how many blocks share the output channels of the same rows."""
-        return int(kernel.constants["W"]) // self.outputs if kernel.function in ("first", "upsample") else 1
+        wide = {"frames": "C", "convolution": "W"}.get(kernel.function)
+        return -(-int(kernel.constants[wide]) // self.outputs) if wide else 1
 
 
 # The fastest of 8 to 100 candidates for each kernel of a 512-channel voice on an H100, timed for 86 frames and for 16 x 256 frames
@@ -69,8 +70,12 @@ def default_tile(kernel: Kernel, capability: str = "", rows: int | None = None) 
         outputs = 64 if side == 128 or (capability, side) in LONG else min(side, 32)
         registers = TWO_BLOCKS if side >= 128 and capability != "10.0" else None  # there tensor memory is the limit
         return Tile(rows or default, outputs, chunk, 8 if side >= 128 else 4, 3, registers)
-    if kernel.function in ("first", "upsample"):
+    if kernel.function == "frames":
+        return Tile(rows or 32, CHUNK, 0, 4, 1)
+    if kernel.function == "convolution":
         return Tile(rows or 64, min(int(constants["W"]), MOST_OUTPUTS), chunk, 4, 3)
+    if kernel.function == "last":
+        return Tile(rows or 64 * GROUP, 0, READ * LEAST_SIDE, 4, 3)
     return Tile(rows or 128, 0, chunk, 4, 3)
 
 
@@ -79,11 +84,9 @@ def _measured_tile(kernel: Kernel, chunk: int) -> Tile | None:
     if kernel.function == "block":
         found = _MEASURED_BLOCKS.get(int(kernel.constants["CP"]))
         return Tile(*found) if found else None
-    if kernel.function not in ("first", "upsample"):
+    if kernel.function != "convolution" or int(kernel.constants["TAPS"]) > 2:
         return None
     wide = int(kernel.constants["W"])
     outputs = 2 * MOST_OUTPUTS if wide % (2 * MOST_OUTPUTS) == 0 else min(wide, MOST_OUTPUTS)
-    if kernel.function == "first":
-        return Tile(32 if outputs > MOST_OUTPUTS else 64, outputs, chunk, 4, 3)
     chunk = 2 * CHUNK if int(kernel.constants["CP"]) % (2 * CHUNK) == 0 else chunk
     return Tile(128 if wide < MOST_OUTPUTS else 64, outputs, chunk, 4, 3)
