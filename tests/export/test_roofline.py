@@ -66,6 +66,13 @@ def test_the_work_of_the_published_generator() -> None:
     # 128 steps of a tile read all weights again, and each of them three taps and the shortcut
     tiles = steps // 128
     assert blocks[0].cache == (2 * (2 * steps * 32 + tiles * 5 * 32**2), 2 * (5 * steps * 32 + tiles * 5 * 32**2))
+    # the last convolution reads 24 steps for 16 outputs, the columns of its product, and writes them in float32
+    (last,) = fused["last"]
+    assert (last.flop, last.memory) == (2 * steps * 24 * 32, steps * (2 * 32 + 4) + 2 * 24 * 32 * 16)
+    # the mel is read in float32 and written in half precision, which the first convolution reads
+    transposed, first = fused["first"]
+    assert (transposed.flop, transposed.memory) == (0, batch * frames * 80 * (4 + 2))
+    assert first.memory == batch * frames * (2 * 80 + 2 * 512) + 2 * 7 * 96 * 512
     # the same stage in separate kernels: each block's dilated and shortcut convolution read and write, the pointwise one reads both
     assert sum(work.memory for work in separate["stages.3"]) == upsample.memory + 3 * 2 * (7 * steps * 32 + 5 * 32 * 32)
     whole = whole_stage_work(PUBLISHED, fused, batch, frames)

@@ -37,7 +37,9 @@ class Tile:
             own["BK"] = self.chunk
         if kernel.function in ("frames", "convolution", "block"):
             own["BN"] = self.outputs
-        return {**kernel.constants, **own}
+        if kernel.function == "block":
+            own["EARLY"] = self.outputs == self.chunk == kernel.constants["CP"]
+        return {**own, **kernel.constants}
 
     def columns(self, kernel: Kernel) -> int:
         """Return how many blocks share the output channels of the same rows."""
@@ -86,7 +88,7 @@ def _measured_tile(kernel: Kernel, chunk: int) -> Tile | None:
         return Tile(*found) if found else None
     if kernel.function != "convolution" or int(kernel.constants["TAPS"]) > 2:
         return None
-    wide = int(kernel.constants["W"])
-    outputs = 2 * MOST_OUTPUTS if wide % (2 * MOST_OUTPUTS) == 0 else min(wide, MOST_OUTPUTS)
+    wide = int(kernel.constants["N"])  # with padded outputs, 256 in one tile spill registers
+    outputs = 2 * MOST_OUTPUTS if wide % (2 * MOST_OUTPUTS) == 0 else min(int(kernel.constants["W"]), MOST_OUTPUTS)
     chunk = 2 * CHUNK if int(kernel.constants["CP"]) % (2 * CHUNK) == 0 else chunk
     return Tile(128 if wide < MOST_OUTPUTS else 64, outputs, chunk, 4, 3)
