@@ -87,7 +87,10 @@ def convolution(x, w, b, y, T, LEFT,
 def block(x, wd, bd, wp, ws, b, y, T, D, LEFT,
           C: tl.constexpr, CP: tl.constexpr, TAPS: tl.constexpr, MODE: tl.constexpr, SLOPE: tl.constexpr,
           BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
-    """Residual block: pointwise(leaky_relu(dilated(leaky_relu(x)))) + shortcut(x), (T, C) to (T, C); `b` is the sum of both biases."""
+    """Residual block: pointwise(leaky_relu(dilated(leaky_relu(x)))) + shortcut(x), (T, C) to (T, C); `b` is the sum of both biases.
+
+    EARLY, for one chunk and one tile of outputs: what is read once is read before the taps, so that no sum waits for it.
+    """
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     utterance = tl.program_id(2).to(tl.int64)
     x += utterance * T * C
