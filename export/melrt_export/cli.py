@@ -174,7 +174,7 @@ def build(
     times about eight engines for each graph, adds the fastest, and stores all times in the bundle.
 
     `--engine fused` compiles melrt's own kernels for several GPUs at once, without a GPU and without TensorRT. They run on NVIDIA GPUs,
-    on compute capability 9.0 by themselves and elsewhere with `--backend fused`; only an H100 has run them. `--tune` needs a GPU.
+    on compute capability 9.0 by themselves and elsewhere with `--backend fused`; H100 and H200 have run them. `--tune` needs a GPU.
     """
     if _checked_engine(context, engine) == "fused":
         return _build_fused(voice, gpus, interpret=interpret, tune=tune)
