@@ -76,6 +76,16 @@ def test_a_sitting_that_is_terminated_leaves_no_process(tmp_path: Path) -> None:
     assert not is_running(int(log.read_text().split()[1]))
 
 
+def test_steps_of_a_background_job_can_be_interrupted(tmp_path: Path) -> None:
+    """A shell starts background jobs with SIGINT ignored, and programs inherit that."""
+    steps = f"(steps.Step('one', '', ('-c', {INTERRUPTED!r}, '{{json}}'), 1),)"
+    code = f"from melrt_benchmarks.sitting import cli, steps; cli.STEPS = {steps}; cli.main()"
+    program = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n{code}"
+    subprocess.run([sys.executable, "-c", program, "--out", str(tmp_path / "out")], check=True)
+    (one,) = json.loads((tmp_path / "out" / "sitting.json").read_text())["steps"]
+    assert (one["outcome"], one["data"]) == ("timed out", {"figure": 2.5})
+
+
 def is_running(pid: int) -> bool:
     """Wait a moment for a killed process, which its new parent may not have reaped."""
     for _ in range(100):

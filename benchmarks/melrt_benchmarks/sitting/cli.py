@@ -33,6 +33,7 @@ def main() -> int:
         parser.error(f"no step has the name {', '.join(sorted(unknown))}; --list shows the names.")
     work = options.work or options.out.with_name(options.out.name + ".work")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # as an exception, so that the running step is killed, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would the steps
     sitting = Sitting(options.out.resolve(), work.resolve(), options.voice.resolve(), options.budget, tuple(options.again))
     return _run(sitting, [step for step in STEPS if step.name in wanted])
 
