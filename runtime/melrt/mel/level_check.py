@@ -65,9 +65,10 @@ class Levels:
 
     def distance(self, values: NDArray[np.floating]) -> float:
         """Return the distance of these frames from this level, in steps; speech is rarely more than two steps away."""
-        deviation = max(float(values.std()), 1e-6)
-        shift = (float(values.mean()) - self.mean) / (_MEAN_STEP * self.deviation)
-        return math.hypot(shift, math.log(deviation / self.deviation) / _DEVIATION_STEP)
+        centered = values.ravel(order="K") - self.mean  # so that float32 sums lose nothing near the expected level
+        shift = float(centered.sum()) / centered.size
+        deviation = math.sqrt(max(float(centered @ centered) / centered.size - shift**2, 1e-12))  # a tenth of the time of numpy's std
+        return math.hypot(shift / (_MEAN_STEP * self.deviation), math.log(deviation / self.deviation) / _DEVIATION_STEP)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -109,16 +110,19 @@ class LevelCheck:
                 return
             stretch = np.concatenate(self._pending, axis=1)
             self._pending.clear()
-        if (warning := self.warning(stretch)) and not self._done:
+        if (warning := self._warning(stretch)) and not self._done:
             self._done = True
             logger.warning("%s", warning)
 
     def warning(self, mel: Mel) -> str | None:
         """Return the warning for a stretch (M, T) of speech, or None if its level is as expected."""
+        speech = self._without_pauses(mel)
+        return self._warning(speech) if self._levels and speech.shape[1] else None
+
+    def _warning(self, mel: Mel) -> str | None:
+        """Return the warning for frames without pauses."""
         levels = self._levels
-        mel = self._without_pauses(mel)
-        if levels is None or not mel.shape[1]:
-            return None
+        assert levels is not None
         distance, largest = levels.distance(mel), float(mel.max())
         if distance < SUSPICIOUS and largest <= self._largest:
             return None
