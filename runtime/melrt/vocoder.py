@@ -175,11 +175,13 @@ class Vocoder:
             BackendError: The backend failed.
         """
         requests, device_audio = self._synthesizer.utterances(mel, output)
-        here = self.queue.inside or (np.ndim(mel) == 2 if device_audio is None else len(device_audio.shape) == 1)
-        pieces = list(self._in_order(self.queue.submit(request, run_here=here) for request in requests))
-        if device_audio is not None:
-            return device_audio  # type: ignore[no-any-return]  # an array of the caller's library
-        return pieces[0] if np.ndim(mel) == 2 else np.stack(pieces)
+        if (np.ndim(mel) if device_audio is None else len(device_audio.shape) + 1) == 2:
+            audio = next(self._in_order([self.queue.submit(next(requests), run_here=True)]))
+        else:
+            here = self.queue.inside
+            pieces = list(self._in_order(self.queue.submit(request, run_here=here) for request in requests))
+            audio = np.stack(pieces) if device_audio is None else None
+        return audio if device_audio is None else device_audio  # type: ignore[no-any-return]  # an array of the caller's library
 
     def batch(self, mels: Iterable[ArrayLike], output: Output | None = None) -> Iterator[Audio]:
         """Turn utterances of any lengths into waveforms, in order. Their windows share runs without padding.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from melrt.checks import check_fields, flag, number, optional, whole
@@ -38,3 +39,9 @@ class Limits:
         """Raise MelError for an utterance of more than `max_frames` frames."""
         if self.max_frames is not None and frames > self.max_frames:
             raise MelError(f"mel has {frames} frames; at most {self.max_frames} are accepted here. Cut the text into shorter utterances.")
+
+    def room_deadline(self) -> float | None:
+        """Return the time until which a caller waits for room; None for no limit."""
+        if not self.wait:
+            return time.monotonic()
+        return None if self.wait_timeout is None else time.monotonic() + self.wait_timeout

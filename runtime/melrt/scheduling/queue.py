@@ -106,21 +106,15 @@ class RequestQueue:
             BackendError: This process was forked after the vocoder was loaded.
         """
         self.check_process()
-        self._watch_cancellation(request)
         inside = self.inside
-        if inside and run_here:
-            self._run_inside(request)
-            return request.future
-        # a worker that waited for room, in the callback of a future, would wait for itself
-        until = time.monotonic() if inside else self._room_deadline()
         try:
-            with self._lock:
-                run_here = run_here and not self._workers.busy
-                while not self._try_enqueue(request, notify=not run_here):
-                    self._check_room_deadline(until)
-                    self._workers.room.wait(None if until is None else until - time.monotonic())
-                # at once, or a worker that has just started would take it
-                jobs = self._take_own(request) if run_here else []
+            jobs = self._take_lone(request) if run_here and not inside else []
+            if not jobs:
+                self._watch_cancellation(request)
+                if inside and run_here:
+                    self._run_inside(request)
+                    return request.future
+                jobs = self._enqueue(request, run_here, inside)
             self._run_here(request, jobs)
         except BaseException as error:  # an interrupt must not leave windows or a lane behind
             lane = not inside and threading.get_ident() in self._workers.runners
@@ -131,11 +125,35 @@ class RequestQueue:
             raise
         return request.future
 
+    def _enqueue(self, request: Request, run_here: bool, inside: bool) -> list[Job]:
+        """Queue a request once there is room, and return the windows of its first run if that is for this thread."""
+        # a worker that waited for room, in the callback of a future, would wait for itself
+        until = time.monotonic() if inside else self.limits.room_deadline()
+        with self._lock:
+            run_here = run_here and not self._workers.busy
+            while not self._try_enqueue(request, notify=not run_here):
+                self._check_room_deadline(until)
+                self._workers.room.wait(None if until is None else until - time.monotonic())
+            # at once, or a worker that has just started would take it
+            return self._take_own(request) if run_here else []
+
+    def _take_lone(self, request: Request) -> list[Job]:
+        """Take a lane for a request of one window, past the queue, if no window of any queue waits; nothing if that is not so.
+
+        The caller waits for the request, so nobody can cancel it, and no worker has to know of it.
+        """
+        with self._lock:
+            self._check_open()
+            if len(request.windows) != 1 or not self._workers.take_lane(self):
+                return []
+            self._count(request)
+        return [(request, request.windows[0])]
+
     async def submit_async(self, request: Request) -> Future[Any]:
         """Queue a request like `submit`, without blocking the event loop while it waits for room."""
         self.check_process()
         self._watch_cancellation(request)
-        until = self._room_deadline()
+        until = self.limits.room_deadline()
         while True:
             with self._lock:
                 if self._try_enqueue(request):
@@ -214,7 +232,7 @@ class RequestQueue:
     def run(self, jobs: list[Job]) -> None:
         """Run windows and deliver their audio. No error of a backend or callback ends the worker."""
         try:
-            self._fail_overdue(self._overdue(jobs))
+            self._fail_overdue(jobs)
             self._delivery.run(jobs)
         except BaseException as error:  # such as SystemExit in a backend
             for request, _ in jobs:
@@ -228,8 +246,10 @@ class RequestQueue:
 
     def _finish(self) -> None:
         """Close the backend once the queue is closed and nothing of it waits or runs."""
+        if not self._closing:  # a `stop` that follows looks again, after this thread has left its lane
+            return
         with self._lock:
-            if not self._closing or self._finisher is not None or not self._idle:
+            if self._finisher is not None or not self._idle:
                 return
             self._finisher = threading.get_ident()
             self._workers.remove(self)
@@ -269,12 +289,6 @@ class RequestQueue:
     @property
     def _idle(self) -> bool:
         return not self._waiting.windows and not self._workers.runs(self)
-
-    def _room_deadline(self) -> float | None:
-        """Return the time until which a caller waits for room; None for no limit."""
-        if not self.limits.wait:
-            return time.monotonic()
-        return None if self.limits.wait_timeout is None else time.monotonic() + self.limits.wait_timeout
 
     def _check_room_deadline(self, until: float | None) -> None:
         if until is not None and time.monotonic() >= until:
@@ -325,11 +339,11 @@ class RequestQueue:
         """Run windows of a request in this thread while no other request waits and a lane is free; the workers take the others."""
         while jobs:
             start = time.monotonic()
-            self._fail_overdue(self._overdue(jobs))
+            self._fail_overdue(jobs)
             self._delivery.run(jobs)
             self._workers.leave_lane(time.monotonic() - start)
             with self._lock:
-                jobs = self._take_own(request)
+                jobs = self._take_own(request) if request.waiting else []
 
     def _run_inside(self, request: Request) -> None:
         """Run a request within a callback: this thread has a lane, and would wait for itself."""
@@ -347,10 +361,10 @@ class RequestQueue:
             self._workers.changed.notify_all()
         return jobs
 
-    def _overdue(self, jobs: list[Job]) -> list[Request]:
-        """Return the requests of these windows, and from time to time those that wait, that arrived before `Limits.timeout`."""
+    def _fail_overdue(self, jobs: list[Job]) -> None:
+        """Fail the requests of these windows, and from time to time those that wait, that arrived before `Limits.timeout`."""
         if self.limits.timeout is None:
-            return []
+            return
         now = time.monotonic()
         since = now - self.limits.timeout
         overdue = [request for request, _ in jobs if request.arrival < since]
@@ -358,12 +372,8 @@ class RequestQueue:
             self._next_timeout_check = now + self.limits.timeout / TIMEOUT_CHECKS
             with self._lock:
                 overdue += self._waiting.arrived_before(since)
-        return overdue
-
-    def _fail_overdue(self, requests: list[Request]) -> None:
-        late = f"the audio was not done within {self.limits.timeout} s; the service is overloaded."
-        for request in requests:
-            self._delivery.fail(request, OverdueError(late))
+        for request in overdue:
+            self._delivery.fail(request, OverdueError(f"the audio was not done within {self.limits.timeout} s; the service is overloaded."))
 
     def _remove(self, request: Request) -> None:
         with self._lock:

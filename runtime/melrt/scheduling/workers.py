@@ -125,8 +125,8 @@ class Workers:
     def update(self, member: Member) -> None:
         """Take note of the windows that wait in a queue. The caller holds the lock."""
         if member.windows_waiting:
-            if member not in self._busy:  # time without windows is not saved up for a flood
-                member.usage.seconds = max(member.usage.seconds, self._progress * member.usage.weight)
+            if member not in self._busy:
+                self._catch_up(member)
             self._busy[member] = member.next_deadline()
         else:
             self._busy.pop(member, None)
@@ -152,10 +152,20 @@ class Workers:
         """Return whether a queue may start a run. The caller holds the lock."""
         return len(self.runners) < self._lanes and self.runs(member) < member.lanes
 
+    def take_lane(self, member: Member) -> bool:
+        """Take a lane for a window that does not wait; return False if a window waits in any queue, or no lane is free.
+
+        The caller holds the lock.
+        """
+        if self._busy or not self.free_lane(member):
+            return False
+        self._catch_up(member)
+        self._occupy(member)
+        return True
+
     def take(self, member: Member) -> list[Job]:
         """Take a lane, and the windows of one run. The caller holds the lock."""
-        self.runners[threading.get_ident()] = member
-        self._progress = max(self._progress, member.usage.seconds / member.usage.weight)
+        self._occupy(member)
         jobs = member.take()
         self.update(member)
         self.room.notify_all()
@@ -169,6 +179,14 @@ class Workers:
                 self.changed.notify_all()
         if member is not None:
             member.ran(seconds)
+
+    def _catch_up(self, member: Member) -> None:
+        """Count the time in which a queue had no window: it is not saved up for a flood."""
+        member.usage.seconds = max(member.usage.seconds, self._progress * member.usage.weight)
+
+    def _occupy(self, member: Member) -> None:
+        self.runners[threading.get_ident()] = member
+        self._progress = max(self._progress, member.usage.seconds / member.usage.weight)
 
     def _work(self) -> None:
         while self._work_once():

@@ -19,7 +19,7 @@ from tests.runtime.echo import BATCHED, ONE, constant, load_echo
 
 from melrt import Stream, Vocoder
 from melrt.bundle import Bundle
-from melrt.errors import BackendError, ClosedError
+from melrt.errors import BackendError, ClosedError, OverdueError
 from melrt.planning.windows import Policy
 
 
@@ -70,6 +70,46 @@ def test_lone_request_runs_at_once_in_the_callers_thread(tiny_bundle_path: Path)
     assert (vocoder(np.stack([constant(1), constant(2)])) == np.array([[1], [2]])).all()
     assert threading.current_thread() not in threads[1:], "several utterances share the workers' runs"
     vocoder.close()
+
+
+def test_a_lone_call_past_the_queue_is_counted_and_passes_nothing_that_waits(tiny_bundle_path: Path) -> None:
+    vocoder, echo = load_echo(tiny_bundle_path, ONE, timeout=5)
+    assert (vocoder(constant(1)) == 1).all()
+    stats = vocoder.stats()
+    assert (stats.requests, stats.runs, stats.windows, stats.queue_windows, stats.failed) == (1, 1, 1, 0, 0)
+    assert stats.latency_seconds[0] > 0
+    assert not vocoder.queue.busy
+    late = vocoder._synthesizer.utterance(constant(2))
+    late.arrival -= 6
+    with pytest.raises(OverdueError):
+        vocoder.queue.submit(late, run_here=True).result(0)
+    with vocoder.queue._lock:  # the worker cannot take the first one yet, though its lane is free
+        first = vocoder.submit(constant(3))
+        second = vocoder.queue.submit(vocoder._synthesizer.utterance(constant(4)), run_here=True)
+        assert echo.first == [1]
+    assert (first.result(5) == 3).all()
+    assert (second.result(5) == 4).all()
+    assert echo.first == [1, 3, 4]
+    vocoder.close()
+    with pytest.raises(ClosedError):
+        vocoder(constant(5))
+    assert len(echo.runs) == 3
+
+
+def test_a_vocoder_closed_during_a_lone_call_closes_its_backend(tiny_bundle_path: Path) -> None:
+    vocoder, echo = load_echo(tiny_bundle_path, ONE)
+    closed = threading.Event()
+    echo.close = closed.set  # type: ignore[method-assign]
+    echo.go.clear()
+    with ThreadPoolExecutor(1) as threads:
+        audio = threads.submit(vocoder, constant(1))
+        assert echo.started.acquire(timeout=5)
+        vocoder.queue.stop(drain=True)
+        assert not closed.is_set()
+        echo.go.set()
+        assert (audio.result(5) == 1).all()
+    assert closed.is_set()
+    assert vocoder.queue.ended
 
 
 def test_batches_form_while_the_lanes_are_busy(tiny_bundle_path: Path) -> None:
@@ -195,7 +235,7 @@ def test_close_completes_or_cancels_requests(tiny_bundle_path: Path, drain: bool
 
 def test_workers_of_a_deleted_vocoder_end(tiny_bundle_path: Path) -> None:
     vocoder, _ = load_echo(tiny_bundle_path, ONE)
-    vocoder(constant(1))
+    vocoder.submit(constant(1)).result()
     (worker,) = vocoder.queue._workers.threads
     last = vocoder.submit(constant(2, 300))
     del vocoder

@@ -76,6 +76,20 @@ def test_quiet_voice_waits_for_one_run_of_a_flooded_one(tiny_bundle_path: Path) 
     flooded.close()
 
 
+def test_lone_calls_count_as_lane_time(tiny_bundle_path: Path) -> None:
+    log, calling, idle = two(tiny_bundle_path)
+    for value in range(5):
+        calling(constant(value))
+    used = calling.queue.usage.seconds
+    assert used >= 5 * 0.002
+    calling(constant(5))
+    idle(constant(6))
+    assert idle.queue.usage.seconds >= used, "a queue without windows saves nothing up"
+    assert log == ["a"] * 6 + ["b"]
+    idle.close()
+    calling.close()
+
+
 def test_flooded_queues_share_lane_time_by_weight() -> None:
     workers, runs = Workers(), Counter()
     queues = {"heavy": Waiting(3.0, 0.01), "light": Waiting(1.0, 0.01), "slow": Waiting(1.0, 0.02)}
