@@ -146,13 +146,16 @@ def install_fused(monkeypatch: pytest.MonkeyPatch) -> FusedDriver:
     sys.modules["cuda.core"].ObjectCode = types.SimpleNamespace(from_cubin=fused.from_cubin)
     sys.modules["cuda.core"].Device.device_id = 0
     driver = sys.modules["cuda.bindings"].driver
-    plain = driver.cuLaunchKernel
+    plain, order = driver.cuLaunchKernel, driver.cuEventRecord
 
     def launch(kernel: int, *rest: int) -> tuple[int]:
         return fused.launch(kernel, rest[:7], rest[7], rest[8]) if kernel >= FIRST_HANDLE else plain(kernel, *rest)
 
+    def record(event: dict[str, float] | int, stream: int) -> tuple[int]:
+        return fused.record(event, stream) if isinstance(event, dict) else order(event, stream)
+
     driver.cuLaunchKernel, driver.cuKernelSetAttribute, driver.CUkernel, driver.CUdevice = launch, fused.permit, int, int
-    driver.CUstream, driver.cuEventCreate, driver.cuEventRecord = int, lambda flags: (0, {}), fused.record
+    driver.CUstream, driver.cuEventCreate, driver.cuEventRecord = int, lambda flags: (0, {}), record
     driver.cuEventElapsedTime = lambda begin, end: (0, end["time"] - begin["time"])
     driver.CUfunction_attribute = types.SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared")
     monkeypatch.setattr("melrt_export.fused.build.find_gpu", lambda: None)

@@ -34,6 +34,7 @@ class Gpu:
         self.memory: dict[int, np.ndarray] = {}
         self.freed: list[np.ndarray] = []
         self.streams: dict[int, Stream] = {}
+        self.events: dict[int, Event] = {}
         self.captures = 0
         self.captured_fallbacks = 0
         self.graph_launches = 0
@@ -112,12 +113,12 @@ class Stream:
         self.drain()
 
     def record(self) -> Event:
-        event = Event()
-        self.add(event.reach)
+        event = Event(self.gpu)
+        event.record(self)
         return event
 
-    def wait(self, other: Stream) -> None:
-        last = other.queue[-1] if other.queue else None
+    def wait(self, event: Event) -> None:
+        other, last = event.stream, event.last  # a later record of the event does not matter
 
         def catch_up() -> None:
             while any(item is last for item in other.queue):
@@ -134,10 +135,23 @@ class Stream:
 
 
 class Event:
-    is_done = False
+    stream: Stream
+    last: Callable[[], None]
 
-    def reach(self) -> None:
-        self.is_done = True
+    def __init__(self, gpu: Gpu) -> None:
+        self.handle = len(gpu.events) + 1000
+        self.is_done = False
+        gpu.events[self.handle] = self
+
+    def record(self, stream: Stream) -> None:
+        def reach() -> None:
+            self.is_done = True
+
+        stream.add(reach)
+        self.stream, self.last, self.is_done = stream, reach, False
+
+    def close(self) -> None:
+        pass
 
 
 class Builder:
@@ -288,8 +302,8 @@ def core_module(gpu: Gpu, devices: int) -> types.SimpleNamespace:
         return Buffer(gpu, handle, size, owned=False)
 
     return types.SimpleNamespace(
-        Device=Device, Stream=types.SimpleNamespace(from_handle=gpu.streams.__getitem__), LEGACY_DEFAULT_STREAM=Stream(gpu),
-        Buffer=types.SimpleNamespace(from_handle=part), LegacyPinnedMemoryResource=Pinned, **_compiler(gpu),
+        Device=Device, LEGACY_DEFAULT_STREAM=Stream(gpu), Buffer=types.SimpleNamespace(from_handle=part),
+        LegacyPinnedMemoryResource=Pinned, **_compiler(gpu),
     )  # fmt: skip
 
 
@@ -331,7 +345,7 @@ def utils_module(gpu: Gpu) -> types.SimpleNamespace:
     def view(array: Any, stream_ptr: int) -> types.SimpleNamespace:
         facts = array.__cuda_array_interface__
         strides = facts.get("strides")
-        gpu.streams[stream_ptr].wait(gpu.streams[facts["stream"]])
+        gpu.streams[stream_ptr].wait(gpu.streams[facts["stream"]].record())
         return types.SimpleNamespace(
             ptr=facts["data"][0], shape=facts["shape"], dtype=np.dtype(facts["typestr"]), device_id=array.device_index,
             strides=None if strides is None else tuple(s // 4 for s in strides),
@@ -347,6 +361,8 @@ def bindings_module(gpu: Gpu) -> types.SimpleNamespace:
         cuPointerGetAttribute=lambda _, pointer: (0, 2 if pointer in gpu.foreign_contexts else 1),
         cuCtxGetCurrent=lambda: (0, gpu.current_context),
         cuCtxSetCurrent=gpu.set_context,
+        cuEventRecord=lambda event, stream: (gpu.events[event].record(gpu.streams[stream]) or 0,),
+        cuStreamWaitEvent=lambda stream, event, _: (gpu.streams[stream].wait(gpu.events[event]) or 0,),
         CUfunction=int,
         cuLaunchKernel=lambda kernel, x, y, z, tx, ty, tz, shared, stream, arguments, extra: _launch(
             gpu, kernel, (x, y, z), stream, arguments

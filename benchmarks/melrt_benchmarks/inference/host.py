@@ -42,13 +42,14 @@ class FreeBackend:
     def run(self, graph: GraphKind, mel: Mel) -> Audio:
         return self._audio(len(mel), mel.shape[2])
 
-    def run_windows(self, graph: GraphKind, windows: Sequence[Mel], keep: Callable[[Audio], None]) -> None:
+    def run_windows(self, graph: GraphKind, windows: Sequence[Mel], meanwhile: Callable[[], None], keep: Callable[[Audio], None]) -> None:
         """Copy the windows to the backend's memory, and lend silence."""
         shape = len(windows), *windows[0].shape
         free = self._mels.setdefault(shape, [])
         mel = free.pop() if free else np.empty(shape, np.float32)
         for target, window in zip(mel, windows, strict=True):
             target[...] = window
+        meanwhile()
         keep(self._audio(len(windows), shape[2]))
         free.append(mel)
 

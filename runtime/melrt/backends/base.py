@@ -46,14 +46,15 @@ class Backend(Protocol):
 
 
 class WindowBackend(Backend, Protocol):
-    """A backend that reuses its own host memory, so that audio is copied once: from there to its place in the caller's result."""
+    """A backend beside the processor that reuses its own host memory: audio is copied once, to its place in the caller's result."""
 
-    def run_windows(self, graph: GraphKind, windows: Sequence[Mel], keep: Callable[[Audio], None]) -> None:
+    def run_windows(self, graph: GraphKind, windows: Sequence[Mel], meanwhile: Callable[[], None], keep: Callable[[Audio], None]) -> None:
         """Run windows (M, T) of one length through a graph.
 
         Args:
             graph: Kind of the graph.
             windows: Windows on the host, which need not be contiguous.
+            meanwhile: Called once while the device computes: work of the host that would otherwise delay the audio.
             keep: Called once with the samples (B, T*hop), all finite, in memory that a later run overwrites.
 
         Raises:

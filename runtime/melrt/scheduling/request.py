@@ -120,6 +120,8 @@ class HostRequest(Request):
         self.hop = output.hop
         self.result: Audio = np.empty(self.frames_kept * output.hop, output.sample_format)
         self._output = output
+        self.observe: Callable[[], None] | None = None
+        """Called once, while the first window runs: a look at the frames that the audio does not wait for."""
         if not self.windows:
             self.complete()
 
@@ -136,12 +138,22 @@ class HostRequest(Request):
             for (request, window), samples in zip(requests, audio, strict=True):
                 request._keep(window, samples)
 
+        def meanwhile() -> None:
+            for request, _ in requests:
+                request._observe()
+
         if hasattr(backend, "run_windows"):
-            cast(WindowBackend, backend).run_windows(graph, frames, keep)
+            cast(WindowBackend, backend).run_windows(graph, frames, meanwhile, keep)
             return
+        meanwhile()
         audio = backend.run(graph, np.stack(frames))
         _check_audio(backend, audio, (len(jobs), jobs[0][1].frames * requests[0][0].hop))
         keep(audio)
+
+    def _observe(self) -> None:
+        observe, self.observe = self.observe, None
+        if observe is not None:
+            observe()
 
     def _cut(self, window: Window) -> Mel:
         return self.frames[:, window.start - self.first_frame : window.stop - self.first_frame]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -81,9 +82,10 @@ class Synthesizer:
         """
         windows = self._plan(frames.shape[1])
         encoder = self.encoder(output)
-        self.level_check.observe(frames)
         made = replace(self.output, encode=encoder) if encoder else self.output
-        return HostRequest(self.edges.extend(frames), 0, windows, made, self._deadline())
+        request = HostRequest(self.edges.extend(frames), 0, windows, made, self._deadline())
+        request.observe = partial(self.level_check.observe, frames)
+        return request
 
     def utterances(self, mel: ArrayLike, output: Output | None = None) -> tuple[Iterator[Request], Any]:
         """Make the requests for a mel (M, T) or (B, M, T) in any memory, one per utterance.
@@ -98,18 +100,19 @@ class Synthesizer:
         """
         self.check_call(mel)
         backend = self.queue.backend
-        if not (on_gpu(mel) and isinstance(backend, DeviceBackend)):
+        if not (hasattr(backend, "run_on_device") and on_gpu(mel)):
             frames = self.spec.check(mel, self.fewest_frames)
             if output is not None and output.makes_file and frames.ndim == 3:
                 raise ConfigError(f"output: {output.encoding!r} makes a file for each utterance, which one array cannot hold. Use batch().")
             return (self.utterance(one, output) for one in frames.reshape(-1, *frames.shape[-2:])), None
         if self.encoder(output) is not None:
             raise ConfigError("output: audio in GPU memory keeps the voice's rate and format. Pass the mel in host memory.")
-        view = backend.view_mel(mel)
+        device = cast(DeviceBackend, backend)
+        view = device.view_mel(mel)
         batch, bands, total = view.shape
         self.spec.check_shape((bands, total), self.fewest_frames)
         windows = list(self._plan(total))
-        array, audio = backend.make_audio(view, total * self.output.hop)
+        array, audio = device.make_audio(view, total * self.output.hop)
         places = (DeviceUtterance(view, audio, index, self.edges) for index in range(batch))
         return (DeviceRequest(place, windows, self._deadline()) for place in places), array
 

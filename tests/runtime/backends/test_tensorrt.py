@@ -20,6 +20,7 @@ from melrt.bundle import Artifact, Bundle
 from melrt.bundle.trust import sign, unseal
 from melrt.errors import BackendError, BundleError, MelError, MelrtError, MissingExtraError
 from melrt.files.audio import to_int16
+from melrt.mel.level_check import LevelCheck
 from melrt.planning.edges import Edges
 from melrt.planning.windows import Window
 from melrt.vocoder import Options
@@ -68,6 +69,9 @@ def test_windows_and_recurring_shapes_run_as_cuda_graphs(gpu: Gpu, voice: Bundle
         assert gpu.graph_launches >= launches + 400 - plain, "two runs a call, except the first ones of an end's shape in a slot"
         assert gpu.captured_fallbacks == 0, "no graph holds the kernels that run while a shape's own are compiled"
         assert gpu.memory.keys() == allocated.keys(), "nothing is allocated in the steady state"
+        for _ in range(5):
+            vocoder(speech_mel(vocoder.bundle, 21))
+        assert sum(("edge", (1, 80, 21)) in slot._prepared for slot in vocoder.backend._slots) == 1, "a lone caller keeps to one slot"
         before = gpu.syncs
         vocoder.backend.run("interior", np.zeros((3, 80, WINDOW), np.float32))
         assert gpu.syncs == before + 1
@@ -144,13 +148,31 @@ def test_audio_is_copied_once(gpu: Gpu, voice: Bundle) -> None:
     with load(voice) as vocoder:
         expected = vocoder.backend.run("interior", np.stack(windows))
         lent: list[np.ndarray] = []
-        vocoder.backend.run_windows("interior", windows, lent.append)
+        vocoder.backend.run_windows("interior", windows, lambda: None, lent.append)
         assert any(np.shares_memory(lent[0], slot.host_result.array) for slot in vocoder.backend._slots)
         assert (lent[0] == expected).all()
         audio = vocoder(windows[0])
         before = audio.copy()
         vocoder(windows[1])
         assert (audio == before).all(), "the caller's array is its own"
+
+
+def test_levels_are_looked_at_once_while_the_device_computes(gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int, int]] = []
+    with load(voice) as vocoder:
+
+        def observe(mel: np.ndarray) -> None:
+            queued = sum(len(slot.stream.queue) for slot in vocoder.backend._slots)
+            seen.append((mel.shape[1], queued, gpu.syncs))
+
+        monkeypatch.setattr(LevelCheck, "observe", lambda self, mel: observe(mel))
+        for frames in (WINDOW, 3 * WINDOW):
+            mel, before = speech_mel(voice, frames), gpu.syncs
+            vocoder(mel)
+            assert len(seen) == 1, "once for an utterance, however many its windows"
+            assert seen[0][0] == frames
+            assert seen[0][1] > 0, "the device has work"
+            assert before <= seen.pop()[2] < gpu.syncs
 
 
 def test_kernels_are_compiled_once_and_launched_once_for_a_run(gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

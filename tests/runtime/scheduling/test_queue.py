@@ -136,8 +136,10 @@ def test_interrupted_caller_frees_its_lane(tiny_bundle_path: Path) -> None:
         raise KeyboardInterrupt
 
     echo.run = interrupted  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        vocoder(constant(1, 200))
+    for frames in (20, 200):
+        with pytest.raises(KeyboardInterrupt):
+            vocoder(constant(1, frames))
+        assert not vocoder.queue.inside
     echo.run = original  # type: ignore[method-assign]
     assert (vocoder(constant(2)) == 2).all()
     assert vocoder.stats().queue_windows == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import queue
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 
 from melrt.backends.base import DeviceUtterance
 from melrt.backends.tensorrt.engine import Engine as TensorRTEngine
-from melrt.backends.tensorrt.gpu_arrays import DeviceAudio, DeviceMel, current_device, make_audio, read_mel
+from melrt.backends.tensorrt.gpu_arrays import DeviceAudio, DeviceMel, current_device, in_order, make_audio, read_mel
 from melrt.backends.tensorrt.interface import Engine
 from melrt.backends.tensorrt.kernels import CUT_JOB, KEEP_JOB, MOST_JOBS, Kernels, table
 from melrt.backends.tensorrt.slot import FLOAT, ExecutionSlot
@@ -73,13 +73,15 @@ class EngineBackend:
             raise BackendError(f"{artifacts['interior'].file} takes windows of several lengths; build it with one, as `melrt build` does.")
         self.policy = Policy(frames=profile.window, static=True, batch=profile.largest[0], workers=SLOTS)
         self.candidates = tuple(replace(self.policy, batch=batch) for batch in _powers_of_two(profile.largest[0]))
-        self._free: queue.LifoQueue[ExecutionSlot] = queue.LifoQueue()
+        self._free: list[ExecutionSlot] = []  # the last one first: a lone caller always gets the slot whose graphs are captured
+        self._vacancies = threading.Semaphore(0)
         kernels = self._load_kernels()
         for _ in range(SLOTS):
             slot = ExecutionSlot(self._device, kernels, self.engines, spec.hop, int16=int16)
             self._slots.append(slot)
             self._warm_up(slot, spec.silence)
-            self._free.put(slot)
+            self._free.append(slot)
+            self._vacancies.release()
         for engine in self.engines.values():
             engine.save_cache()
 
@@ -100,19 +102,19 @@ class EngineBackend:
         with self.slot() as slot:
             return slot.run(graph, mel).copy()
 
-    def run_windows(self, graph: GraphKind, windows: Sequence[Mel], keep: Callable[[Audio], None]) -> None:
+    def run_windows(self, graph: GraphKind, windows: Sequence[Mel], meanwhile: Callable[[], None], keep: Callable[[Audio], None]) -> None:
         with self.slot() as slot:
-            keep(slot.run(graph, windows))
+            keep(slot.run(graph, windows, meanwhile))
 
     @contextlib.contextmanager
     def slot(self) -> Iterator[ExecutionSlot]:
         """Take a slot for one run once one is free; the device is this thread's current one meanwhile."""
-        slot = self._free.get()
-        try:
-            with current_device(self._device):
+        with self._vacancies, current_device(self._device):
+            slot = self._free.pop()
+            try:
                 yield slot
-        finally:
-            self._free.put(slot)  # work that a failed run left queued precedes the next run's work on the same stream
+            finally:
+                self._free.append(slot)  # work that a failed run left queued precedes the next run's work on the same stream
 
     def view_mel(self, mel: object) -> DeviceMel:
         with current_device(self._device):
@@ -130,9 +132,9 @@ class EngineBackend:
         """
         with self.slot() as slot:
             self._warn_of_reports(slot)
-            callers = [self._stream(handle) for handle in {utterance.mel.stream: None for utterance, _ in jobs}]
+            own, callers = int(slot.stream.handle), {utterance.mel.stream for utterance, _ in jobs}
             for caller in callers:
-                slot.stream.wait(caller)
+                in_order(caller, own, slot.event.handle)
             window = jobs[0][1]
             shape = slot.prepared(window.graph, len(jobs), jobs[0][0].mel.shape[1], window.frames)
             for first in range(0, len(jobs), MOST_JOBS):
@@ -141,7 +143,7 @@ class EngineBackend:
             for first in range(0, len(jobs), MOST_JOBS):
                 self._keep(slot, jobs[first : first + MOST_JOBS], first)
             for caller in callers:
-                caller.wait(slot.stream)
+                in_order(own, caller, slot.event.handle)
 
     def _cut(self, slot: ExecutionSlot, jobs: Sequence[tuple[DeviceUtterance, Window]], first: int) -> None:
         """Copy windows to the slot's input, from this place of the batch on."""
@@ -176,11 +178,6 @@ class EngineBackend:
                 "audio that was made for arrays on the GPU has samples that are not finite. Is every value of the mels finite, and "
                 "is %s precise enough for this voice?", self.precision,
             )  # fmt: skip
-
-    def _stream(self, handle: int) -> Any:
-        from cuda.core import Stream
-
-        return Stream.from_handle(handle)
 
     def close(self) -> None:
         """Release the device's memory. No run is in progress."""

@@ -6,6 +6,7 @@ Arrays with `__cuda_array_interface__` or DLPack can be read. None of the librar
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from melrt.errors import MelError
+from melrt.errors import BackendError, MelError
 
 # CUDA's handle of the legacy default stream; 0 would be ambiguous in DLPack.
 LEGACY_STREAM = 1
@@ -75,8 +76,9 @@ def make_audio(like: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tu
     Raises:
         MelError: The library is not one that melrt can make arrays of.
     """
-    array = _library(like).empty(like, shape, dtype)
-    return array, DeviceAudio(int(array.__cuda_array_interface__["data"][0]), array)
+    library = _library(like)
+    array = library.empty(like, shape, dtype)
+    return array, DeviceAudio(library.pointer(array), array)
 
 
 class _Library(NamedTuple):
@@ -84,6 +86,7 @@ class _Library(NamedTuple):
 
     empty: Callable[[Any, tuple[int, ...], np.dtype[Any]], Any]
     current_stream: Callable[[Any], int]
+    pointer: Callable[[Any], int] = lambda array: int(array.__cuda_array_interface__["data"][0])
 
 
 def _library(array: object) -> _Library:
@@ -102,6 +105,7 @@ _LIBRARIES = {
     "torch": _Library(
         lambda like, shape, dtype: _module("torch").empty(shape, dtype=getattr(_module("torch"), dtype.name), device=like.device),
         lambda like: int(_module("torch").cuda.current_stream(like.device).cuda_stream),
+        lambda array: int(array.data_ptr()),  # PyTorch describes an array in some ten microseconds
     ),
     "cupy": _Library(
         lambda _, shape, dtype: _module("cupy").empty(shape, dtype), lambda _: int(_module("cupy").cuda.get_current_stream().ptr)
@@ -120,21 +124,47 @@ def current_device(device: Any) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def preserved_context() -> Iterator[None]:
+def preserved_context() -> contextlib.AbstractContextManager[None]:
     """Restore the caller's current context after a block that may change it."""
-    from cuda.bindings import driver
+    return _PreservedContext()
 
-    error, previous = driver.cuCtxGetCurrent()
-    try:
-        yield
-    finally:
-        if error == driver.CUresult.CUDA_SUCCESS:
-            driver.cuCtxSetCurrent(previous)
+
+class _PreservedContext(contextlib.AbstractContextManager[None]):
+    """A class, not a generator: every run enters it."""
+
+    def __enter__(self) -> None:
+        from cuda.bindings import driver
+
+        self._driver = driver
+        self._error, self._previous = driver.cuCtxGetCurrent()
+
+    def __exit__(self, *_: object) -> None:
+        if self._error == self._driver.CUresult.CUDA_SUCCESS:
+            self._driver.cuCtxSetCurrent(self._previous)
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(int(np.prod(shape[axis + 1 :])) for axis in range(len(shape)))
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def in_order(first: int, then: int, event: Any) -> None:
+    """Make the work that a stream is given from now on wait for what another has been given. The event may be used again at once.
+
+    Args:
+        first: Handle of the stream that is waited for.
+        then: Handle of the stream that waits.
+        event: Handle of an event of the same device.
+
+    Raises:
+        BackendError: The driver refuses.
+    """
+    from cuda.bindings import driver
+
+    (error,) = driver.cuEventRecord(event, first)
+    if error == driver.CUresult.CUDA_SUCCESS:
+        (error,) = driver.cuStreamWaitEvent(then, event, 0)
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise BackendError(f"the GPU's driver refused to order melrt's work with the caller's stream: {error}.")
 
 
 def _check_memory(pointer: int, device_id: int, wanted: int) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,21 +45,21 @@ class ExecutionSlot:
             int16: Return 16-bit samples, converted on the device.
         """
         self.stream = device.create_stream()
-        self.kernels = kernels
-        self.engines = engines
-        self.hop = hop
+        self.event = self.stream.record()
+        """Event for the order with callers' streams. One is enough: a wait refers to the record before it."""
+        self.kernels, self.engines, self.hop = kernels, engines, hop
         self.dtype = np.dtype(np.int16 if int16 else np.float32)
         mels = max(int(np.prod(engine.profile.largest)) for engine in engines.values())
         samples = max(engine.profile.largest[0] * engine.profile.largest[2] * hop for engine in engines.values())
         places = max(engine.profile.largest[0] for engine in engines.values())
-        self._header = -(-FLOAT * places // ALIGNMENT) * ALIGNMENT
-        size = self._header + self.dtype.itemsize * samples
+        self.header = -(-FLOAT * places // ALIGNMENT) * ALIGNMENT
+        size = self.header + self.dtype.itemsize * samples
         self.scratch = device.allocate(max(1, *(engine.scratch_bytes for engine in engines.values())), stream=self.stream)
         self.mel = device.allocate(FLOAT * mels, stream=self.stream)
         self.result = device.allocate(size, stream=self.stream)
         """Flags, one for each place of the batch, and the audio behind them: one copy brings both to the host."""
         self.flags = _part(self.result, FLOAT * places)
-        self.converted = int(self.result.handle) + self._header
+        self.converted = int(self.result.handle) + self.header
         """Address of the audio in the output's format."""
         self._floats = device.allocate(FLOAT * samples, stream=self.stream) if int16 else None
         self.audio = self.converted if self._floats is None else int(self._floats.handle)
@@ -74,8 +74,13 @@ class ExecutionSlot:
         self._retired: deque[tuple[Any, PreparedShape]] = deque()
         self.stream.sync()
 
-    def run(self, graph: GraphKind, windows: Sequence[Mel] | Mel) -> Audio:
+    def run(self, graph: GraphKind, windows: Sequence[Mel] | Mel, meanwhile: Callable[[], None] = lambda: None) -> Audio:
         """Run windows (M, T) of one length on the host, or an array (B, M, T) of them, through a graph.
+
+        Args:
+            graph: Kind of the graph.
+            windows: The windows.
+            meanwhile: Called once everything is queued, before the device is waited for.
 
         Returns:
             Samples (B, T*hop) in page-locked memory, which the next run overwrites.
@@ -85,18 +90,17 @@ class ExecutionSlot:
         """
         batch, (bands, frames) = len(windows), windows[0].shape
         shape = self.prepared(graph, batch, bands, frames)
-        places = self.host_mel.array.view(np.float32)[: batch * bands * frames].reshape(batch, bands, frames)
-        for target, window in zip(places, windows, strict=True):
+        for target, window in zip(shape.windows, windows, strict=False):  # a batch that was rounded up has further places
             target[...] = window
         shape.mel.copy_from(shape.host_mel, stream=self.stream)
         shape.launch()
         shape.host_result.copy_from(shape.result, stream=self.stream)
+        meanwhile()
         self.stream.sync()
-        result = self.host_result.array
-        if result[: FLOAT * batch].any():
+        if shape.not_finite[:batch].any():
             precision = self.engines[graph].precision
             raise BackendError(f"the engine returned samples that are not finite. Is {precision} precise enough for this voice?")
-        return result[self._header :].view(self.dtype)[: batch * frames * self.hop].reshape(batch, -1)
+        return shape.samples[:batch]
 
     def prepared(self, graph: GraphKind, batch: int, bands: int, frames: int) -> PreparedShape:
         """Return the prepared shape for a run. A window's batch is rounded up to a power of two, which keeps the CUDA graphs few."""
@@ -113,7 +117,7 @@ class ExecutionSlot:
 
     def result_part(self, samples: int, host: bool = False) -> Any:
         """Return the flags and this many samples as a buffer, on the device or on the host."""
-        return _part(self.host_result.buffer if host else self.result, self._header + samples * self.dtype.itemsize)
+        return _part(self.host_result.buffer if host else self.result, self.header + samples * self.dtype.itemsize)
 
     def close(self) -> None:
         """Release everything after the queued work is done. The device is current."""
@@ -126,6 +130,7 @@ class ExecutionSlot:
         for pinned in (self.host_mel, self.host_result, self._host_report):
             pinned.close()
         self.stream.sync()
+        self.event.close()
         self.stream.close()
 
 
@@ -140,6 +145,13 @@ class PreparedShape:
         mel_bytes = FLOAT * int(np.prod(shape))
         self.mel, self.host_mel = _part(slot.mel, mel_bytes), _part(slot.host_mel.buffer, mel_bytes)
         self.result, self.host_result = slot.result_part(self._samples), slot.result_part(self._samples, host=True)
+        self.windows = slot.host_mel.array.view(np.float32)[: mel_bytes // FLOAT].reshape(shape)
+        """Input of the next run (B, M, T), on the host."""
+        result = slot.host_result.array
+        self.not_finite = result[: FLOAT * shape[0]].view(np.int32)
+        """One for each place whose audio is not finite, after a run (B,)."""
+        self.samples = result[slot.header :].view(slot.dtype)[: self._samples].reshape(shape[0], -1)
+        """Audio of a run (B, T*hop), on the host."""
         place = Place(int(slot.mel.handle), slot.audio, slot.scratch, slot.stream)
         self._run = engine.prepare(shape, self._samples, place)
         self._captured: Any = None
