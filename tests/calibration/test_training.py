@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +15,21 @@ from torch import library
 from melrt.bundle import Bundle
 from melrt.errors import CalibrationError
 from melrt.files.audio import read_audio, resample
-from melrt_calibration import timing
+from melrt_calibration import timing, training
 from melrt_calibration.calibrate import CalibrationOptions
-from melrt_calibration.data import Sampling
-from melrt_calibration.evaluation import Budget
+from melrt_calibration.data import Piece, Sampling, load_data
+from melrt_calibration.evaluation import Budget, Evaluator
 from melrt_calibration.progress import Progress
+from melrt_calibration.requantize import Requantized
 from melrt_calibration.training import TrainingOptions, calibrate_and_train
 from melrt_export.assets import RECORDING
-from melrt_export.checkpoints import training_run
+from melrt_export.checkpoints import load_checkpoint, native, training_run
 from melrt_export.generator.config import GeneratorConfig
+from melrt_export.graph.deploy import deploy_graph
 from melrt_export.int8_plan import Int8Plan, LayerPlan, Range, read_plan
 from melrt_export.parity import probe_mel, verify
 from melrt_export.training import step
-from melrt_export.training.activation_ranges import ActivationRanges, trained_plan
+from melrt_export.training.activation_ranges import ActivationRanges, read_trained_plan, trained_plan
 from melrt_export.training.config import DataConfig, DiscriminatorConfig, Int8Form, LossConfig, TrainingConfig
 from melrt_export.training.distributed import ProcessGroup
 from melrt_export.training.quantized import DistillationLoss, quantize
@@ -124,10 +128,21 @@ def speech(voice: Path, tmp_path: Path) -> Path:
     return tmp_path / "speech"
 
 
-def test_an_interrupted_training_continues_and_leaves_fp32_as_it_is(
-    voice: Path, speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Learning rates after each step of the trainings that follow. INT8 is measured as faster."""
+    found: list[float] = []
+
+    def on_losses(_: object, step: int, values: Mapping[str, float]) -> None:
+        assert values.keys() >= {"mel", "distillation"}
+        found.append(values["learning_rate"])
+
+    monkeypatch.setattr(training._Progress, "on_losses", on_losses)
     monkeypatch.setattr(timing, "measure_speedup", lambda *_: 2.0)
+    return found
+
+
+def test_an_interrupted_training_continues_and_leaves_fp32_as_it_is(voice: Path, speech: Path, tmp_path: Path, rates: list[float]) -> None:
     bundle = Bundle.open(voice)
     before = {path.name: path.read_bytes() for path in voice.iterdir()}
     options = TrainingOptions(tmp_path / "checkpoint", tmp_path / "run", steps=10, batch=1, calibration=ANY)
@@ -151,8 +166,8 @@ def test_an_interrupted_training_continues_and_leaves_fp32_as_it_is(
     assert (tmp_path / "run" / "plan.json").read_bytes() == planned
     assert [p.done for p in seen if p.text == "training in INT8"][:2] == [0, 4], "four steps were saved"
     assert [p.step for p in seen if not p.done] == list(range(1, seen[0].steps + 1))
-    for _, log_mel, error in training_run.read_header(tmp_path / "run" / "plan" / STATE)["validations"]:
-        assert error == log_mel, "the log-mel, which the budget limits, chooses the best step"
+    check_finished(tmp_path / "run", load_data([speech], bundle.manifest, ANY.sampling).held_out, result)
+    assert rates[-10:] == pytest.approx([1e-4 * (1 - step / 10) for step in range(1, 11)]), "the control's rate falls to zero"
     assert result.written
     assert "FP32 trained as long" in result.verdict
 
@@ -166,6 +181,19 @@ def test_an_interrupted_training_continues_and_leaves_fp32_as_it_is(
     assert all(row.passed for row in verify(bundle))
 
 
+def check_finished(run: Path, held_out: Sequence[Piece], result: Requantized) -> None:
+    """Check the choices of a finished run: layers, recordings, the best step and the control."""
+    assert Int8Plan.loads((run / "plan.json").read_bytes()).names[-1] == "last", "the budget allows every stage"
+    train, other = ((run / f"{part}.txt").read_text().splitlines() for part in ("train", "held-out"))
+    assert (len(train), len(other), len({*train, *other})) == (3, 1, 4), "no recording is in both parts"
+    control = load_checkpoint(run / "control" / "best")
+    assert read_trained_plan(control.source) == Int8Plan(()), "the control was trained without rounding"
+    quality = Evaluator(held_out, control.spec).quality(deploy_graph(control.config, control.weights, "fp32", "edge"))
+    assert result.evaluated["control"].log_mel_error == pytest.approx(quality.log_mel_error)
+    for _, log_mel, error in training_run.read_header(run / "plan" / STATE)["validations"]:
+        assert error == log_mel, "the log-mel, which the budget limits, chooses the best step"
+
+
 def test_a_training_that_cannot_begin_is_refused(
     voice: Path, speech: Path, tmp_path: Path, make_voice, melrt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,9 +204,12 @@ def test_a_training_that_cannot_begin_is_refused(
     for seed in range(4):
         np.save(mels / f"{seed}.npy", probe_mel(Bundle.open(voice).manifest.spec, 3000, seed) - np.float32(2))
     own, run = tmp_path / "checkpoint", ("--run", tmp_path / "run", "--windows", "8")
+    trained = load_checkpoint(own)
+    native.save(tmp_path / "trained", replace(trained, weights={name: 2 * value for name, value in trained.weights.items()}))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for arguments, message in (
         ((speech, "--train", tmp_path / "other" / "checkpoint", *run), "has another architecture"),
+        ((speech, "--train", tmp_path / "trained", *run), "is not the checkpoint that"),
         ((mels, "--train", own, *run), "Mels have no audio to train on"),
         ((speech, "--train", own, "--run", speech), "is not empty and holds no run"),
         ((speech, "--train", own, "--steps", "3"), "steps is 3"),
