@@ -20,7 +20,7 @@ from melrt.mel.features import mel_from_audio
 from melrt.timing import Timing
 from melrt_calibration import timing
 from melrt_calibration.calibrate import CalibrationOptions, calibrate
-from melrt_calibration.data import Sampling, load_data
+from melrt_calibration.data import Sampling, load_data, read_pieces
 from melrt_calibration.equalization import layer_of
 from melrt_calibration.evaluation import Budget
 from melrt_calibration.progress import Progress
@@ -194,6 +194,16 @@ def test_the_same_seed_gives_the_same_data(bundle: Bundle, speech: Path) -> None
     assert one.kinds["silent"] > 0, "pauses are observed"
     assert {p.recording for p in one.held_out} != {p.recording for p in other.held_out}, "the seed chooses the held-out recordings"
     assert not any(occurs(window, piece.mel) for window in one.windows for piece in one.held_out), "nothing held out is observed"
+
+
+def test_recordings_are_scaled_to_the_peak(bundle: Bundle, tmp_path: Path) -> None:
+    spec, path = bundle.manifest.spec, tmp_path / "speech.wav"
+    audio = read_audio(RECORDING, spec.sample_rate)[: 3 * spec.sample_rate]
+    soundfile.write(path, audio, spec.sample_rate, subtype="FLOAT")
+    (piece,) = read_pieces([path], bundle.manifest, 0.5)
+    wanted = mel_from_audio(audio * np.float32(0.5 / np.abs(audio).max()), spec)
+    assert np.allclose(piece.mel, wanted, atol=1e-5)
+    assert not np.allclose(piece.mel, mel_from_audio(audio, spec), atol=0.01)
 
 
 def occurs(window: np.ndarray, mel: np.ndarray) -> bool:

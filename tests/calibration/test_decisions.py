@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +15,15 @@ import pytest
 from melrt import MelSpec
 from melrt.bundle import Bundle
 from melrt.timing import Timing
-from melrt_calibration import timing
+from melrt_calibration import repairs, timing
 from melrt_calibration.bias_correction import channel_means, correct_biases
+from melrt_calibration.equalization import POWERS
 from melrt_calibration.evaluation import Budget, Quality, decide
 from melrt_calibration.network import Network
 from melrt_calibration.progress import ProgressReporter
 from melrt_calibration.ranges import mse
-from melrt_calibration.search import SHARE_USED, search
+from melrt_calibration.repairs import choose_equalization, repair
+from melrt_calibration.search import SHARE_USED, LayerSet, search
 from melrt_calibration.sensitivity import Sensitivity, measure_sensitivities
 from melrt_export.graph.rewrites import merge_shortcuts
 from melrt_export.int8_plan import Int8Plan, Range
@@ -40,6 +43,7 @@ def test_a_budget_limits_error_and_silence() -> None:
     assert not budget.allows(worse(0.021), FP32)
     assert not budget.allows(worse(0.0, 1.1), FP32)
     assert not budget.allows(worse(0.019), FP32, share=0.9)
+    assert not budget.allows(worse(0.0, 0.95), FP32, share=0.9)
     assert budget.allows(replace(worse(0.01), silence_db=float("nan")), FP32), "speech without silence has no limit for it"
 
 
@@ -135,6 +139,28 @@ def test_a_layer_keeps_the_ranges_with_the_least_error(tiny_bundle: Bundle, nois
     assert len(rows[0].errors) > 1
     assert rows[0].method == tuned.plan.layers[0].input.method == "mse"
     assert rows[0].alone.log_mel_error == pytest.approx(0.15, rel=1e-5)
+
+
+def test_repairs_are_kept_by_the_measured_error(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The errors are scripted: the second power of each stage is best, then the correction is better, and at last it is worse."""
+    graphs = {("edge", "cpu"): onnx.load_from_string(tiny_bundle.read(tiny_bundle.find("onnx", graph="edge", precision="fp32")[0]))}
+    network = Network.observed(graphs, [probe_mel(tiny_bundle.manifest.spec, 64)])  # type: ignore[arg-type]
+    errors: Iterator[float] = itertools.cycle([0.3, 0.1, 0.2])
+    evaluator: Any = SimpleNamespace(quality=lambda model: worse(next(errors)))
+    steps = ProgressReporter(4, lambda _: None)
+    powers = choose_equalization(network, evaluator, steps)
+    assert len(POWERS) == 3
+    assert {*powers} == {tensor.consumers[0] for tensor in network.shared_tensors}
+    assert {*powers.values()} == {POWERS[1]}
+
+    monkeypatch.setattr(repairs, "correct_biases", lambda network, names: network)
+    chosen = LayerSet(network.names[:2], worse(0.5))
+    for corrected, kept in ((0.1, ("bias correction",)), (0.3, ())):
+        errors = iter([0.5, 0.6, 0.4, 0.5, 0.2, 0.3, corrected, 0.4])
+        repaired, best, rows = repair(network, network, chosen, evaluator, steps)
+        assert repaired.plan.repairs == kept
+        assert best.quality == worse(min(0.2, corrected))
+        assert [row.all_layers for row in rows] == [worse(error) for error in (0.6, 0.5, 0.3, 0.4)]
 
 
 def _means(model: onnx.ModelProto, plan: Int8Plan) -> list[np.ndarray]:
