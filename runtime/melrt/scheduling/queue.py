@@ -241,7 +241,7 @@ class RequestQueue:
     def ran(self, seconds: float) -> None:
         """Count lane time, and complete a closing that waited for the end of this run."""
         with self._lock:
-            self.usage.add(seconds)
+            self.usage.add(seconds, self._counters.window_seconds)
         self._finish()
 
     def _finish(self) -> None:

@@ -70,6 +70,11 @@ class Counters:
         self.recent_runs.append((time.monotonic(), windows))
         self._drop_old_runs()
 
+    @property
+    def window_seconds(self) -> float:
+        """Mean time of a window in seconds; 0 before the first."""
+        return self.busy_seconds / self.windows if self.windows else 0.0
+
     def _drop_old_runs(self) -> None:
         while self.recent_runs and self.recent_runs[0][0] < time.monotonic() - RATE_SECONDS:
             self.recent_runs.popleft()

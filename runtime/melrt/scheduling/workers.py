@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import time
 from typing import Protocol
 
 from melrt.errors import BackendError
+from melrt.scheduling.order import FairOrder
 from melrt.scheduling.request import Job
+
+# Seconds of lane time, per weight, that a queue without windows saves up. A request of a few windows to a voice that is mostly quiet then
+# runs before those of flooded voices. A queue that has more windows than that is flooded itself, and loses what it has saved up.
+CREDIT = 0.25
 
 
 class Member(Protocol):
@@ -55,12 +59,17 @@ class Usage:
         """Share of the lanes, relative to the weights of the other queues that have windows."""
         self.seconds = 0.0
         """Lane time that counts: that of its runs, and what it did not use while it had no window."""
+        self.floor = 0.0
+        """Least lane time of the queue if it has saved nothing up."""
+        self.window_seconds = 0.0
+        """Mean lane time of a window."""
         self.last_run = time.monotonic()
         """Time at which the last run ended."""
 
-    def add(self, seconds: float) -> None:
-        """Count a run that has just ended."""
+    def add(self, seconds: float, window_seconds: float = 0.0) -> None:
+        """Count a run that has just ended, and note the mean time of a window."""
         self.seconds += seconds
+        self.window_seconds = window_seconds
         self.last_run = time.monotonic()
 
 
@@ -78,7 +87,7 @@ class Workers:
         """Queue whose windows a thread runs, by the thread's identifier. Each entry is a lane in use."""
         self.threads: list[threading.Thread] = []
         self._members: dict[Member, None] = {}
-        self._busy: dict[Member, float] = {}  # the deadlines of their most urgent windows
+        self._busy: FairOrder[Member] = FairOrder()  # those with windows
         self._progress = 0.0  # lane time per weight of the queue that ran last
         self._lanes = 0
         self._ended = False
@@ -118,18 +127,21 @@ class Workers:
         """Forget a queue in which no window waits any more."""
         with self.lock:
             self._members.pop(member, None)
-            self._busy.pop(member, None)
+            self._busy.discard(member)
             self._lanes = max((member.lanes for member in self._members), default=self._lanes)
             self.changed.notify_all()
 
     def update(self, member: Member) -> None:
         """Take note of the windows that wait in a queue. The caller holds the lock."""
         if member.windows_waiting:
+            usage = member.usage
             if member not in self._busy:
                 self._catch_up(member)
-            self._busy[member] = member.next_deadline()
+            if member.windows_waiting * usage.window_seconds > CREDIT:
+                usage.seconds = max(usage.seconds, usage.floor)
+            self._busy.put(member, member.next_deadline(), usage.seconds, usage.weight)
         else:
-            self._busy.pop(member, None)
+            self._busy.discard(member)
 
     def end(self) -> None:
         """End the threads once no queue is left."""
@@ -179,10 +191,16 @@ class Workers:
                 self.changed.notify_all()
         if member is not None:
             member.ran(seconds)
+            if self._busy:
+                with self.lock:
+                    if member in self._busy:  # with its new lane time
+                        self.update(member)
 
     def _catch_up(self, member: Member) -> None:
-        """Count the time in which a queue had no window: it is not saved up for a flood."""
-        member.usage.seconds = max(member.usage.seconds, self._progress * member.usage.weight)
+        """Count the time in which a queue had no window, but for the credit: it is not saved up for a flood."""
+        usage = member.usage
+        usage.floor = self._progress * usage.weight
+        usage.seconds = max(usage.seconds, usage.floor - CREDIT * usage.weight)
 
     def _occupy(self, member: Member) -> None:
         self.runners[threading.get_ident()] = member
@@ -210,17 +228,9 @@ class Workers:
     def _next(self) -> Member | None:
         """Return the queue whose window runs next, or None if there is no window or no lane for it.
 
-        Queues within their share of the lane time come first, so a queue that is flooded does not delay the others. Among them, and among
-        the queues above their share, the earliest deadline decides. A queue that had no window begins where the last run was, as in
-        start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996).
+        Queues within their share of the lane time come first, so a queue that is flooded does not delay the others. A queue that had no
+        window begins where the last run was, less the credit, as in start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996).
         """
-        if not self._busy or len(self.runners) >= self._lanes:
+        if len(self.runners) >= self._lanes:
             return None
-        full = {member for member in self.runners.values() if not self.free_lane(member)}
-        share = sum(member.usage.seconds for member in self._busy) / sum(member.usage.weight for member in self._busy)
-        best, best_order = None, (True, math.inf)
-        for member, deadline in self._busy.items():
-            order = member.usage.seconds > share * member.usage.weight, deadline
-            if member not in full and (best is None or order < best_order):
-                best, best_order = member, order
-        return best
+        return self._busy.first({member for member in self.runners.values() if not self.free_lane(member)})

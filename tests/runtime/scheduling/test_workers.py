@@ -7,12 +7,13 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pytest
 from tests.runtime.echo import constant
 
 from melrt import Vocoder
 from melrt.bundle import Bundle
 from melrt.planning.windows import Policy
-from melrt.scheduling.workers import Usage, Workers
+from melrt.scheduling.workers import CREDIT, Usage, Workers
 
 ONE = Policy(64, static=False, batch=1, workers=1)
 
@@ -41,17 +42,18 @@ class Waiting:
 
     def __init__(self, weight: float, run_seconds: float = 0.0) -> None:
         self.run_seconds = run_seconds
+        self.deadline = 0.0
         self.usage = Usage()
         self.usage.weight = weight
 
     def next_deadline(self) -> float:
-        return 0.0
+        return self.deadline
 
     def take(self) -> list:
         return []
 
     def ran(self, seconds: float) -> None:
-        self.usage.add(seconds)
+        self.usage.add(seconds, self.usage.window_seconds)
 
 
 def two(path: Path) -> tuple[list[str], Vocoder, Vocoder]:
@@ -70,13 +72,15 @@ def test_quiet_voice_waits_for_one_run_of_a_flooded_one(tiny_bundle_path: Path) 
         assert (quiet.submit(constant(value)).result(10) == value).all()
         assert log[before:].index("b") <= 2, "the run in progress, and one that began before the request was queued"
     assert not flood[-1].done()
+    assert 0.002 < flooded.queue.usage.window_seconds < 1
     for index, future in enumerate(flood):
         assert (future.result(10) == index).all(), "and the flooded voice loses nothing"
     quiet.close()
     flooded.close()
 
 
-def test_lone_calls_count_as_lane_time(tiny_bundle_path: Path) -> None:
+def test_lone_calls_count_as_lane_time(tiny_bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("melrt.scheduling.workers.CREDIT", 0.0)
     log, calling, idle = two(tiny_bundle_path)
     for value in range(5):
         calling(constant(value))
@@ -151,22 +155,62 @@ def test_queue_uses_no_more_lanes_than_its_own(tiny_bundle_path: Path) -> None:
         vocoder.close()
 
 
-def test_queue_without_windows_saves_up_no_lane_time() -> None:
-    """A voice that was quiet for a long time, and is flooded then, does not delay the voices that ran meanwhile."""
+def test_queue_without_windows_saves_up_little_lane_time() -> None:
+    """A voice that was quiet for a long time goes first for the time of its credit, and not at all if it is flooded."""
+    for waiting, saved in ((10, 2 * CREDIT), (1000, 0.0)):
+        workers = Workers()
+        steady, quiet = Waiting(1.0), Waiting(2.0)
+        quiet.windows_waiting, quiet.usage.window_seconds = waiting, 0.01
+        with workers.lock:
+            for one in (steady, quiet):
+                workers.add(one)
+            steady.usage.add(100.0)
+            workers.update(steady)
+            workers.take(steady)
+            workers.update(quiet)
+            assert quiet.usage.seconds == 200.0 - saved
+            assert workers._next() is None, "the lane is in use"
+        workers.leave_lane(0.1)
+        seconds = Counter()
+        while not seconds[steady]:
+            with workers.lock:
+                chosen = workers._next()
+                workers.take(chosen)
+            workers.leave_lane(0.1)
+            seconds[chosen] += 0.1
+        assert abs(seconds[quiet] - saved - 0.2) < 0.15
+
+
+def test_a_run_counts_from_its_end_on() -> None:
     workers = Workers()
-    steady, flooded = Waiting(1.0), Waiting(2.0)
-    workers.add(steady)
-    workers.add(flooded)
-    with workers.lock:
-        steady.usage.add(100.0)
-        workers.update(steady)
-        workers.take(steady)
-        workers.update(flooded)
-        assert flooded.usage.seconds == 200.0
-        flooded.usage.add(2.1)
-        assert workers._next() is None, "the lane is in use"
-    workers.leave_lane(1.0)
-    with workers.lock:
-        assert workers._next() is steady
-        steady.usage.add(0.1)
-        assert workers._next() is flooded
+    urgent, other = Waiting(1.0), Waiting(1.0)
+    urgent.deadline = -1.0
+    for one in (urgent, other):
+        workers.add(one)
+        workers.update(one)
+    for expected in (urgent, other, urgent, other):
+        with workers.lock:
+            assert workers._next() is expected
+            workers.take(expected)
+        workers.leave_lane(0.1)
+
+
+def test_a_short_request_goes_before_a_flood() -> None:
+    """All windows of a quiet voice run before the next of a flooded one, though both have the same weight."""
+    workers = Workers()
+    quiet, flooded = Waiting(1.0), Waiting(1.0)
+    for one in (flooded, quiet):
+        workers.add(one)
+    workers.update(flooded)
+    for _ in range(100):
+        with workers.lock:
+            workers.take(workers._next())
+        workers.leave_lane(0.02)
+    workers.update(quiet)
+    order = []
+    for _ in range(10):
+        with workers.lock:
+            order.append(workers._next())
+            workers.take(order[-1])
+        workers.leave_lane(0.02)
+    assert order == [quiet] * 10
