@@ -27,6 +27,8 @@ TRAINED, IN_INT8 = "tests/calibration/test_training.py", "tests/calibration/test
 WINDOWS, WAITING = "tests/runtime/planning/test_windows.py", "tests/runtime/scheduling"
 RUNTIME, VOICES = "runtime/melrt/", "tests/runtime/test_voices.py"
 
+HTTP, FUZZ, SERVICE = "runtime/melrt/serving/http/", "tests/fuzz/test_service.py", "tests/runtime/serving/test_http_connections.py"
+
 # File, text, its faulty replacement, tests that must fail.
 MUTANTS = (
     (CAL + "bias_correction.py", "means[layer.name] - scale", "-means[layer.name] + scale", DECIDE),
@@ -118,6 +120,16 @@ MUTANTS = (
     (RUNTIME + "residency.py", "(other == name, entry.busy, entry.used, other)", "(other == name, entry.busy, -entry.used, other)", VOICES),
     (RUNTIME + "residency.py", "(held if busy else self.total) > room", "False", VOICES),
     (RUNTIME + "residency.py", "not busy if own else", "False if own else", VOICES),
+    (HTTP + "connection.py", "if not self.handshake_initiated:", "if False:", FUZZ),
+    (HTTP + "connection.py", "self.handshake_complete |= self.close_sent", "self.handshake_complete |= False", FUZZ),
+    (HTTP + "connection.py", "contextlib.suppress(OSError):  # the client has gone", "contextlib.suppress():", SERVICE),
+    (HTTP + "connection.py", "self.close_timeout = self.limits.idle_seconds", "pass", SERVICE),
+    (HTTP + "bodies.py", "return spec.check(mel)", "return mel", "tests/runtime/serving/test_http.py"),
+    (HTTP + "service.py", "self._stop(self.in_progress > 0)", "self._stop(False)", SERVICE),
+    (HTTP + "metrics.py", '.endswith("http.response.start")', ' == "http.response.start"', "tests/runtime/serving/test_http.py"),
+    (QUEUE + "order.py", "self._weight -= entry.weight", "pass", WAITING),
+    (QUEUE + "workers.py", "usage.floor - CREDIT * usage.weight", "usage.floor", WAITING),
+    (QUEUE + "workers.py", "usage.seconds = max(usage.seconds, usage.floor)", "pass", WAITING),
 )  # fmt: skip
 
 
