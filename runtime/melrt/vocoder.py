@@ -6,7 +6,7 @@ import asyncio
 import os
 import weakref
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -26,9 +26,10 @@ from melrt.mel.spec import MelSpec
 from melrt.planning.edges import Edges
 from melrt.planning.windows import Policy, ReceptiveField
 from melrt.scheduling.limits import Limits
+from melrt.scheduling.memory import RESULT_BYTES, ResultMemory
 from melrt.scheduling.policy_tuning import recorded_policy
 from melrt.scheduling.queue import CLOSE_TIMEOUT, RequestQueue
-from melrt.scheduling.request import OutputFormat
+from melrt.scheduling.request import OutputFormat, Request
 from melrt.scheduling.stats import Stats
 from melrt.scheduling.stream import OpenStreams, Stream, StreamPace, stream, stream_async
 from melrt.scheduling.synthesizer import Synthesizer
@@ -74,9 +75,11 @@ class Vocoder:
         policy = self.options.policy or recorded_policy(bundle, backend) or backend.policy
         policy.check(manifest.receptive_field)
         queue = RequestQueue(backend, policy, self.options.limits, workers)
+        beside = hasattr(backend, "run_windows")  # a processor computes audio so slowly that new memory costs nothing beside it
+        self._memory = ResultMemory(RESULT_BYTES if beside else 0)
         self._synthesizer = Synthesizer(
             spec=manifest.spec,
-            output=OutputFormat(manifest.spec.hop, self.options.sample_format, count_clipped=queue.count_clipped),
+            output=OutputFormat(manifest.spec.hop, self.options.sample_format, queue.count_clipped, self._memory.empty),
             field=manifest.receptive_field,
             edges=self.options.edges,
             queue=queue,
@@ -174,14 +177,16 @@ class Vocoder:
             QueueFullError: The queue is full, and the limits say not to wait (longer).
             BackendError: The backend failed.
         """
-        requests, device_audio = self._synthesizer.utterances(mel, output)
-        if (np.ndim(mel) if device_audio is None else len(device_audio.shape) + 1) == 2:
-            audio = next(self._in_order([self.queue.submit(next(requests), run_here=True)]))
-        else:
-            here = self.queue.inside
-            pieces = list(self._in_order(self.queue.submit(request, run_here=here) for request in requests))
-            audio = np.stack(pieces) if device_audio is None else None
-        return audio if device_audio is None else device_audio  # type: ignore[no-any-return]  # an array of the caller's library
+        requests, audio = self._synthesizer.utterances(mel, output)
+        futures = [self.queue.submit(requests[0], run_here=True)] if len(requests) == 1 else self.queue.submit_all(requests)
+        try:
+            pieces = [future.result() for future in futures]
+        finally:
+            for future in futures:  # an interrupted wait, or a request that failed, must not leave others queued
+                future.cancel()
+        if audio is None:
+            return pieces[0] if np.ndim(mel) == 2 else np.stack(pieces)
+        return audio  # type: ignore[no-any-return]  # an array of the caller's library
 
     def batch(self, mels: Iterable[ArrayLike], output: Output | None = None) -> Iterator[Audio]:
         """Turn utterances of any lengths into waveforms, in order. Their windows share runs without padding.
@@ -197,7 +202,7 @@ class Vocoder:
         if isinstance(mels, np.ndarray) and mels.ndim != 3:
             raise MelError(f"batch takes an iterable of utterances (bands, frames); it got one array of shape {mels.shape}.")
         self._synthesizer.encoder(output)  # an output that is not possible is refused before anything is synthesized
-        return self._in_order(self._submitted(mels, output))
+        return self._in_order(self._submitted(mels, output, self.policy.batch if isinstance(mels, Sequence | np.ndarray) else 1))
 
     def submit(self, mel: ArrayLike, output: Output | None = None) -> Future[Audio]:
         """Queue one utterance (M, T) and return a future to wait for, to await (`asyncio.wrap_future`) or to cancel.
@@ -255,6 +260,7 @@ class Vocoder:
             BackendError: No run ended for `timeout` seconds. Every request has ended with this error; the memory is not freed.
         """
         self.queue.close(drain=drain, timeout=timeout)
+        self._memory.close()
 
     def __enter__(self) -> Self:
         return self
@@ -262,26 +268,30 @@ class Vocoder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _submitted(self, mels: Iterable[ArrayLike], output: Output | None) -> Iterator[Future[Any]]:
-        """Yield a future for each utterance; the first one that is refused has its error, and is the last."""
+    def _submitted(self, mels: Iterable[ArrayLike], output: Output | None, together: int) -> Iterator[list[Future[Any]]]:
+        """Yield futures of utterances, submitted together; the first one that is refused has its error, and is the last."""
+        requests: list[Request] = []
         for index, mel in enumerate(mels):
             try:
-                request = self._synthesizer.utterance(self._synthesizer.owned_frames(mel), output)
+                requests.append(self._synthesizer.utterance(self._synthesizer.owned_frames(mel), output))
             except MelError as error:
                 refused: Future[Any] = Future()
                 refused.set_exception(MelError(f"utterance {index}: {error}"))
-                yield refused
+                yield [*self.queue.submit_all(requests), refused]
                 return
-            yield self.queue.submit(request, run_here=self.queue.inside)
+            if len(requests) == together:
+                yield self.queue.submit_all(requests)
+                requests = []
+        yield self.queue.submit_all(requests)
 
-    def _in_order(self, futures: Iterable[Future[Any]]) -> Iterator[Any]:
+    def _in_order(self, groups: Iterable[list[Future[Any]]]) -> Iterator[Any]:
         """Yield the results of lazily submitted futures, submitting only as far ahead as keeps the backend busy."""
         ahead = 2 * self.policy.workers * self.policy.batch
         pending: deque[Future[Any]] = deque()
         try:
-            for future in futures:
-                pending.append(future)
-                if len(pending) > ahead:
+            for futures in groups:
+                pending.extend(futures)
+                while len(pending) > ahead:
                     yield pending[0].result()  # removed afterwards: an interrupted wait must not leave it queued
                     pending.popleft()
             while pending:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 from melrt.backends.base import Backend
 from melrt.scheduling.request import Job, Request
 from melrt.scheduling.stats import Counters
+from melrt.scheduling.workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +79,19 @@ class Delivery:
         """Return the requests whose windows run now, or whose callbacks do."""
         return [request for jobs in list(self._running.values()) for request, _ in list(jobs)]
 
-    def cancel(self, request: Request | None) -> None:
+    def watch(self, request: Request, workers: Workers) -> None:
+        """Register for a cancellation before the request is queued, since workers may end it from then on."""
+        # weak, or request and future would keep each other and their audio alive until a garbage collection
+        reference = weakref.ref(request)
+
+        def done(future: Future[Any]) -> None:
+            if future.cancelled() and not workers.foreign:
+                self._cancel(reference())
+
+        request.future.add_done_callback(done)
+        request.future.waits_for_itself = lambda: workers.inside
+
+    def _cancel(self, request: Request | None) -> None:
         """Free the windows of a cancelled request and wake the waiters of its future; None if nothing refers to the request any more."""
         if request is not None:
             self._remove(request)

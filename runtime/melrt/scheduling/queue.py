@@ -10,25 +10,22 @@ queue empty runs in the caller's own thread, which saves two changes of thread.
 from __future__ import annotations
 
 import asyncio
-import atexit
-import logging
 import threading
 import time
-import weakref
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
 from melrt.backends.base import Backend
 from melrt.errors import BackendError, ClosedError, OverdueError, QueueFullError
 from melrt.planning.windows import Policy
+from melrt.scheduling import at_exit
 from melrt.scheduling.delivery import Delivery
 from melrt.scheduling.limits import Limits
 from melrt.scheduling.request import Job, Request
 from melrt.scheduling.stats import Counters, Stats
 from melrt.scheduling.waiting import WaitingWindows
 from melrt.scheduling.workers import Usage, Workers
-
-logger = logging.getLogger(__name__)
 
 # Interval in seconds at which a task looks for room in a full queue; a window takes several times as long on a CPU.
 ROOM_POLL = 0.002
@@ -69,7 +66,7 @@ class RequestQueue:
         self._lock = self._workers.lock
         self._delivery = Delivery(backend, self._lock, self._counters, self._remove)
         self._workers.add(self)
-        _at_exit.add(self)
+        at_exit.queues.add(self)
 
     @property
     def windows_waiting(self) -> int:
@@ -108,13 +105,12 @@ class RequestQueue:
         self.check_process()
         inside = self.inside
         try:
-            jobs = self._take_lone(request) if run_here and not inside else []
+            if inside and run_here:
+                return self._run_inside(request)
+            jobs = self._take_lone(request) if run_here else []
             if not jobs:
-                self._watch_cancellation(request)
-                if inside and run_here:
-                    self._run_inside(request)
-                    return request.future
-                jobs = self._enqueue(request, run_here, inside)
+                self._delivery.watch(request, self._workers)
+                jobs = self._enqueue([request], run_here, inside)
             self._run_here(request, jobs)
         except BaseException as error:  # an interrupt must not leave windows or a lane behind
             lane = not inside and threading.get_ident() in self._workers.runners
@@ -125,17 +121,33 @@ class RequestQueue:
             raise
         return request.future
 
-    def _enqueue(self, request: Request, run_here: bool, inside: bool) -> list[Job]:
-        """Queue a request once there is room, and return the windows of its first run if that is for this thread."""
-        # a worker that waited for room, in the callback of a future, would wait for itself
-        until = time.monotonic() if inside else self.limits.room_deadline()
+    def submit_all(self, requests: Sequence[Request]) -> list[Future[Any]]:
+        """Queue requests like `submit`, before a worker takes any of them: their windows fill runs from the first one on."""
+        if self.inside:
+            return [self.submit(request, run_here=True) for request in requests]
+        self.check_process()
+        try:
+            for request in requests:
+                self._delivery.watch(request, self._workers)
+            self._enqueue(requests)
+        except BaseException:
+            for request in requests:
+                request.future.cancel()
+            raise
+        return [request.future for request in requests]
+
+    def _enqueue(self, requests: Sequence[Request], run_here: bool = False, inside: bool = False) -> list[Job]:
+        """Queue requests once there is room, and return the windows of the first run of the first one if that is for this thread."""
+        until = time.monotonic() if inside else self.limits.room_deadline()  # a worker that waited for room would wait for itself
         with self._lock:
             run_here = run_here and not self._workers.busy
-            while not self._try_enqueue(request, notify=not run_here):
-                self._check_room_deadline(until)
-                self._workers.room.wait(None if until is None else until - time.monotonic())
+            for request in requests:
+                while not self._try_enqueue(request):
+                    self._workers.changed.notify_all()  # only runs of those that are queued make room
+                    self._check_room_deadline(until)
+                    self._workers.room.wait(None if until is None else until - time.monotonic())
             # at once, or a worker that has just started would take it
-            return self._take_own(request) if run_here else []
+            return self._take_own(requests[0], run_here) if requests else []
 
     def _take_lone(self, request: Request) -> list[Job]:
         """Take a lane for a request of one window, past the queue, if no window of any queue waits; nothing if that is not so.
@@ -152,11 +164,12 @@ class RequestQueue:
     async def submit_async(self, request: Request) -> Future[Any]:
         """Queue a request like `submit`, without blocking the event loop while it waits for room."""
         self.check_process()
-        self._watch_cancellation(request)
+        self._delivery.watch(request, self._workers)
         until = self.limits.room_deadline()
         while True:
             with self._lock:
                 if self._try_enqueue(request):
+                    self._workers.changed.notify_all()
                     break
                 self._check_room_deadline(until)
             await asyncio.sleep(ROOM_POLL)
@@ -281,7 +294,7 @@ class RequestQueue:
         )
         with self._lock:
             requests = [*self._waiting.all(), *self._delivery.running()]
-        _at_exit.discard(self)  # the exit would wait for the same run
+        at_exit.queues.discard(self)  # the exit would wait for the same run
         for request in requests:
             self._delivery.fail(request, error)
         raise error
@@ -294,12 +307,12 @@ class RequestQueue:
         if until is not None and time.monotonic() >= until:
             self._counters.rejected += 1
             raise QueueFullError(
-                f"{self._waiting.windows} windows are waiting, the limit is {self.limits.max_windows}; "
-                "try again later, or raise Limits.max_windows."
+                f"{self._waiting.windows} windows are waiting, the limit is {self.limits.max_windows}; try again later, "
+                "or raise Limits.max_windows."
             )
 
-    def _try_enqueue(self, request: Request, *, notify: bool = True) -> bool:
-        """Queue a request if there is room, and wake the workers if `notify`. The caller holds the lock."""
+    def _try_enqueue(self, request: Request) -> bool:
+        """Queue a request if there is room. The caller holds the lock, and wakes the workers."""
         self._check_open()
         if request.windows:
             if self._waiting.windows >= self.limits.max_windows:
@@ -307,8 +320,6 @@ class RequestQueue:
             self._workers.start_threads()  # first, so that nothing is queued if a thread cannot start
             self._waiting.add(request)
             self._workers.update(self)
-            if notify:
-                self._workers.changed.notify_all()
         self._count(request)
         return True
 
@@ -323,18 +334,6 @@ class RequestQueue:
         if self._closing:
             raise ClosedError("the vocoder is closed; load it again.")
 
-    def _watch_cancellation(self, request: Request) -> None:
-        """Register for a cancellation before the request is queued, since workers may end it from then on."""
-        # weak, or request and future would keep each other and their audio alive until a garbage collection
-        reference = weakref.ref(request)
-
-        def done(future: Future[Any]) -> None:
-            if future.cancelled() and not self._workers.foreign:
-                self._delivery.cancel(reference())
-
-        request.future.add_done_callback(done)
-        request.future.waits_for_itself = lambda: self.inside
-
     def _run_here(self, request: Request, jobs: list[Job]) -> None:
         """Run windows of a request in this thread while no other request waits and a lane is free; the workers take the others."""
         while jobs:
@@ -345,19 +344,24 @@ class RequestQueue:
             with self._lock:
                 jobs = self._take_own(request) if request.waiting else []
 
-    def _run_inside(self, request: Request) -> None:
+    def _run_inside(self, request: Request) -> Future[Any]:
         """Run a request within a callback: this thread has a lane, and would wait for itself."""
+        self._delivery.watch(request, self._workers)
         with self._lock:
             self._check_open()
             self._count(request)
         for window in request.windows:
             self._delivery.run([(request, window)])
+        return request.future
 
-    def _take_own(self, request: Request) -> list[Job]:
-        """Take windows of a request for this thread if no other waits and a lane is free. The caller holds the lock."""
-        alone = request.waiting and request.waiting == self._waiting.windows and self._workers.only(self)
+    def _take_own(self, request: Request, here: bool = True) -> list[Job]:
+        """Take windows of a request for this thread if `here`, no other waits and a lane is free; the workers take the others.
+
+        The caller holds the lock.
+        """
+        alone = here and request.waiting and request.waiting == self._waiting.windows and self._workers.only(self)
         jobs = self._workers.take(self) if alone and self._workers.free_lane(self) else []
-        if request.waiting:
+        if self._waiting.windows:
             self._workers.changed.notify_all()
         return jobs
 
@@ -382,18 +386,3 @@ class RequestQueue:
             self._workers.room.notify_all()
             self._workers.changed.notify_all()
         self._finish()
-
-
-_at_exit: weakref.WeakSet[RequestQueue] = weakref.WeakSet()
-
-
-def _close_all() -> None:
-    """End every worker's run before the interpreter exits: a worker that is killed inside an engine's run aborts the process."""
-    for queue in list(_at_exit):
-        try:
-            queue.close(drain=False)
-        except BackendError as error:
-            logger.warning("%s", error)
-
-
-atexit.register(_close_all)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from melrt.backends.base import Backend, DeviceBackend, DeviceUtterance, WindowBackend
 from melrt.checks import all_finite
@@ -26,10 +27,12 @@ class OutputFormat:
     """Samples of audio per frame."""
     sample_format: SampleFormat = "float32"
     """`float32`, or `int16` with full scale 32767."""
-    encode: Callable[[Audio], Audio] | None = None
-    """Turns the samples of a request into its result; None if the samples are the result."""
     count_clipped: Callable[[int], None] | None = None
     """Told how many samples were clipped on their way to `int16`, if any were."""
+    empty: Callable[[tuple[int, ...], DTypeLike], np.ndarray] = np.empty
+    """Makes the arrays for audio."""
+    encode: Callable[[Audio], Audio] | None = None
+    """Turns the samples of a request into its result; None if the samples are the result."""
 
 
 class AudioFuture(Future[Any]):
@@ -104,7 +107,9 @@ class HostRequest(Request):
 
     kind = "host"
 
-    def __init__(self, frames: Mel, first_frame: int, windows: Iterable[Window], output: OutputFormat, deadline: float) -> None:
+    def __init__(
+        self, frames: Mel, first_frame: int, windows: Iterable[Window], output: OutputFormat, deadline: float, result: Audio | None = None
+    ) -> None:
         """Prepare a request.
 
         Args:
@@ -113,12 +118,13 @@ class HostRequest(Request):
             windows: Windows in order and without a gap, from `plan`.
             output: Format of the audio.
             deadline: Time at which it is due, on `time.monotonic`'s clock.
+            result: Where the audio shall be, of the output's format and of as many samples as the windows keep; None for new memory.
         """
         super().__init__(windows, deadline)
         self.frames = frames
         self.first_frame = first_frame
         self.hop = output.hop
-        self.result: Audio = np.empty(self.frames_kept * output.hop, output.sample_format)
+        self.result: Audio = output.empty((self.frames_kept * output.hop,), output.sample_format) if result is None else result
         self._output = output
         self.observe: Callable[[], None] | None = None
         """Called once, while the first window runs: a look at the frames that the audio does not wait for."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -21,7 +21,7 @@ from melrt.planning.edges import Edges
 from melrt.planning.windows import ReceptiveField, Span, Window, plan
 from melrt.scheduling.queue import RequestQueue
 from melrt.scheduling.request import DeviceRequest, HostRequest, OutputFormat, Request
-from melrt.types import Mel
+from melrt.types import Audio, Mel
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
@@ -56,7 +56,11 @@ class Synthesizer:
         frames = self.spec.check(mel, self.fewest_frames)
         if frames.ndim != 2:
             raise self.spec.wrong_axes(frames.shape)
-        return frames.copy() if np.may_share_memory(frames, np.asarray(mel)) else frames
+        if not np.may_share_memory(frames, np.asarray(mel)):
+            return frames
+        copy = self.output.empty(frames.shape, frames.dtype)
+        copy[...] = frames
+        return copy
 
     def encoder(self, output: Output | None) -> Encoder | None:
         """Return a new encoder for one utterance; None if the output is what the voice makes anyway.
@@ -70,12 +74,13 @@ class Synthesizer:
             return None
         return Encoder(output, rate, self.queue.count_clipped)
 
-    def utterance(self, frames: Mel, output: Output | None = None) -> HostRequest:
+    def utterance(self, frames: Mel, output: Output | None = None, result: Audio | None = None) -> HostRequest:
         """Make the request for a whole utterance.
 
         Args:
             frames: Checked frames (M, T). They are not copied.
             output: Sample rate and encoding of the audio; None for what the voice makes.
+            result: Where the audio of the voice's own rate and format shall be, (T*hop,); None for new memory.
 
         Raises:
             MelError: The utterance is longer than `Limits.max_frames`.
@@ -83,16 +88,15 @@ class Synthesizer:
         windows = self._plan(frames.shape[1])
         encoder = self.encoder(output)
         made = replace(self.output, encode=encoder) if encoder else self.output
-        request = HostRequest(self.edges.extend(frames), 0, windows, made, self._deadline())
+        request = HostRequest(self.edges.extend(frames), 0, windows, made, self._deadline(), result)
         request.observe = partial(self.level_check.observe, frames)
         return request
 
-    def utterances(self, mel: ArrayLike, output: Output | None = None) -> tuple[Iterator[Request], Any]:
+    def utterances(self, mel: ArrayLike, output: Output | None = None) -> tuple[Sequence[Request], Any]:
         """Make the requests for a mel (M, T) or (B, M, T) in any memory, one per utterance.
 
         Returns:
-            The requests, made one by one as they are taken, and the array that the device fills; None for a mel on the host,
-            whose requests have the audio as their results.
+            The requests, and the array (T*hop,) or (B, T*hop) that they fill together; None if they have encoded audio as their results.
 
         Raises:
             MelError: The mel does not fit this voice.
@@ -104,7 +108,14 @@ class Synthesizer:
             frames = self.spec.check(mel, self.fewest_frames)
             if output is not None and output.makes_file and frames.ndim == 3:
                 raise ConfigError(f"output: {output.encoding!r} makes a file for each utterance, which one array cannot hold. Use batch().")
-            return (self.utterance(one, output) for one in frames.reshape(-1, *frames.shape[-2:])), None
+            utterances = frames.reshape(-1, *frames.shape[-2:])
+            if self.encoder(output) is not None:
+                return [self.utterance(one, output) for one in utterances], None
+            self.queue.limits.check_frames(frames.shape[-1])
+            shape = *frames.shape[:-2], frames.shape[-1] * self.output.hop
+            audio = self.output.empty(shape, self.output.sample_format)
+            rows = audio.reshape(len(utterances), -1)
+            return [self.utterance(one, output, row) for one, row in zip(utterances, rows, strict=True)], audio
         if self.encoder(output) is not None:
             raise ConfigError("output: audio in GPU memory keeps the voice's rate and format. Pass the mel in host memory.")
         device = cast(DeviceBackend, backend)
@@ -112,9 +123,9 @@ class Synthesizer:
         batch, bands, total = view.shape
         self.spec.check_shape((bands, total), self.fewest_frames)
         windows = list(self._plan(total))
-        array, audio = device.make_audio(view, total * self.output.hop)
-        places = (DeviceUtterance(view, audio, index, self.edges) for index in range(batch))
-        return (DeviceRequest(place, windows, self._deadline()) for place in places), array
+        array, memory = device.make_audio(view, total * self.output.hop)
+        places = (DeviceUtterance(view, memory, index, self.edges) for index in range(batch))
+        return [DeviceRequest(place, windows, self._deadline()) for place in places], array
 
     def check_call(self, mel: ArrayLike, received: int = 0) -> None:
         """Check what must be known before a lock is taken or frames are converted: the process, and the number of frames.

@@ -19,7 +19,7 @@ from tests.runtime.echo import BATCHED, ONE, constant, load_echo
 from melrt import ClosedError
 from melrt.errors import BackendError, OverdueError
 from melrt.planning.windows import Window
-from melrt.scheduling.queue import _at_exit
+from melrt.scheduling import at_exit
 from melrt.scheduling.request import HostRequest, OutputFormat
 from melrt.scheduling.waiting import WaitingWindows
 
@@ -126,7 +126,7 @@ def test_close_ends_although_the_backend_hangs(tiny_bundle_path: Path) -> None:
     assert time.monotonic() - start < 5
     for future in futures:
         assert isinstance(future.exception(0), BackendError)
-    assert vocoder.queue not in _at_exit, "the exit does not wait for it again"
+    assert vocoder.queue not in at_exit.queues, "the exit does not wait for it again"
     assert not closed.is_set()
     echo.go.set()
     assert closed.wait(5)
