@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.runtime import fake_gpu
-from tests.runtime.fake_gpu import Gpu, GpuArray
+from tests.runtime.fake_arrays import GpuArray
+from tests.runtime.fake_gpu import Gpu
 from tests.runtime.fake_tensorrt import install
 
 from melrt.backends.tensorrt.backend import EngineBackend

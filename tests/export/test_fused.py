@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.runtime.fake_gpu import install_cupy
+from tests.runtime.fake_arrays import install_cupy
 from tests.torch_voices import random_voice
 
 from melrt import Vocoder

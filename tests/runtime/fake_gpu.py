@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-import sys
 import threading
 import types
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import pytest
 
 # Drivers align device memory so, and TensorRT requires it of tensors.
 ALIGNMENT = 256
@@ -341,19 +339,6 @@ def _launch(gpu: Gpu, kernel: int, grid: tuple[int, int, int], stream: int, argu
     return (0,)
 
 
-def utils_module(gpu: Gpu) -> types.SimpleNamespace:
-    def view(array: Any, stream_ptr: int) -> types.SimpleNamespace:
-        facts = array.__cuda_array_interface__
-        strides = facts.get("strides")
-        gpu.streams[stream_ptr].wait(gpu.streams[facts["stream"]].record())
-        return types.SimpleNamespace(
-            ptr=facts["data"][0], shape=facts["shape"], dtype=np.dtype(facts["typestr"]), device_id=array.device_index,
-            strides=None if strides is None else tuple(s // 4 for s in strides),
-        )  # fmt: skip
-
-    return types.SimpleNamespace(StridedMemoryView=types.SimpleNamespace(from_any_interface=view))
-
-
 def bindings_module(gpu: Gpu) -> types.SimpleNamespace:
     driver = types.SimpleNamespace(
         CUpointer_attribute=types.SimpleNamespace(CU_POINTER_ATTRIBUTE_CONTEXT=2),
@@ -369,44 +354,3 @@ def bindings_module(gpu: Gpu) -> types.SimpleNamespace:
         ),
     )
     return types.SimpleNamespace(driver=driver)
-
-
-class GpuArray:
-    """An array of the fake `cupy`, which works on its own stream."""
-
-    def __init__(self, gpu: Gpu, values: np.ndarray, stream: Stream, device_index: int = 0) -> None:
-        self.gpu, self.dtype, self.stream, self.device_index = gpu, values.dtype, stream, device_index
-        self.shape, self.strides, self.base_size = values.shape, values.strides, values.base.nbytes if values.base is not None else 0
-        whole = values if values.base is None else values.base
-        assert whole.flags.c_contiguous, "the copy below is in C order"
-        self.size = whole.nbytes
-        self.base_pointer = gpu.allocate(whole.nbytes)
-        self.pointer = self.base_pointer + (values.ctypes.data - whole.ctypes.data)
-        content = whole.tobytes()
-        stream.add(lambda: gpu.view(self.base_pointer, len(content)).__setitem__(slice(None), np.frombuffer(content, np.uint8)))
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        strides = None if self.strides is None else tuple(self.strides)
-        return {"shape": self.shape, "typestr": self.dtype.str, "data": (self.pointer, False), "strides": strides,
-                "stream": self.stream.handle, "version": 3}  # fmt: skip
-
-    def get(self) -> np.ndarray:
-        """Copy to the host, after the work on this array's stream."""
-        self.stream.sync()
-        count = int(np.prod(self.shape)) * self.dtype.itemsize
-        return np.frombuffer(bytes(self.gpu.view(self.pointer, count)), self.dtype).reshape(self.shape)
-
-
-GpuArray.__module__ = "cupy"
-
-
-def install_cupy(monkeypatch: pytest.MonkeyPatch, gpu: Gpu) -> Callable[..., GpuArray]:
-    """Install a fake `cupy` with its own current stream, and return a function that makes its arrays."""
-    stream = Stream(gpu)
-    empty = lambda shape, dtype: GpuArray(gpu, np.empty(shape, dtype), stream)  # noqa: E731
-    cupy = types.SimpleNamespace(
-        empty=empty, cuda=types.SimpleNamespace(get_current_stream=lambda: types.SimpleNamespace(ptr=stream.handle))
-    )
-    monkeypatch.setitem(sys.modules, "cupy", cupy)  # type: ignore[arg-type]
-    return lambda values, **options: GpuArray(gpu, values, stream, **options)

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.runtime.fake_gpu import ALIGNMENT, Gpu, _parameters, bindings_module, core_module, utils_module
+from tests.runtime.fake_arrays import utils_module
+from tests.runtime.fake_gpu import ALIGNMENT, Gpu, _parameters, bindings_module, core_module
 
 from melrt.backends.onnxruntime import OnnxModel
 from melrt.backends.tensorrt.kernels import SOURCE, Kernels

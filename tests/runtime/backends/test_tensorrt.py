@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.runtime.fake_gpu import Gpu, install_cupy
+from tests.runtime.fake_arrays import GpuArray, install_cupy
+from tests.runtime.fake_gpu import Gpu
 from tests.runtime.fake_tensorrt import BATCH, VERSION, WINDOW, add_engines, install, plain_tensorrt_module
 from tests.runtime.reference import FP32_MAX_ABS, speech_mel
 
@@ -286,6 +287,17 @@ def test_gpu_arrays_give_gpu_audio(gpu: Gpu, voice: Bundle, monkeypatch: pytest.
                 assert type(audio) is type(array)
                 assert audio.shape == expected.shape
                 assert np.abs(audio.get().astype(float) - expected).max() <= (1 if sample_format == "int16" else FP32_MAX_ABS)
+
+
+@pytest.mark.parametrize("protocol", ["dlpack", "cuda_array_interface"])
+def test_arrays_on_the_default_stream_are_ordered(gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch, protocol: str) -> None:
+    if protocol == "cuda_array_interface":
+        monkeypatch.delattr(GpuArray, "__dlpack__")
+        monkeypatch.delattr(GpuArray, "__dlpack_device__")
+    on_gpu, mel = install_cupy(monkeypatch, gpu, default_stream=True), speech_mel(voice, 60)
+    with load(voice) as vocoder, Vocoder.load(voice, device="cpu") as cpu:
+        for given in (mel, mel[:, ::-1]):
+            assert np.abs(vocoder(on_gpu(given)).get() - cpu(given.copy())).max() <= FP32_MAX_ABS
 
 
 def test_wrong_gpu_arrays_are_refused(gpu: Gpu, voice: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
