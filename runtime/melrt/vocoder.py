@@ -23,7 +23,7 @@ from melrt.files.audio import SAMPLE_FORMATS, SampleFormat
 from melrt.files.output import Output
 from melrt.mel.level_check import LevelCheck
 from melrt.mel.spec import MelSpec
-from melrt.planning.edges import Edges
+from melrt.planning.edges import ENDS, Edges, Ends
 from melrt.planning.windows import Policy, ReceptiveField
 from melrt.scheduling.limits import Limits
 from melrt.scheduling.memory import RESULT_BYTES, ResultMemory
@@ -45,8 +45,8 @@ class Options:
     """Windows; None for those that `melrt tune` recorded for this machine, or else the backend's default."""
     limits: Limits = field(default_factory=Limits)
     """Limits of the queue."""
-    edges: Edges = field(default_factory=Edges)
-    """Frames added at an utterance's ends; none by default, as in PyTorch. `bundle.manifest.edges` has the project's convention."""
+    edges: Edges | Ends = "model"
+    """Ends of an utterance: `model` adds no frames, as in PyTorch; `voice` adds those of the voice's project; or `Edges`."""
     pace: StreamPace = field(default_factory=StreamPace)
     """Pace of streams."""
     sample_format: SampleFormat = "float32"
@@ -54,6 +54,8 @@ class Options:
 
     def __post_init__(self) -> None:
         check_fields(self, {"sample_format": one_of(*SAMPLE_FORMATS)}, "options")
+        if not isinstance(self.edges, Edges):
+            check_fields(self, {"edges": ENDS}, "options")
 
 
 class Vocoder:
@@ -81,7 +83,7 @@ class Vocoder:
             spec=manifest.spec,
             output=OutputFormat(manifest.spec.hop, self.options.sample_format, queue.count_clipped, self._memory.empty),
             field=manifest.receptive_field,
-            edges=self.options.edges,
+            edges=manifest.choose_edges(self.options.edges),
             queue=queue,
             level_check=LevelCheck(manifest.spec, manifest.levels, manifest.normalization),
         )
@@ -137,7 +139,7 @@ class Vocoder:
     @property
     def edges(self) -> Edges:
         """Frames added at an utterance's ends."""
-        return self.options.edges
+        return self._synthesizer.edges
 
     @property
     def field(self) -> ReceptiveField:

@@ -18,7 +18,7 @@ import pytest
 from tests.runtime.reference import FP32_MAX_ABS
 
 import melrt.voices
-from melrt import Bundle, ClosedError, ConfigError, Limits, Options, QueueFullError, Residency, Vocoder, Voices
+from melrt import Bundle, ClosedError, ConfigError, Edges, Limits, Options, QueueFullError, Residency, Vocoder, Voices
 from melrt.bundle import MANIFEST
 from melrt.errors import BackendError, BundleError
 
@@ -64,11 +64,11 @@ def memory_of_one(voices: Voices) -> int:
         return voices.memory
 
 
-def rename(path: Path, name: str) -> None:
+def replace_manifest(path: Path, **changes: object) -> None:
     """Replace a manifest as another export would, in one step."""
     manifest = Bundle.open(path).manifest
     temporary = path / "new"
-    temporary.write_bytes(replace(manifest, name=name).dumps())
+    temporary.write_bytes(replace(manifest, **changes).dumps())  # type: ignore[arg-type]
     temporary.replace(path / MANIFEST)
 
 
@@ -95,6 +95,17 @@ def test_voices_are_vocoders_on_the_same_threads(open_voices: Open, folder: Path
         assert [one.loads for one in stats.values()] == [1, 1, 1]
         assert stats["anna"].queue is not None
         assert voices.memory == sum(one.memory for one in stats.values())
+
+
+def test_each_voice_has_the_ends_of_its_project_on_request(folder: Path) -> None:
+    ends = {"anna": Edges(2, 2), "ben": Edges(0, 10, -5.0), "cleo": Edges()}
+    for name, edges in ends.items():
+        replace_manifest(folder / f"{name}.melrt", edges=edges)
+    for options, expected in ((None, dict.fromkeys(ends, Edges())), (Options(edges="voice"), ends)):
+        with Voices(folder, device="cpu", options=options) as voices:
+            assert {name: voices[name].edges for name in voices} == expected
+    with pytest.raises(ConfigError, match="edges is 'none'; it must be voice"):
+        Options(edges="none")  # type: ignore[arg-type]
 
 
 def test_least_recently_used_voice_makes_room(open_voices: Open, folder: Path, audio: np.ndarray) -> None:
@@ -149,7 +160,7 @@ def test_changed_bundle_is_loaded_again_and_no_request_fails(open_voices: Open, 
         working = [callers.submit(calls) for _ in range(4)]
         try:
             for version in range(5):
-                rename(folder / "anna.melrt", f"version {version}")
+                replace_manifest(folder / "anna.melrt", name=f"version {version}")
                 until(lambda version=version: voices["anna"].bundle.manifest.name == f"version {version}")
         finally:
             stop.set()
@@ -172,7 +183,7 @@ def test_damaged_replacement_leaves_the_old_voice(
             assert np.array_equal(voices["anna"](MEL), audio)
         assert caplog.text.count("the old one is used") == 1
         shutil.copy(folder / "ben.melrt" / MANIFEST, folder / "anna.melrt" / MANIFEST)
-        rename(folder / "anna.melrt", "repaired")
+        replace_manifest(folder / "anna.melrt", name="repaired")
         until(lambda: voices["anna"].bundle.manifest.name == "repaired")
 
 
@@ -213,7 +224,7 @@ def test_bundle_that_is_replaced_while_it_is_loaded_is_loaded_again(
     def replaced_meanwhile(bundle: Bundle, choice: object) -> object:
         opened.append(bundle.manifest.name)
         if len(opened) == 1:
-            rename(folder / "anna.melrt", "the new one")
+            replace_manifest(folder / "anna.melrt", name="the new one")
             raise BundleError("a file of the old manifest is gone")
         return original(bundle, choice)
 
@@ -300,7 +311,7 @@ def test_changed_voice_is_loaded_again_in_memory_for_one(open_voices: Open, fold
     with open_voices(folder, limits, memory=memory, pinned=("anna",), check_seconds=0.0) as voices:
         stream = voices["anna"].open_stream()
         first = stream.push(MEL)
-        rename(folder / "anna.melrt", "again")
+        replace_manifest(folder / "anna.melrt", name="again")
         for _ in range(20):
             assert np.array_equal(voices["anna"](MEL), audio), "the old one serves until there is room"
             time.sleep(0.02)

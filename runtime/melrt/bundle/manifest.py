@@ -8,10 +8,10 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 from melrt.checks import Rule, check_fields, number, whole
-from melrt.errors import BundleError, ConfigError
+from melrt.errors import BundleError
 from melrt.mel.level_check import Levels
 from melrt.mel.normalization import Normalization
 from melrt.mel.spec import MelSpec
@@ -125,15 +125,9 @@ class Manifest:
         if len(set(names)) != len(names):
             raise BundleError(f"a file is listed twice: {sorted(names)}.")
 
-    def choose_edges(self, ends: str) -> Edges:
-        """Return the frames to add at an utterance's ends: the project's for `voice`, none for `model`.
-
-        Raises:
-            ConfigError: `ends` is neither of the two.
-        """
-        if ends not in get_args(Ends):
-            raise ConfigError(f"edges is {ends!r}; it must be voice (as the voice's project) or model (as PyTorch's forward).")
-        return self.edges if ends == "voice" else Edges()
+    def choose_edges(self, ends: Edges | Ends) -> Edges:
+        """Return the frames to add at an utterance's ends: the project's for `voice`, none for `model`, or those given."""
+        return ends if isinstance(ends, Edges) else self.edges if ends == "voice" else Edges()
 
     def dumps(self) -> bytes:
         """Return the file's content. Equal manifests give equal bytes."""

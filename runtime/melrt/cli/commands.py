@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, TypeVar, cast
 
 import numpy as np
 import typer
@@ -30,6 +30,7 @@ from melrt.files.output import Output
 from melrt.mel.convert import convert_mel
 from melrt.mel.features import mel_from_audio
 from melrt.mel.spec import MelSpec
+from melrt.planning.edges import Ends
 from melrt.scheduling.policy_tuning import record
 from melrt.scheduling.policy_tuning import tune as measure
 from melrt.system import examine
@@ -183,7 +184,7 @@ def synth(
     """
     bundle = Bundle.open(voice)
     given = _given_convention(bundle.manifest, mel_log, mel_gain, normalized=mel_normalized)
-    options = Options(edges=bundle.manifest.choose_edges(edges))
+    options = Options(edges=cast(Ends, edges))
     output = Output(sample_rate, encoding)  # type: ignore[arg-type]  # Output checks it
     output.check(bundle.manifest.spec.sample_rate)
     samples = Output(sample_rate)  # the file's writer encodes

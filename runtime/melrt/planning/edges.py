@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
-from melrt.checks import check_fields, number, optional, whole
+from melrt.checks import Rule, check_fields, number, optional, whole
 from melrt.types import Mel
 
 MAX_EXTENSION = 1000
 
 Ends = Literal["voice", "model"]
 """Ends of an utterance: as the voice's project synthesizes them, or as PyTorch's forward of the network."""
+ENDS = Rule(lambda value: value in get_args(Ends), "voice (as the voice's project) or model (as PyTorch's forward)")
 
 
 @dataclass(frozen=True, slots=True)

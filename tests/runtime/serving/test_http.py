@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -24,8 +25,8 @@ from tests.runtime.serving.http_service import TIMEOUT, Running, eventually, run
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
-from melrt import Output
-from melrt.bundle import Bundle
+from melrt import Edges, Options, Output
+from melrt.bundle import MANIFEST, Bundle
 from melrt.files.audio import to_int16
 from melrt.vocoder import Vocoder
 
@@ -35,10 +36,26 @@ MAX_REQUESTS = 6
 ROUNDING = 1
 
 
+# As the project of the voice does, the service adds frames at the ends unless told otherwise.
+OPTIONS = Options(edges="voice")
+
+
+def with_ends(source: Path, target: Path) -> Bundle:
+    """Copy a voice, and say that its project adds frames after the last."""
+    shutil.copytree(source, target)
+    (target / MANIFEST).write_bytes(replace(Bundle.open(target).manifest, edges=Edges(0, 10, -5.0)).dumps())
+    return Bundle.open(target)
+
+
 @pytest.fixture(scope="module")
-def service(demo_bundle: Bundle, tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def tiny(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return with_ends(tiny_bundle_path, tmp_path_factory.mktemp("voices") / "tiny.melrt")
+
+
+@pytest.fixture(scope="module")
+def service(demo_bundle: Bundle, tiny: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     limits = ("--upload-seconds", 60, "--max-requests", MAX_REQUESTS, "--timeout", 60)
-    with running(tmp_path_factory.mktemp("service"), demo_bundle.path, tiny_bundle_path, *limits) as one:
+    with running(tmp_path_factory.mktemp("service"), demo_bundle.path, tiny.path, *limits) as one:
         yield one
 
 
@@ -62,10 +79,10 @@ def post(service: Running, content: object, voice: str = "lj", **query: str) -> 
     return service.client.post("/v1/speech", content=content, params={"voice": voice, **query})
 
 
-def test_audio_of_both_voices(service: Running, demo_bundle: Bundle, tiny_bundle: Bundle) -> None:
-    for bundle, name in ((demo_bundle, "lj"), (tiny_bundle, "tiny")):
+def test_audio_of_both_voices(service: Running, demo_bundle: Bundle, tiny: Bundle) -> None:
+    for bundle, name in ((demo_bundle, "lj"), (tiny, "tiny")):
         mel = speech_mel(bundle, 200)
-        with Vocoder.load(bundle, device="cpu") as vocoder:
+        with Vocoder.load(bundle, device="cpu", options=OPTIONS) as vocoder:
             expected = to_int16(vocoder(mel))
         for content in (body(mel), npy(mel), npy(np.asfortranarray(mel, np.float64)[None])):
             samples, rate = soundfile.read(io.BytesIO(post(service, content, name).content), dtype="int16")
@@ -79,7 +96,7 @@ def test_audio_of_both_voices(service: Running, demo_bundle: Bundle, tiny_bundle
         assert_close(np.concatenate(converse(service, name, mel)), expected)
     facts = {voice["name"]: voice for voice in service.client.get("/voices").json()["voices"]}
     assert facts["lj"]["n_mels"] == demo_bundle.manifest.spec.n_mels
-    assert facts["tiny"]["sample_rate"] == tiny_bundle.manifest.spec.sample_rate
+    assert facts["tiny"]["sample_rate"] == tiny.manifest.spec.sample_rate
 
 
 def test_the_example_client(service: Running, demo_bundle: Bundle, tmp_path: Path) -> None:
@@ -116,10 +133,10 @@ def converse(service: Running, voice: str, mel: np.ndarray) -> list[np.ndarray]:
     return audio
 
 
-def test_formats_and_rates(service: Running, tiny_bundle: Bundle) -> None:
+def test_formats_and_rates(service: Running, tiny: Bundle) -> None:
     """A telephone gets G.711 at 8 kHz, as a stream; files are whole."""
-    mel = speech_mel(tiny_bundle, 200)
-    with Vocoder.load(tiny_bundle, device="cpu") as vocoder:
+    mel = speech_mel(tiny, 200)
+    with Vocoder.load(tiny, device="cpu", options=OPTIONS) as vocoder:
         for form, rate, encoding in (("mulaw", 8000, "mulaw"), ("alaw", 16000, "alaw"), ("pcm", 24000, "int16"), ("opus", 24000, "opus")):
             expected = vocoder(mel, Output(rate, encoding))
             answer = post(service, body(mel), "tiny", format=form, rate=str(rate))
@@ -246,9 +263,11 @@ def test_overload_is_refused_at_once(service: Running, demo_bundle: Bundle) -> N
 def test_voices_of_a_folder_come_and_go(tiny_bundle_path: Path, tmp_path: Path) -> None:
     (tmp_path / "voices").mkdir()
     mel = speech_mel(Bundle.open(tiny_bundle_path), 50)
-    shutil.copytree(tiny_bundle_path, tmp_path / "voices" / "one.melrt")
-    with running(tmp_path, "voices", "--memory", 5, "--pin", "one", "--timeout", 1) as service:
-        assert post(service, body(mel), "").status_code == 200
+    with Vocoder.load(with_ends(tiny_bundle_path, tmp_path / "voices" / "one.melrt"), device="cpu") as vocoder:
+        expected = to_int16(vocoder(mel))
+    limits = ("--memory", 5, "--pin", "one", "--timeout", 1)
+    with running(tmp_path, "voices", "--edges", "model", *limits) as service:
+        assert_close(np.frombuffer(post(service, body(mel), "", format="pcm").content, "<i2"), expected)
         shutil.copytree(tiny_bundle_path, tmp_path / "voices" / "two.melrt")
         full = post(service, body(mel), "two")
         assert "MiB" in full.json()["detail"], "the pinned voice leaves no room"

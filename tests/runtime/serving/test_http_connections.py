@@ -151,6 +151,7 @@ def test_the_command_says_what_is_wrong(melrt, service: Running, tiny_bundle: Bu
     for arguments, reason in (
         ((tiny_bundle.path, "--port", service.port), "Choose another with --port"),
         ((tiny_bundle.path, tiny_bundle.path), "rename one of them"),
+        ((tiny_bundle.path, "--edges", "none"), "edges is 'none'; it must be voice"),
         ((tiny_bundle.path, "--max-requests", 0), "max_requests is 0; it must be a whole number from 1"),
         ((tmp_path / "none.melrt",), "does not exist"),
         ((tmp_path, "--pin", "lj"), "there is no voice 'lj'"),

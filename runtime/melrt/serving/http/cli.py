@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.console import Console
 
 from melrt.bundle import MANIFEST
-from melrt.cli.commands import BackendName, Device, Precision, Threads
+from melrt.cli.commands import BackendName, Device, EndsOption, Precision, Threads
 from melrt.errors import ConfigError
+from melrt.planning.edges import Ends
 from melrt.residency import Residency
 from melrt.scheduling.limits import Limits
 from melrt.serving.http.config import ServiceConfig
@@ -44,6 +45,7 @@ def http(
     precision: Precision = "auto",
     backend: BackendName = "auto",
     threads: Threads = None,
+    edges: EndsOption = "voice",
     memory: Memory = 0,
     pin: Pin = None,
     weight: Weight = None,
@@ -60,7 +62,7 @@ def http(
     from melrt.serving.http.server import listen, serve
 
     config = ServiceConfig(max_requests, max_frames, max_connections, timeout, upload_seconds, idle_seconds, drain_seconds)
-    options = Options(limits=Limits(max_frames=max_frames, timeout=timeout, wait_timeout=timeout))
+    options = Options(edges=cast(Ends, edges), limits=Limits(max_frames=max_frames, timeout=timeout, wait_timeout=timeout))
     residency = Residency(memory << 20 if memory else None, tuple(pin or ()), _weights(weight or []))
     folder = voices[0] if len(voices) == 1 and voices[0].is_dir() and not (voices[0] / MANIFEST).exists() else None
     with Voices(

@@ -7,17 +7,17 @@ import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import numpy as np
 
 from melrt.backends.select import BackendChoice, open_backend
 from melrt.bundle import Bundle
-from melrt.checks import check_fields, flag, number, one_of, whole
+from melrt.checks import check_fields, flag, number, whole
 from melrt.errors import ClosedError, ConfigError, MelError, OverdueError, QueueFullError
 from melrt.files.audio import SAMPLE_FORMATS, Encoding, SampleFormat
 from melrt.files.output import Output
-from melrt.planning.edges import Ends
+from melrt.planning.edges import ENDS, Ends
 from melrt.scheduling.limits import Limits
 from melrt.scheduling.policy_tuning import recorded_policy
 from melrt.types import Mel
@@ -76,7 +76,7 @@ class ServingConfig:
             "timeout": _SECONDS,
             "queue_timeout": _SECONDS,
             "trust": flag(),
-            "edges": one_of(*get_args(Ends)),
+            "edges": ENDS,
         }
         check_fields(self, rules, "Triton model")
         if len(set(self.gpus)) != len(self.gpus) or any(gpu < 0 for gpu in self.gpus):
@@ -149,7 +149,7 @@ def open_voice(args: Mapping[str, str], *, streams: bool) -> tuple[Vocoder, Serv
         timeout=config.timeout,
         wait_timeout=config.timeout,
     )
-    options = Options(policy=policy, limits=limits, edges=bundle.manifest.choose_edges(config.edges), sample_format=sample_format)
+    options = Options(policy=policy, limits=limits, edges=config.edges, sample_format=sample_format)
     vocoder = Vocoder(bundle, backend, options)
     vocoder(warm_up_mel(bundle), None if own else output)  # a server whose Python lacks a package fails here, not at a request
     return vocoder, config, None if own else output
