@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -158,6 +159,17 @@ def test_the_command_line_writes_a_report(tmp_path: Path, monkeypatch: pytest.Mo
     }  # fmt: skip
     assert steps["versions"]["data"]["packages"]["numpy"]
     assert "step 4 of 4" in capsys.readouterr().out
+
+
+def test_the_report_has_a_column_for_each_shape_and_a_row_for_each_measurement() -> None:
+    layer = {"us": 51.15, "bound_us": 21.7}
+    shapes = {"1 x 86": {"us": 203.04, "times_real_time": 4918.6, "layers": {"first": layer, "last": {"us": 5.5, "bound_us": None}}}}
+    timing = Result("fused-timing", "Kernels", "passed", data={"shapes": shapes, "gpu": "a GPU"})
+    stub = Result("stub", "Stub", "passed", data={"arrays": {"1 s": {"p50_ms": 0.41}, "10 s": {"p50_ms": 0.99}}, "call": [0.28, 0.32]})
+    cells = re.findall(r"<t[dh]>(.*?)</t[dh]>", page([timing, stub], "today").partition("<h2>Kernels")[2])
+    kernels = "", "1 x 86", "network", "203.0", "times real time", "4,919", "first", "51.1 (21.7)", "last", "5.5"
+    assert cells[: len(kernels) + 4] == [*kernels, "figure", "value", "gpu", "a GPU"]
+    assert cells[len(kernels) + 4 :] == ["", "p50 ms", "1 s", "0.41", "10 s", "0.99", "figure", "value", "call", "0.28, 0.32"]
 
 
 def test_every_step_can_be_found() -> None:

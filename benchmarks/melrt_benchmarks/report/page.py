@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 # A table wider than the page scrolls inside its box. The four backgrounds draw a shadow at each side where columns are hidden (two
-# covers move with the content, two shadows stay), and `.hint` says so in words on narrow screens.
+# covers move with the content, two shadows stay), and `.hint` says so in words on narrow screens. On a telephone a row of sentences is
+# a paragraph instead, because its last column holds what matters.
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 1.5rem auto; padding: 0 1rem; color: #1a1a1a; background: #fff }
 h1 { font-size: 1.6rem; margin-bottom: 0 } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem } p { margin: .4rem 0; overflow-wrap: anywhere }
@@ -26,7 +27,11 @@ details { margin: .6rem 0 } h3 { font-size: 1rem; margin: 1rem 0 .3rem }
 .quiet, .hint { color: #555 } .hint { display: none; font-size: 13px }
 .note { background: #fff3cd; padding: .6rem 1rem; border-radius: 4px }
 @media (max-width: 60rem) { .hint { display: block } .text td { white-space: normal }
- table:not(.text) :is(th, td):first-child { position: sticky; left: 0; background: #fff } }
+ table:not(.text) :is(th, td):first-child { position: sticky; left: 0; background: #fff; background-clip: padding-box }
+ table:not(.text) td:first-child { white-space: normal; min-width: 7rem } }
+@media (max-width: 34rem) { .hint:has(+ .scroll .sentences), .sentences :is(th, td:empty) { display: none }
+ .sentences tr { display: flex; flex-wrap: wrap; border-bottom: 1px solid #ddd } .sentences td { border: 0; padding: .15rem .6rem }
+ .sentences :is(td:first-child, td:last-child) { flex: 1 0 100%; box-sizing: border-box } .sentences td:first-child { font-weight: bold } }
 """
 # Tables with more columns than this do not fit a telephone.
 NARROW_COLUMNS = 3
