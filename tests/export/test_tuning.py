@@ -41,7 +41,7 @@ from melrt_export.fused.tiles import Tile, default_tile
 CONFIG = GeneratorConfig(in_channels=8, channels=16, kernel_size=5, upsample_scales=(3,), stacks=2)
 GPU = Gpu("a GPU", "9.0", 1)
 # Loads in flight tell the planted candidates of a kernel from each other: they compute alike.
-FAST, FASTER_BUT_DIFFERENT, REFUSED, SPILLS, BROKEN, SLOW, NO_FASTER = range(10, 17)
+FAST, FASTER_BUT_DIFFERENT, REFUSED, SPILLS, BROKEN, SLOW, NO_FASTER, SLOWER_IN_BULK = range(10, 18)
 
 
 COIN = itertools.cycle((False, True))
@@ -75,6 +75,13 @@ def count_up(kernel: Kernel, constants: object, grid: tuple[int, ...], arguments
     memory[-1][:64] = memory[0][:64] + 1
 
 
+def milliseconds(tile: Tile, batch: int) -> float:
+    """Return the planted time of a launch for one utterance of a batch."""
+    if tile.stages == SLOWER_IN_BULK:
+        return 0.02 if batch == 1 else 0.0715
+    return {FAST: 0.02, FASTER_BUT_DIFFERENT: 0.01, SLOW: 0.09, NO_FASTER: 0.0697}.get(tile.stages, 0.07)
+
+
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> FusedDriver:
     def compile_planted(kernel: Kernel, tile: Tile, capability: Capability) -> Compiled:
@@ -84,7 +91,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FusedDriver:
 
     def plant(kernel: Kernel, default: Tile) -> list[Tile]:
         others = (FASTER_BUT_DIFFERENT, REFUSED, SPILLS, BROKEN, SLOW) if kernel.function == "block" else ()
-        return [default, *(replace(default, stages=n) for n in (*others, NO_FASTER if kernel.function == "last" else FAST))]
+        best = (NO_FASTER, SLOWER_IN_BULK) if kernel.function == "last" else (FAST,)
+        return [default, *(replace(default, stages=n) for n in (*others, *best))]
 
     fused = install_fused(monkeypatch)
     monkeypatch.setattr("tests.export.fake_fused.interpret", count_up)
@@ -98,8 +106,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FusedDriver:
     for name, value in (("tuning.WINDOW", 24), ("tuning.BATCH", 2), ("tuning.usable_cores", lambda: 2), ("trial_bench.ROUNDS", 1),
                         ("trial_bench.MOST_LAUNCHES", 1), ("tuning.second", lambda spec: 11)):  # fmt: skip
         monkeypatch.setattr(f"melrt_export.fused.{name}", value)
-    milliseconds = {FAST: 0.02, FASTER_BUT_DIFFERENT: 0.01, SLOW: 0.09, NO_FASTER: 0.0697}
-    fused.cost = lambda kernel, tile, grid: milliseconds.get(tile.stages, 0.07) * grid[2]
+    fused.cost = lambda kernel, tile, grid: milliseconds(tile, grid[2]) * grid[2]
     fused.refuse = lambda tile: tile.stages == REFUSED
     fused.spoil = lambda launched, tile, result: tile.stages == FASTER_BUT_DIFFERENT and flip(result)
     return fused
@@ -118,10 +125,11 @@ def test_the_fastest_tiles_with_the_same_bits_are_kept(melrt, driver: FusedDrive
     assert tuning is not None
     program = Program.loads(Bundle.open(voice.path).read(entry), entry.file)
     kernels, launches = len(tuning.kernels), Counter(launch.kernel for launch in program.launches)
-    assert f"step 2 of 3: compiling {kernels + 5} candidate tiles of {kernels} kernels in 2 processes" in err
-    assert f"step 3 of 3: timing {kernels + 3} candidates on a GPU" in err
+    assert f"step 2 of 3: compiling {kernels + 6} candidate tiles of {kernels} kernels in 2 processes" in err
+    assert f"step 3 of 3: timing {kernels + 4} candidates on a GPU" in err
     assert (tuning.compute_capability, tuning.gpu, tuning.mels) == ("9.0", "a GPU", ["1 x 11", "2 x 24"])
-    assert (tuning.timed, tuning.skipped, tuning.different) == (kernels + 1, 3, 1)
+    assert (tuning.timed, tuning.skipped, tuning.different) == (kernels + 2, 3, 1)
+    assert tuning.kept
     before, after = 70.0 * launches.total(), 20.0 * (launches.total() - 1) + 70
     assert tuning.us == [[before, after], [2 * before, 2 * after]], "all launches but the last one take 20 us, not 70"
     for name, kernel in tuning.kernels.items():
@@ -138,6 +146,31 @@ def test_the_fastest_tiles_with_the_same_bits_are_kept(melrt, driver: FusedDrive
     }
     assert max(stages["8.0"].values()) == 3, "the default"
     assert stages["9.0"] == {name: 3 if name == "last" else FAST for name in launches}
+
+
+def test_the_default_tiles_stay_where_the_network_is_not_faster(melrt, driver: FusedDriver, voice: Bundle) -> None:
+    """A tile is fast after a launch of its own kernel, whose weights are in the cache, and slow after another one."""
+    before = ""
+
+    def cost(kernel: Kernel, tile: Tile, grid: tuple[int, ...]) -> float:
+        nonlocal before
+        before, last = kernel.name, before
+        return (0.09 if tile.stages == FAST and last != kernel.name else milliseconds(tile, grid[2])) * grid[2]
+
+    driver.cost = cost
+    code, out, err = melrt("build", voice.path, "--engine", "fused", "--gpus", "9.0", "--tune")
+    assert code == 0, err
+    (entry,) = Bundle.open(voice.path).find("engine")
+    program, tuning = Program.loads(Bundle.open(voice.path).read(entry), entry.file), Tuning.of(entry)
+    assert tuning is not None
+    assert not tuning.kept
+    launches = Counter(launch.kernel for launch in program.launches)
+    repeated = launches.total() - len(launches)
+    default, tuned = 70.0 * launches.total(), 90.0 * (len(launches) - 1) + 20 * repeated + 70
+    assert tuning.us == [[default, tuned], [2 * default, 2 * tuned]], "both are recorded"
+    assert max(json.loads(program.cubin(kernel))["tile"]["stages"] for kernel in program.gpus["9.0"].values()) == 3, "the default"
+    assert "default tiles kept, the network was not faster" in " ".join(out.split())
+    assert next(tuning.lines()) in melrt("info", voice.path)[1]
 
 
 def test_without_a_suitable_gpu_nothing_is_tuned(melrt, driver: FusedDriver, voice: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +237,7 @@ def test_candidates_are_few_and_can_be_compiled() -> None:
 def test_a_damaged_record_is_refused(driver: FusedDriver, voice: Bundle) -> None:
     entry, _ = build_fused(voice, FusedOptions(("9.0",), tune=True))
     record = entry.target["tuning"]
-    for damaged in ([], {**record, "us": 3}, {**record, "kernels": {"x": {"tile": "t"}}}, {**record, "new": 1}, {**record, "gpu": 1}):
+    kernels = {"x": {"tile": "t"}}
+    for damaged in ([], *({**record, **change} for change in ({"us": 3}, {"kernels": kernels}, {"new": 1}, {"gpu": 1}, {"kept": 1}))):
         with pytest.raises(BundleError, match="tun"):
             Tuning.of(replace(entry, target={"tuning": damaged}))

@@ -1,13 +1,16 @@
 """Tune a fused engine on this machine's GPU: compile candidate tiles of every kernel, time them, and keep the fastest.
 
 Two mels are timed: one second at batch 1, and the backend's largest batch of windows. The best tiles are those with the smallest sum of
-the network's two times, each as a share of the default's. A candidate that gives other bits than the default is dropped.
+the network's two times, each as a share of the default's. A candidate that gives other bits than the default is dropped, and so is one
+that is slower for one of the mels. The default tiles stay if the whole network is not faster with the chosen ones.
 """
 
 from __future__ import annotations
 
 import datetime
 import itertools
+import math
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -29,8 +32,10 @@ from melrt_export.fused.tiles import Tile
 from melrt_export.fused.trial_bench import Candidate, Times, TrialBench
 from melrt_export.parity import probe_mel
 
-# A candidate must save this share of a kernel's time to replace the default: a smaller difference is noise.
+# A candidate must save this share of a kernel's time to replace the default: a smaller difference is noise. So must the tuned network.
 MIN_GAIN = 0.02
+# Loss that is taken for noise in the time of one mel. Times of equal kernels in two networks differed by less on an H200.
+MOST_LOSS = 0.01
 # Limits of one compilation, of a comparison, and of the timing of all candidates of a kernel, in seconds.
 COMPILE_SECONDS, COMPARE_SECONDS, TIME_SECONDS = 120.0, 20.0, 240.0
 OnPhase = Callable[[str, int, int], None]
@@ -183,13 +188,14 @@ class _Measurement:
         chosen = _choose(trials)
         kept = {name: one.codes[chosen[name]] for name, one in trials.items()}
         us = self._networks(kept)
+        faster = _pays(us)
         gpu = self._target.gpu
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
         mels = tuple(f"{mel.shape[0]} x {mel.shape[2]}" for mel in self._mels)
         timed = sum(len(one.codes) - 1 for one in trials.values())
         kernels = {name: TunedKernel(_text(kept[name][0]), _pairs(one.times[0], one.times[chosen[name]])) for name, one in trials.items()}
         facts = gpu.compute_capability, gpu.name, _driver(), today, mels, timed, self._skipped, self._different
-        return kept, Tuning(*facts, us, kernels)
+        return kept if faster else dict(self._target.default), Tuning(*facts, us, kernels, faster)
 
     def _equal(self, name: str, codes: list[Code], on_done: Callable[[str], None]) -> list[Code]:
         """Return the candidates that give the same bits as the default, which is the first."""
@@ -238,14 +244,27 @@ class _Measurement:
 
 
 def _choose(trials: Mapping[str, _Trials]) -> dict[str, int]:
-    """Return the index of the best candidate of each kernel: the smallest sum of its shares of the network's times."""
+    """Return the index of the best candidate of each kernel: the smallest sum of its shares of the network's times, without a loss."""
     network = [sum(one.times[0][mel] for one in trials.values()) for mel in range(2)]
     chosen = {}
     for name, one in trials.items():
-        costs = [sum(time / whole for time, whole in zip(times, network, strict=True)) for times in one.times]
+        costs = [
+            sum(time / whole for time, whole in zip(times, network, strict=True)) if _loses_nothing(one.times[0], times) else math.inf
+            for times in one.times
+        ]
         best = int(np.argmin(costs))
         chosen[name] = best if costs[best] < (1 - MIN_GAIN) * costs[0] else 0
     return chosen
+
+
+def _loses_nothing(before: Times, after: Times) -> bool:
+    return all(new <= (1 + MOST_LOSS) * old for old, new in zip(before, after, strict=True))
+
+
+def _pays(us: Pairs) -> bool:
+    """Return whether the tuned network is faster: slower for no mel, and faster by the mean of the ratios."""
+    before, after = zip(*us, strict=True)
+    return _loses_nothing(before, after) and statistics.mean(new / old for old, new in us) <= 1 - MIN_GAIN
 
 
 def compiled_kernel(kernel: Kernel, tile: Tile, code: Compiled, offset: int) -> CompiledKernel:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from melrt.bundle import Artifact
-from melrt.checks import Rule, check_fields, list_of, number, text, whole
+from melrt.checks import Rule, check_fields, flag, list_of, number, text, whole
 from melrt.errors import BundleError
 
 KEY = "tuning"
@@ -50,15 +50,17 @@ class Tuning:
     different: int
     """Number of candidates that were dropped because they give other bits than the default."""
     us: tuple[tuple[float, float], ...]
-    """Microseconds of the network for each mel: with the default tiles, and with these."""
+    """Microseconds of the network for each mel: with the default tiles, and with the fastest ones."""
     kernels: Mapping[str, TunedKernel]
     """Kernels by name."""
+    kept: bool = True
+    """True if the engine has the fastest tiles; false if it has the default ones, because the network was not faster."""
 
     def __post_init__(self) -> None:
         texts = dict.fromkeys(("compute_capability", "gpu", "driver", "date"), text())
         counts = dict.fromkeys(("timed", "skipped", "different"), _COUNT)
         lists = {"mels": list_of(text(), 1, 16), "us": list_of(_PAIR, 1, 16)}
-        check_fields(self, {**texts, **counts, **lists}, "tuning", BundleError)
+        check_fields(self, {**texts, **counts, **lists, "kept": flag()}, "tuning", BundleError)
 
     @classmethod
     def of(cls, entry: Artifact) -> Tuning | None:
@@ -82,8 +84,9 @@ class Tuning:
 
     def lines(self) -> Iterator[str]:
         """Yield the record as text: one line for the network, and one for each kernel."""
+        tiles = "tiles" if self.kept else "default tiles kept, the network was not faster with the fastest tile of each kernel; tiles"
         yield (
-            f"tiles for compute capability {self.compute_capability} measured on {self.gpu}, driver {self.driver}, {self.date}: "
+            f"{tiles} for compute capability {self.compute_capability} measured on {self.gpu}, driver {self.driver}, {self.date}: "
             f"{self._times(self.us)}; {self.timed} candidates timed, {self.skipped} skipped, {self.different} dropped for other bits"
         )
         for name, kernel in self.kernels.items():
