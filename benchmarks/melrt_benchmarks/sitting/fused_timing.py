@@ -1,14 +1,16 @@
 """Time each kernel of a fused engine and the whole network by the GPU's clock.
 
 `python -m melrt_benchmarks.sitting.fused_timing VOICE FILE` runs the kernels one after another in a captured graph, so that no time of
-the host is counted.
+the host is counted. With `--tune` after it, the tiles of a copy of the voice are tuned first, and the record is part of the file.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,13 +21,14 @@ import numpy as np
 from melrt import Bundle
 from melrt.backends.fused.engine import LoadedProgram
 from melrt.backends.fused.program import Program
+from melrt.backends.fused.tuning import KEY
 from melrt.backends.tensorrt.backend import open_device
 from melrt.backends.tensorrt.gpu_arrays import current_device
 from melrt.backends.tensorrt.kernels import queue_kernel
 from melrt.errors import ConfigError, MelrtError
 from melrt.system import Gpu
 from melrt_benchmarks.sitting.steps import SKIPPED
-from melrt_export.fused.build import source_graph
+from melrt_export.fused.build import FusedOptions, build_fused, source_graph
 from melrt_export.fused.gpu_timing import GraphClock, Memory
 from melrt_export.fused.lower import Kernel, lower
 from melrt_export.fused.roofline import kernel_work
@@ -41,19 +44,22 @@ LAUNCHES, RUNS, ROUNDS = 10, 5, 7
 
 def main() -> int:
     """Write the file, again after each shape."""
-    voice, target = (Path(argument) for argument in sys.argv[1:])
+    voice, target = (Path(argument) for argument in sys.argv[1:3])
     bundle = Bundle.open(voice)
-    engines = bundle.find("engine", graph="both")
     try:
-        if not engines:
+        if not bundle.find("engine", graph="both"):
             raise ConfigError(f"{voice} has no fused engine; `melrt build {voice} --engine fused` makes one.")
         device, gpu = open_device(0, "fused")
     except MelrtError as error:
         sys.stdout.write(f"{error}\n")
         return SKIPPED
     figures: dict[str, Any] = {"gpu": gpu.name, "voice": bundle.manifest.name, "shapes": {}}
-    with current_device(device):
-        for name, shape in _Timing(bundle, engines[0], device, gpu).shapes():
+    with tempfile.TemporaryDirectory() as folder, current_device(device):
+        if sys.argv[3:] == ["--tune"]:
+            bundle = Bundle.open(shutil.copytree(voice, Path(folder) / "tuned.melrt"))
+            entry, _ = build_fused(bundle, FusedOptions((gpu.compute_capability,), tune=True))
+            bundle, figures["tuning"] = Bundle.open(bundle.path), entry.target[KEY]
+        for name, shape in _Timing(bundle, bundle.find("engine", graph="both")[0], device, gpu).shapes():
             figures["shapes"][name] = shape
             sys.stdout.write(f"{name} frames: {shape['us']:.1f} us, {shape['times_real_time']:,.0f} times real time\n")
             sys.stdout.flush()

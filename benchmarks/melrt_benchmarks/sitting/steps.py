@@ -10,6 +10,7 @@ from pathlib import Path
 SKIPPED = 77
 ROOT = Path(__file__).parents[3]
 FUSED_ENGINE = "{voice}/fused.fp16.engine"
+NO_ENGINE = "the step `voice` built no fused engine"
 STUB_VOICE = ROOT / "tests/data/bundles/tiny.melrt"
 
 
@@ -41,10 +42,15 @@ def _pytest(name: str, title: str, limit: int, *arguments: str) -> Step:
     return Step(name, title, command, limit, tuple(str(ROOT / file) for file in files), "the tests are not here; run from a checkout")
 
 
+def _fused_timing(name: str, title: str, limit: int, *options: str) -> Step:
+    command = ("-m", "melrt_benchmarks.sitting.fused_timing", "{voice}", "{json}", *options)
+    return Step(name, title, command, limit, (FUSED_ENGINE,), NO_ENGINE)
+
+
 def _bench(name: str, title: str, limit: int, *arguments: str) -> Step:
     """Return a step that runs `melrt bench` on the GPU."""
     command = ("-m", "melrt", "bench", "{voice}", "--json", "{json}", *arguments)
-    return Step(name, title, command, limit, (FUSED_ENGINE,), "the step `voice` built no fused engine", gpu=True)
+    return Step(name, title, command, limit, (FUSED_ENGINE,), NO_ENGINE, gpu=True)
 
 
 def _times(name: str, limit: int, shape: str, only: str, backends: str = "fused", precisions: str = "fp16") -> Step:
@@ -72,8 +78,7 @@ STEPS: tuple[Step, ...] = (
          ("-m", "melrt_benchmarks.sitting.stub", str(STUB_VOICE), "--json", "{json}", "--limit", "55"), 60, (str(STUB_VOICE),)),
     Step("voice", "Voice for the benchmarks, with the engines that can be built here",
          ("-m", "melrt_benchmarks.sitting.voice", "{checkpoint}", "{voice}"), 60),
-    Step("fused-timing", "Time of each fused kernel", ("-m", "melrt_benchmarks.sitting.fused_timing", "{voice}", "{json}"), 30,
-         (FUSED_ENGINE,), "the step `voice` built no fused engine"),
+    _fused_timing("fused-timing", "Time of each fused kernel", 30),
     _times("bench-1s", 45, "1 x 1", "PyTorch GPU,Runtime GPU,melrt GPU", "fused,onnxruntime", "fp32,tf32,fp16"),
     _times("bench-1s-64", 35, "64 x 1", FASTEST),
     _times("bench-10s", 35, "1 x 10", FASTEST),
@@ -82,6 +87,7 @@ STEPS: tuple[Step, ...] = (
     _pytest("fused", "Fused engine against the CPU", 40, FUSED),
     _pytest("onnxruntime", "ONNX Runtime on the GPU against the CPU", 40, RUNTIME),
     _times("bench-compile", 60, "1 x 1", "torch.compile GPU,CUDA graph,melrt GPU"),
+    _fused_timing("fused-tune", "Time of each fused kernel after tuning", 120, "--tune"),
     _times("bench-tensorrt", 90, "1 x 1", "TensorRT,melrt GPU", "tensorrt,fused"),
     Step("sanitizer", "Memory accesses of melrt's kernels under compute-sanitizer",
          ("-m", "melrt_benchmarks.sitting.stub", str(STUB_VOICE), "--json", "{json}", "--limit", "140", "--only", "calls", "of torch"), 150,
