@@ -155,6 +155,8 @@ def test_a_fused_engine_is_opened_only_if_it_fits(driver: FusedDriver, voice: Bu
     monkeypatch.setattr(Fused, "_warm_up", lambda *_: None)
     with pytest.raises(BackendError, match="has no fused engine.*--engine fused` makes one"):
         load(voice)
+    with pytest.raises(BackendError, match="fused engines compute in fp16, not fp32. Leave the precision out"):
+        Vocoder.load(voice, backend="fused", precision="fp32")
     entry, _ = build_fused(voice, FusedOptions(("8.0", "12.0")))
     with pytest.raises(BackendError, match=r"for compute capability 8.0, 12.0; Fake GPU has 9.0.*--gpus 9.0"):
         load(Bundle.open(voice.path))

@@ -31,7 +31,7 @@ _THREADS_RULE = optional(whole(1, MAX_THREADS))._replace(
     allowed=f"a whole number from 1 to {MAX_THREADS}; the default is one for each usable core"
 )
 _GPU_PRECISIONS = ("fp16", "tf32", "fp32")
-# Compute capabilities on which fused engines were measured (docs/fused.md): an H100 runs them faster than ONNX Runtime.
+# Compute capabilities on which fused engines were measured (docs/fused.md): H100 and H200 run them faster than ONNX Runtime.
 _CONFIRMED = ("9.0",)
 # ONNX Runtime has no bfloat16 convolution on a CPU. Its half graph is the float32 graph with casts around it, and slower.
 _CPU_BACKENDS = {"bf16": ("openvino",)}
@@ -235,8 +235,10 @@ def _open_models(bundle: Bundle, models: dict[GraphKind, Artifact], way: tuple[s
 def _nothing_fits(bundle: Bundle, choice: BackendChoice) -> str:
     available = ", ".join(sorted({f"{a.precision} {a.kind}" for kind in ("engine", "onnx") for a in bundle.find(kind)})) or "none"
     asked = "" if choice.precision == "auto" else f"{choice.precision} "
+    if choice.backend == "fused" and choice.precision not in ("auto", "fp16"):
+        return f"fused engines compute in fp16, not {choice.precision}. Leave the precision out, or choose another backend."
     if choice.backend == "fused":
-        return f"{bundle.path} has no {asked}fused engine; it has {available}. `melrt build {bundle.path} --engine fused` makes one."
+        return f"{bundle.path} has no fused engine; it has {available}. `melrt build {bundle.path} --engine fused` makes one."
     if choice.backend == "tensorrt":
         return f"{bundle.path} has no {asked}engines of both graphs; it has {available}. `melrt build` makes them."
     if bundle.find("onnx", precision=choice.precision if asked else ""):
