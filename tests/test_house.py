@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from tests.mutants import MUTANTS
 
 from melrt_benchmarks.report.results import Report
 
@@ -203,3 +204,8 @@ def test_the_readme_s_figures_are_the_measured_ones() -> None:
         eager, plain, ours = (times[name] for name in ("PyTorch eager", "ONNX Runtime, plain export", "melrt, onnxruntime fp32"))
         table.append(f"| {seconds} s | {eager:.1f} x real time | {plain:.1f} x | **{ours:.1f} x** |")
     assert "\n".join(table) in (ROOT / "README.md").read_text(), "\n".join(table)
+
+
+def test_each_planted_fault_has_its_line() -> None:
+    lost = [f"{file}: {old}" for file, old, *_ in MUTANTS if old not in (ROOT / file).read_text()]
+    assert not lost, "change the table of tests/mutants.py:\n" + "\n".join(lost)
