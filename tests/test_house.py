@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -204,6 +205,24 @@ def test_the_readme_s_figures_are_the_measured_ones() -> None:
         eager, plain, ours = (times[name] for name in ("PyTorch eager", "ONNX Runtime, plain export", "melrt, onnxruntime fp32"))
         table.append(f"| {seconds} s | {eager:.1f} x real time | {plain:.1f} x | **{ours:.1f} x** |")
     assert "\n".join(table) in (ROOT / "README.md").read_text(), "\n".join(table)
+
+
+def test_the_gpu_s_figures_are_the_measured_ones() -> None:
+    """The rows of the H200's tables come from its result files."""
+    results, page = ROOT / "benchmarks" / "results", (ROOT / "docs" / "fused.md").read_text().replace("**", "")
+    bulk = {row.contender: row for row in Report.load(results / "h200-bulk.json").latencies}
+    rows = []
+    for row in Report.load(results / "h200-latency.json").latencies:
+        many = bulk.get(row.contender)
+        times = (row.p50_ms, row.loop_ms, row.device_ms), ((many.p50_ms, many.device_ms) if many else (None, None))
+        cells = [f"{time:.{digits}f} " if time else "" for digits, part in zip((3, 1), times, strict=True) for time in part]
+        rows.append(f"| {row.contender.replace(' GPU', '')} | " + "| ".join(cells) + "|")
+    (timing,) = (step["data"] for step in json.loads((results / "h200.json").read_text())["steps"] if step["name"] == "fused-timing")
+    for mels, network in timing["shapes"].items():
+        rows.append(f"| {mels} frames | {network['us']:,.0f} | {round(network['times_real_time'], -2):,.0f} |")
+    missing = [row for row in rows if row not in page]
+    assert len(rows) == 17
+    assert not missing, "\n".join(missing)
 
 
 def test_each_planted_fault_has_its_line() -> None:
