@@ -191,7 +191,8 @@ class MachineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the networks; `auto` takes a GPU if there is one."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the networks (autocast). Weights, losses and optimizer stay in float32."""
+    """Precision of the networks (autocast). Weights, losses, optimizer and the generator's last convolution and filter bank stay in
+    float32."""
     compile: bool = False
     """True to compile the networks with `torch.compile`: the first steps are slow, the others faster."""
 

@@ -16,6 +16,7 @@ from melrt_export.generator.config import GeneratorConfig
 from melrt_export.training.config import DataConfig, DiscriminatorConfig, LossConfig, MachineConfig, OptimizerConfig, TrainingConfig
 from melrt_export.training.distributed import ProcessGroup
 from melrt_export.training.losses import adversarial_loss, feature_matching_loss
+from melrt_export.training.mel import LogMel
 from melrt_export.training.step import AdversarialStep
 from melrt_export.training.voice import create_voice
 
@@ -100,6 +101,25 @@ def test_a_lower_precision_computes_in_it(segments: torch.Tensor) -> None:
         step(segments, 0)
         assert set(types) == {expected}
         assert len(types) > 2, "generator and discriminator"
+
+
+def test_the_waveform_is_computed_in_float32(segments: torch.Tensor) -> None:
+    """Last convolution, tanh and filter bank under autocast equal those that get the same features in float32."""
+    shape = GeneratorConfig(channels=32, upsample_scales=(8, 4, 2), out_channels=4, pqmf_taps=62)
+    config = TrainingConfig("", DataConfig(""), generator=shape)
+    generator = create_voice(config).generator
+    features: list[torch.Tensor] = []
+    generator.stages.register_forward_hook(lambda module, inputs, output: features.append(output))
+    mel = LogMel(config.mel).frames(segments)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            output = generator(mel)
+        slope = generator.config.resolved_last_slope
+        expected = generator.pqmf(torch.tanh(generator.last(torch.nn.functional.leaky_relu(features[0], slope).float())))
+    assert features[0].dtype == torch.bfloat16
+    assert output.dtype == torch.float32
+    assert output.abs().max() > 1e-3
+    assert torch.equal(output, expected)
 
 
 def test_the_learning_rate_falls(segments: torch.Tensor) -> None:
