@@ -42,8 +42,8 @@ GPU = "cuda"
 NO_RATE = 1e-9
 # Steps after which Adam's first moment is the gradient to 0.1 %. GradScaler leaves steps out while it looks for its scale.
 STEPS = 16
-# Distance of all gradients of a network, relative to their norm. On a CPU, bfloat16 gave 0.26 for the generator.
-TOLERANCES = {"float32": 1e-3, "bfloat16": 0.4, "float16": 0.15}
+# Distance of all gradients of a network, relative to their norm. On a CPU, bfloat16 gave 0.37 for the generator.
+TOLERANCES = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.15}
 # The same in INT8, where values between two bytes can round the other way. On a CPU, a batch louder by 1e-6 gave 2e-4.
 INT8_TOLERANCE = 0.01
 
@@ -58,11 +58,12 @@ def exact_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(precision: str = "float32", rate: float = NO_RATE, **changes: object) -> TrainingConfig:
-    """Return a config with every term, a multi-band voice of the demo's kind and the published discriminators."""
-    shape = GeneratorConfig(channels=128, upsample_scales=(8, 4, 2), stacks=2, out_channels=4, pqmf_taps=62)
+    """Return a config with every term and small networks: a multi-band voice and two discriminators."""
+    shape = GeneratorConfig(channels=64, upsample_scales=(8, 4, 2), stacks=2, out_channels=4, pqmf_taps=62)
     values = {
         "data": DataConfig("", batch=4),
         "generator": shape,
+        "discriminator": DiscriminatorConfig(scales=2, channels=4, layers=3),
         "losses": LossConfig(stft=1.0, mel=5.0),
         "optimizer": OptimizerConfig(learning_rate=rate, discriminator_learning_rate=rate, average=0.9),
         "machine": MachineConfig(precision=precision),
@@ -223,8 +224,9 @@ def test_averaging_over_nccl_keeps_the_gradients_of_one_process(tmp_path: Path) 
 
 
 def test_compiled_networks_have_the_same_gradients() -> None:
-    """Small networks, because compiling the published ones takes a minute."""
-    small = {"generator": GeneratorConfig(channels=32, stacks=1), "discriminator": DiscriminatorConfig(scales=1, channels=4, layers=2)}
+    """The smallest networks, because each of their layers takes seconds to compile."""
+    shape = GeneratorConfig(channels=16, upsample_scales=(16, 16), stacks=1)
+    small = {"generator": shape, "discriminator": DiscriminatorConfig(scales=1, channels=4, layers=1)}
     plain, batch = step_on(GPU, **small)
     compiled, _ = step_on(GPU, **small, machine=MachineConfig(compile=True))
     for i in range(2):
