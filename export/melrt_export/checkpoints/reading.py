@@ -5,9 +5,11 @@ Pickles give only tensors and plain containers, YAML tags construct nothing, and
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -168,18 +170,27 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """
     from safetensors.numpy import load_file
 
-    check_safetensors(path)
-    try:
+    with _safetensors_errors(path):
         return dict(load_file(path))
-    except Exception as error:  # a damaged file can fail anywhere in the reader
-        raise CheckpointError(f"{path} cannot be read as safetensors; it is truncated or not safetensors ({error}).") from error
 
 
-def check_safetensors(path: Path) -> None:
-    """Check the size of a safetensors file, and of its header, in which each tensor of no bytes would take a hundred bytes of memory.
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the texts that a safetensors file holds beside its tensors, by name.
 
     Raises:
-        CheckpointError: The file is missing, or one of them is too large.
+        CheckpointError: The file is truncated, too large, or not a safetensors file.
+    """
+    from safetensors import safe_open
+
+    with _safetensors_errors(path), safe_open(path, "np") as file:
+        return dict(file.metadata() or {})
+
+
+@contextlib.contextmanager
+def _safetensors_errors(path: Path) -> Iterator[None]:
+    """Check a safetensors file, and raise every error of its reader as a CheckpointError.
+
+    Its header is bounded, because each tensor of no bytes takes a hundred bytes of memory.
     """
     check_file_size(path, MAX_WEIGHTS_BYTES)
     with path.open("rb") as stream:
@@ -188,6 +199,10 @@ def check_safetensors(path: Path) -> None:
         raise CheckpointError(
             f"{path} is not safetensors, or has a header of {header} bytes; at most {MAX_SAFETENSORS_HEADER_BYTES} are read."
         )
+    try:
+        yield
+    except Exception as error:  # a damaged file can fail anywhere in the reader
+        raise CheckpointError(f"{path} cannot be read as safetensors; it is truncated or not safetensors ({error}).") from error
 
 
 def read_npy(path: Path) -> np.ndarray:

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from melrt.checks import number, whole
 from melrt.errors import CheckpointError, ConfigError
 from melrt.mel.spec import MelSpec
 from melrt.planning.edges import Edges
 from melrt_export.checkpoints.checkpoint import Checkpoint, fold_weight_norm, rename_tensors, sha256_of, strip_prefix
-from melrt_export.checkpoints.reading import CheckpointFile, read_safetensors
+from melrt_export.checkpoints.reading import CheckpointFile, read_metadata, read_safetensors
 from melrt_export.generator.config import GeneratorConfig
 
 NAME = "melrt training"
@@ -18,6 +19,8 @@ STATE = "training.safetensors"
 FILES = f"{STATE}, the state of a training"
 PATTERNS: tuple[str, ...] = (STATE,)
 VERSION = 2
+_MOST = 1 << 53
+_STEP = whole(0, _MOST)
 
 
 def recognizes(file: CheckpointFile) -> bool:
@@ -50,23 +53,25 @@ def read_header(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The file is not such a state, is damaged, or has another version.
     """
-    from safetensors import safe_open
-
+    metadata = read_metadata(path)
     try:
-        with safe_open(path, "np") as file:
-            header = dict(json.loads(file.metadata()["melrt"]))
+        header = dict(json.loads(metadata["melrt"]))
         if header["version"] == VERSION:
             complete = (
-                type(header["step"]) is int and header["step"] >= 0 and all(len(entry) == 3 for entry in header["validations"])
-                and isinstance(header["voice"], dict) and isinstance(header["scaler"], dict)
+                _STEP.accepts(header["step"]) and all(_is_validation(*entry) for entry in header["validations"])
+                and isinstance(header["voice"], dict) and all(map(number().accepts, header["scaler"].values()))
             )  # fmt: skip
             if not complete:
                 raise ValueError("its description is malformed")
-    except Exception as error:  # a damaged file can raise any exception in the reader
+    except Exception as error:  # a damaged description can raise any exception
         raise CheckpointError(f"{path} is not the state of a training, or it is damaged ({error}).") from error
     if header["version"] != VERSION:
         raise CheckpointError(f"{path} has version {header['version']}; this melrt reads {VERSION}. Use the melrt that wrote it.")
     return header
+
+
+def _is_validation(step: Any, log_mel: Any, error: Any) -> bool:
+    return _STEP.accepts(step) and all(type(value) in (int, float) and abs(value) < _MOST for value in (log_mel, error))
 
 
 def checkpoint_of(run: Path, name: str) -> Path:

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from melrt_export.checkpoints.reading import read_metadata
 from melrt_export.int8_plan import SIGNED_MAX, UNSIGNED_MAX, Int8Plan, Range
 from melrt_export.training.config import Int8Form
 
@@ -40,13 +41,9 @@ def read_trained_plan(weights: Path) -> Int8Plan | None:
 
     Raises:
         CalibrationError: It is damaged.
+        CheckpointError: The file is damaged.
     """
-    from safetensors import safe_open
-
-    if weights.suffix != ".safetensors":
-        return None
-    with safe_open(weights, "np") as file:
-        text = (file.metadata() or {}).get(PLAN_KEY)
+    text = read_metadata(weights).get(PLAN_KEY) if weights.suffix == ".safetensors" else None
     return Int8Plan.loads(text, weights) if text else None
 
 

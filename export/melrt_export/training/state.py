@@ -103,7 +103,10 @@ def load_state(run: Path, train_step: AdversarialStep, voice: Mapping[str, Any])
         _load_network(path, "average", train_step.average, tensors)
     if tensors:
         raise TrainingError(f"{path} has {len(tensors)} tensors that this network lacks, {min(tensors)} among them. {_SAME_CONFIG}")
-    train_step.scaler.load_state_dict(header["scaler"])
+    try:
+        train_step.scaler.load_state_dict(header["scaler"])
+    except (KeyError, RuntimeError) as error:
+        raise TrainingError(f"{path} has no complete state of the loss scale ({error}). {_SAME_CONFIG}") from error
     return History(header["step"], [(int(at), float(log_mel), float(error)) for at, log_mel, error in header["validations"]])
 
 
@@ -140,14 +143,16 @@ def _load_optimizer(path: Path, prefix: str, network: nn.Module, optimizer: torc
         like = {"step": torch.tensor(0.0), "exp_avg": parameter, "exp_avg_sq": parameter}
         stem = f"{prefix}_optimizer.{names[id(parameter)]}"
         state[i] = {moment: _take(path, f"{stem}.{moment}", like[moment], tensors) for moment in _MOMENTS}
+        if any((state[i][moment] < 0).any() for moment in ("step", "exp_avg_sq")):
+            raise TrainingError(f"{path}: {stem} has a negative number of steps or second moment. {_RESTART}")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _take(path: Path, name: str, like: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-    """Remove a tensor from `tensors` and return it, after a check of its shape and values."""
-    if name not in tensors or tensors[name].shape != like.shape:
-        found = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is missing"
-        raise TrainingError(f"{path}: {name} {found}; expected shape {tuple(like.shape)}. {_SAME_CONFIG}")
+    """Remove a tensor from `tensors` and return it, after a check of its shape, type and values."""
+    if name not in tensors or (tensors[name].shape, tensors[name].dtype) != (like.shape, like.dtype):
+        found = f"has shape {tuple(tensors[name].shape)} and type {tensors[name].dtype}" if name in tensors else "is missing"
+        raise TrainingError(f"{path}: {name} {found}; expected shape {tuple(like.shape)} and type {like.dtype}. {_SAME_CONFIG}")
     value = tensors.pop(name)
     if not np.isfinite(value.numpy()).all():
         raise TrainingError(f"{path}: {name} has values that are not finite. {_RESTART}")

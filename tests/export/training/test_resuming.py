@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save
 from tests.export.training.runs import ENVIRONMENT, WATCHDOG, command, header, write_config
 
 from melrt.bundle import Bundle
@@ -172,3 +173,29 @@ def test_state_that_cannot_be_resumed_is_reported(folder: Path) -> None:
         file.write_bytes(bad)
         with pytest.raises(TrainingError, match="Start a new run"):
             Trainer(config, resume=True)
+
+
+def test_hostile_state_is_refused_before_the_next_step(folder: Path) -> None:
+    """Each of these states was accepted, or raised something else, or failed in a later step."""
+    config = write_config(folder, 20)
+    Trainer(config).run(until=2)
+    file = folder / "run" / FILE
+    tensors, good = load_file(file), header(folder / "run")
+    step, moment = (next(name for name in tensors if name.endswith(end)) for end in (".step", ".exp_avg"))
+    cases = (
+        ({"validations": ["abc"]}, {}, "malformed"), ({"validations": [[1, 10**400, 0.1]]}, {}, "malformed"),
+        ({"validations": [[1, float("nan"), 0.1]]}, {}, "malformed"), ({"step": 10**400}, {}, "malformed"),
+        ({"scaler": {"scale": "x"}}, {}, "malformed"), ({"scaler": [1]}, {}, "damaged"), ({"validations": 5}, {}, "damaged"),
+        ({}, {moment: tensors[moment].astype(np.int64)}, "type torch.int64; expected .* type torch.float32"),
+        ({}, {step: np.array(-1, np.float32)}, "a negative number of steps"), ({}, {f"{moment}_sq": -1 - tensors[f"{moment}_sq"]}, "second moment"),
+    )  # fmt: skip
+    for facts, values, message in cases:
+        file.write_bytes(save({**tensors, **values}, {"melrt": json.dumps(good | facts)}))
+        with pytest.raises(TrainingError, match=message):
+            Trainer(config, resume=True)
+    file.write_bytes(save(tensors, {"melrt": json.dumps(good)}))
+    assert Trainer(config, resume=True).history.step == 2
+    float16 = replace(config, machine=replace(config.machine, precision="float16"))
+    file.write_bytes(save(tensors, {"melrt": json.dumps(good | {"scaler": {"scale": 1.0}})}))
+    with pytest.raises(TrainingError, match="state of the loss scale"):
+        Trainer(float16, resume=True)
