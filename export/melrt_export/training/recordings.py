@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from melrt.errors import AudioError, TrainingError
-from melrt.files.audio import resample
+from melrt.files.audio import read_samples, resample
 from melrt.types import FloatAudio
 from melrt_export.training.config import DataConfig
 
@@ -126,8 +126,10 @@ def read_recording(path: Path, sample_rate: int, start: int = 0, samples: int = 
             rate, channels = file.samplerate, file.channels
             if rate == sample_rate:
                 file.seek(start)
-                return file.read(samples, dtype="float32", always_2d=True).mean(axis=1), rate, channels
-            audio = file.read(dtype="float32", always_2d=True).mean(axis=1)
+                if samples >= 0:
+                    return file.read(samples, dtype="float32", always_2d=True).mean(axis=1), rate, channels
+                return read_samples(file, path, sample_rate), rate, channels
+            audio = read_samples(file, path, sample_rate)
     except (soundfile.LibsndfileError, TypeError, OSError) as error:
         raise AudioError(f"{path} cannot be read as audio: {error}") from error
     if len(audio):

@@ -47,6 +47,13 @@ FILE_KINDS: dict[Encoding, FileKind] = {
     "opus": FileKind(".opus", "OGG", "OPUS", compressed=True),
 }
 ENCODINGS: tuple[Encoding, ...] = tuple(FILE_KINDS)
+# Of samples as float32: 13 hours at 22,050 Hz. A file of silence expands more than any speech; Opus of 6 kbit/s expands 256 times.
+MAX_AUDIO_BYTES = 4 << 30
+FREE_AUDIO_BYTES = 64 << 20
+MAX_RATIO = 1000
+# A rate of 1 Hz in a header would make every sample 22,050.
+LEAST_RATE, MOST_RATE = 1000, 768_000
+_PIECE = 1 << 20
 _READABLE = "WAV, FLAC, OGG, MP3 and the other formats of libsndfile"
 # A disk with less room than this, in MiB, is named as the likely reason why a file could not be written.
 _LITTLE_ROOM = 100
@@ -65,7 +72,7 @@ def read_audio(path: Path, sample_rate: int) -> FloatAudio:
         Samples, shape (N,).
 
     Raises:
-        AudioError: The file does not exist, is a folder, is not audio, or has no samples.
+        AudioError: The file does not exist, is a folder, is not audio, has no samples or too many, or another rate than audio has.
         MissingExtraError: soundfile or soxr is not installed.
     """
     try:
@@ -73,17 +80,44 @@ def read_audio(path: Path, sample_rate: int) -> FloatAudio:
     except ImportError as error:
         raise MissingExtraError("reading audio", "soundfile", "cli") from error
     try:
-        audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (soundfile.LibsndfileError, TypeError) as error:  # libsndfile reports "System error." for most reasons
+        with soundfile.SoundFile(path) as file:
+            rate, channels = file.samplerate, file.channels
+            mono = read_samples(file, Path(path), sample_rate)
+    except (soundfile.LibsndfileError, TypeError, OSError) as error:  # libsndfile reports "System error." for most reasons
         raise AudioError(f"{path} {_why_unreadable(Path(path))}") from error
-    if not len(audio):
+    if not len(mono):
         raise AudioError(f"{path} has no samples. Give another recording.")
-    if audio.shape[1] > 1:
-        logger.warning("%s has %d channels; using their mean", path, audio.shape[1])
-    mono = audio.mean(axis=1)
+    if channels > 1:
+        logger.warning("%s has %d channels; using their mean", path, channels)
     if rate != sample_rate:
         logger.warning("%s has %d Hz; resampling to %d Hz", path, rate, sample_rate)
     return np.asarray(resample(mono, rate, sample_rate), np.float32)
+
+
+def read_samples(file: Any, path: Path, sample_rate: int) -> FloatAudio:
+    """Read an open `soundfile.SoundFile` from its position to its end, and return the mean of its channels, shape (N,).
+
+    It is read in pieces: a damaged header may give any number of samples, and a small compressed file of silence has many.
+
+    Args:
+        file: The open file.
+        path: Its path, for messages.
+        sample_rate: Sample rate in Hz to which the caller will resample.
+
+    Raises:
+        AudioError: It has more samples than are read, or another rate than audio has.
+    """
+    if not LEAST_RATE <= file.samplerate <= MOST_RATE:
+        raise AudioError(f"{path} has {file.samplerate} Hz; expected {LEAST_RATE} to {MOST_RATE} Hz. Save it with its true sample rate.")
+    most = min(MAX_AUDIO_BYTES, FREE_AUDIO_BYTES + MAX_RATIO * path.stat().st_size)
+    bytes_each = 4 * max(file.channels, sample_rate / file.samplerate)
+    pieces, count = [np.empty(0, np.float32)], 0
+    while len(piece := file.read(_PIECE // file.channels, "float32", always_2d=True)):
+        pieces.append(piece.mean(axis=1) if file.channels > 1 else piece[:, 0])
+        count += len(piece)
+        if count * bytes_each > most:
+            raise AudioError(f"{path} has more than the {most} bytes of samples that are read from it. Cut it into several files.")
+    return np.concatenate(pieces)
 
 
 def _why_unreadable(path: Path) -> str:

@@ -65,6 +65,29 @@ def test_files_that_are_not_audio_are_refused(tmp_path: Path) -> None:
         read_audio(tmp_path / "empty.wav", 22050)
 
 
+def test_headers_that_promise_too_much_fill_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """libsndfile believes a header: numpy was told to allocate 9 TiB, or each sample would have become 22,050."""
+    tone = np.sin(np.arange(30_000) / 7).astype(np.float32) / 2
+    soundfile.write(tmp_path / "x.mp3", tone, 22050)
+    data = (tmp_path / "x.mp3").read_bytes()
+    at = data.index(b"Xing") + 8  # the number of MPEG frames
+    (tmp_path / "x.mp3").write_bytes(data[:at] + b"\xff" * 4 + data[at + 4 :])
+    assert 0 <= len(read_audio(tmp_path / "x.mp3", 22050)) - len(tone) < 2000
+    for rate in (1, 999, 768_001):
+        soundfile.write(tmp_path / "rate.wav", tone, rate)
+        with pytest.raises(AudioError, match=f"has {rate} Hz; expected 1000 to 768000 Hz"):
+            read_audio(tmp_path / "rate.wav", 22050)
+    monkeypatch.setattr(audio_files, "FREE_AUDIO_BYTES", 0)
+    monkeypatch.setattr(audio_files, "MAX_RATIO", 20)
+    soundfile.write(tmp_path / "speech.flac", np.stack([tone] * 8, 1), 22050)
+    assert len(read_audio(tmp_path / "speech.flac", 22050)) == len(tone)
+    for channels, rate in ((1, 22050), (8, 22050), (1, 1000)):
+        zeros = np.zeros((50_000, channels), np.float32)
+        soundfile.write(tmp_path / "silence.flac", zeros, rate)
+        with pytest.raises(AudioError, match=r"silence.flac has more than the \d+ bytes of samples"):
+            read_audio(tmp_path / "silence.flac", 22050)
+
+
 def test_wav_errors_name_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     silence = np.zeros(9, np.float32)
     with pytest.raises(ConfigError, match="sample format is 'int24'"):
