@@ -1,6 +1,6 @@
 """Attack melrt with damaged and hostile files and arrays: `make fuzz`. Each case depends on its seed alone.
 
-Usage: python -m tests.fuzz.attacks [BUNDLES CHECKPOINTS ARCHIVES RECORDS MELS ARRAYS]
+Usage: python -m tests.fuzz.attacks [BUNDLES CHECKPOINTS ARCHIVES RECORDS HDF5 MELS ARRAYS]
 
 A case fails if it raises anything but a MelrtError, takes more than 10 s, or leaves a file outside its folder. A kind fails if it
 makes the process more than 1 GiB larger.
@@ -18,11 +18,11 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tests.fuzz import honest
 from tests.fuzz.records import RECORDS
 
 from melrt import Vocoder
@@ -36,8 +36,9 @@ ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "data" / "bundles" / "tiny.melrt"
 MAX_SECONDS = 10
 MAX_KILOBYTES = 1 << 20
-ARCHIVES = ("zip", "tar", "gztar", "bztar", "xztar")
-MAKE_FUZZ = {"bundles": 10_000, "checkpoints": 5_000, "archives": 2_000, "records": 5_000, "mels": 2_000, "arrays": 5_000}
+MAKE_FUZZ = {
+    "bundles": 10_000, "checkpoints": 5_000, "archives": 2_000, "records": 5_000, "hdf5": 1_000, "mels": 5_000, "arrays": 5_000,
+}  # fmt: skip
 _ODD: tuple[Any, ...] = (
     None, True, -1, 0, 1, 10**400, 1e308, float("nan"), float("-inf"), "", "x" * 5000, "\x1b[31m", "../../x", "\ud800", [], {}, [[]],
     [None], {"a": 1}, "1e999", 2**63,
@@ -56,7 +57,7 @@ def bundle_case(noise: np.random.Generator, folder: Path) -> None:
         (path / name).write_text(json.dumps(values))
     else:
         name = names[noise.integers(len(names))]
-        (path / name).write_bytes(_damaged((path / name).read_bytes(), noise))
+        (path / name).write_bytes(honest.damaged((path / name).read_bytes(), noise))
         if name != MANIFEST and noise.random() < 0.7:
             values = json.loads((path / MANIFEST).read_text())
             entry = next(entry for entry in values["artifacts"] if entry["file"] == name)
@@ -74,7 +75,7 @@ def checkpoint_case(noise: np.random.Generator, folder: Path) -> None:
     """Damage one file of a checkpoint of a random project, or exchange a value in its settings."""
     from melrt_export.checkpoints import load_checkpoint
 
-    source = _checkpoints()[noise.integers(len(_checkpoints()))]
+    source = honest.checkpoints()[noise.integers(len(honest.checkpoints()))]
     path = Path(shutil.copytree(source, folder / "checkpoint"))
     files = sorted(path.iterdir())
     file = files[noise.integers(len(files))]
@@ -85,7 +86,7 @@ def checkpoint_case(noise: np.random.Generator, folder: Path) -> None:
         _change(values, noise)
         data = json.dumps(values).encode("utf-8", "surrogatepass")
     else:
-        data = _damaged(data, noise)
+        data = honest.damaged(data, noise)
     file.write_bytes(data)
     load_checkpoint(path if noise.random() < 0.8 else file)
 
@@ -94,10 +95,10 @@ def archive_case(noise: np.random.Generator, folder: Path) -> None:
     """Damage an archive that holds a checkpoint."""
     from melrt_export.checkpoints import load_checkpoint
 
-    packed = _archives()[noise.integers(len(_archives()))]
+    packed = honest.archives()[noise.integers(len(honest.archives()))]
     path = folder / packed.name
     data = packed.read_bytes()
-    path.write_bytes(_damaged(data, noise) if noise.random() < 0.8 else data)
+    path.write_bytes(honest.damaged(data, noise) if noise.random() < 0.8 else data)
     load_checkpoint(path)
 
 
@@ -110,22 +111,28 @@ def record_case(noise: np.random.Generator, folder: Path) -> None:
         _change(values, noise)
         text = json.dumps(values).encode()
     else:
-        text = _damaged(text, noise)
+        text = honest.damaged(text, noise)
     read(text, folder)
 
 
 def mel_case(noise: np.random.Generator, folder: Path) -> None:
-    """Damage a file that holds a mel."""
-    suffix = (".npy", ".npz", ".wav", ".bin")[noise.integers(4)]
+    """Damage a file that holds a mel, or a recording, whose mel is computed."""
+    kinds = honest.mels() if noise.random() < 0.5 else honest.recordings()
+    suffix, data = kinds[noise.integers(len(kinds))]
     file = folder / f"mel{suffix}"
-    mel = noise.standard_normal((80, 5)).astype(np.float32)
-    if suffix == ".npz":
-        np.savez(file, mel=mel)
-    else:
-        with file.open("wb") as stream:
-            np.save(stream, mel)
-    file.write_bytes(_damaged(file.read_bytes(), noise))
+    file.write_bytes(honest.damaged(data, noise))
     np.asarray(read_mel(file, MelSpec()))
+
+
+def hdf5_case(noise: np.random.Generator, folder: Path) -> None:
+    """Overwrite bytes of an HDF5 file: weights, statistics, or what a user takes for a mel."""
+    from melrt_export.checkpoints.hdf5 import read_hdf5
+
+    file = folder / "x.h5"
+    file.write_bytes(honest.overwritten(honest.hdf5()[noise.integers(len(honest.hdf5()))], noise))
+    if noise.random() < 0.1:
+        read_mel(file, MelSpec())
+    read_hdf5(file)
 
 
 _vocoder: list[Vocoder] = []
@@ -151,8 +158,8 @@ def array_case(noise: np.random.Generator, _folder: Path) -> None:
 
 
 CASES: dict[str, Callable[[np.random.Generator, Path], None]] = {
-    "bundles": bundle_case, "checkpoints": checkpoint_case, "archives": archive_case, "records": record_case, "mels": mel_case,
-    "arrays": array_case,
+    "bundles": bundle_case, "checkpoints": checkpoint_case, "archives": archive_case, "records": record_case, "hdf5": hdf5_case,
+    "mels": mel_case, "arrays": array_case,
 }  # fmt: skip
 
 
@@ -192,25 +199,6 @@ def _too_long(*_: object) -> None:
     raise TimeoutError(f"more than {MAX_SECONDS} s")
 
 
-def _damaged(data: bytes, noise: np.random.Generator) -> bytes:
-    """Return data that is cut, or has bytes exchanged, repeated or inserted; mostly near the start, where headers are."""
-    result = bytearray(data)
-    for _ in range(noise.integers(1, 6)):
-        at = int(noise.integers(len(result) + 1) if noise.random() < 0.5 else min(len(result), noise.integers(400)))
-        match noise.integers(5):
-            case 0:
-                del result[at:]
-            case 1:
-                result[at : at + 1] = noise.bytes(1)
-            case 2:
-                result[at : at + 4] = noise.choice([b"\xff" * 4, b"\x00" * 4, b"\x80\x02c" + b"os", b'": [1e400, "'])
-            case 3:
-                result[at:at] = result[at : at + int(noise.integers(200))]
-            case _:
-                del result[at : at + int(noise.integers(1, 20))]
-    return bytes(result)
-
-
 def _change(values: Any, noise: np.random.Generator) -> None:
     """Exchange one value somewhere in a JSON document, or remove it."""
     places = list(_places(values))
@@ -226,28 +214,6 @@ def _places(values: Any) -> Iterator[tuple[Any, Any]]:
         yield values, key
         if isinstance(values[key], dict | list):
             yield from _places(values[key])
-
-
-_kept = tempfile.TemporaryDirectory()
-_made: list[Path] = []
-
-
-def _checkpoints() -> list[Path]:
-    """Return the folders of honest checkpoints: the demo voice, and the developers' if they are there."""
-    if not _made:
-        from melrt_export.assets import DEMO_VOICE
-
-        fixtures = ROOT.parent / "shared" / "fixtures" / "checkpoints"
-        small = [path for path in sorted(fixtures.iterdir()) if path.name != "seungwonpark"] if fixtures.is_dir() else []
-        _made.extend([Path(DEMO_VOICE), *small])
-    return _made
-
-
-@cache
-def _archives() -> list[Path]:
-    """Return a checkpoint in archives of all kinds, in a folder that is removed when the program ends."""
-    folder = Path(_kept.name)
-    return [Path(shutil.make_archive(str(folder / "packed"), kind, _checkpoints()[0])) for kind in ARCHIVES]
 
 
 def main() -> int:

@@ -153,6 +153,14 @@ Reader = Callable[[Path], Any]
 _YAML_ALIASES = "a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n" + "".join(
     f"{n}: &{n} [{', '.join([f'*{p}'] * 9)}]\n" for p, n in zip("abcdefgh", "bcdefghi", strict=True)
 )
+
+
+def _training_state(path: Path) -> None:
+    """Write the header of a training state with 700,000 tensors of no bytes."""
+    tensors = b",".join(b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % i for i in range(700_000))
+    path.write_bytes(_safetensors(b'{"__metadata__":{"melrt":"{}"},%s}' % tensors))
+
+
 # Name, file name, content or function that writes it, and reader.
 BOMBS: list[tuple[str, str, bytes | str | Callable[[Path], Any], Reader]] = [
     ("20 M operations", "a.pt", lambda p: p.write_bytes(_torch_zip(b"](" + b"N" * 20_000_000 + b"e")), read_pickle),
@@ -179,6 +187,7 @@ BOMBS: list[tuple[str, str, bytes | str | Callable[[Path], Any], Reader]] = [
         {f"{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(60_000)}).encode())), load_checkpoint),
     ("safetensors of 2^60 values", "a.safetensors", _safetensors(
         b'{"a":{"dtype":"F32","shape":[1152921504606846976],"data_offsets":[0,0]}}'), read_safetensors),
+    ("training state of 700,000 tensors", "training.safetensors", _training_state, load_checkpoint),
     ("HDF5 groups of 10^10 names", "a.h5", _hdf5(_links), read_hdf5),
     ("HDF5 fill value", "a.h5", _hdf5(lambda f: f.create_dataset("k", (100_000_000,), "f4", fillvalue=1.0)), read_hdf5),
     ("HDF5 pieces of 40 bytes", "a.h5", _hdf5(lambda f: f.create_dataset("k", (4_000_000,), "f4", chunks=(10,))), read_hdf5),
@@ -224,10 +233,14 @@ BOMBS: list[tuple[str, str, bytes | str | Callable[[Path], Any], Reader]] = [
 
 
 def measure(read: Reader, path: Path) -> tuple[float, float, str]:
-    """Read a file in a process of its own, and return its CPU time in seconds, its memory in MiB, and the error or the fault."""
+    """Read a file in a process of its own, and return the CPU time in seconds, the memory in MiB, and the error or the fault.
+
+    A process that this one starts counts with all its memory.
+    """
     receiver, sender = os.pipe()
     child = os.fork()
     if not child:
+        before = _resident_kilobytes()
         signal.alarm(30)
         resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
         try:
@@ -237,14 +250,15 @@ def measure(read: Reader, path: Path) -> tuple[float, float, str]:
             text = f"refused: {error}"
         except BaseException as error:
             text = f"raised {type(error).__name__}: {error}"
-        os.write(sender, text.replace(str(path), path.name).encode(errors="replace")[:300])
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        os.write(sender, f"{grown} {text.replace(str(path), path.name)}".encode(errors="replace")[:300])
         os._exit(0)
     os.close(sender)
     _, status, used = os.wait4(child, 0)
     with open(receiver, "rb") as pipe:  # noqa: PTH123  # a pipe has no path
         text = pipe.read().decode(errors="replace")
-    started_with = _resident_kilobytes()
-    return used.ru_utime + used.ru_stime, (used.ru_maxrss - started_with) / 1024, text or f"ended with status {status}"
+    grown, _, text = (text or f"0 ended with status {status}").partition(" ")
+    return used.ru_utime + used.ru_stime, int(grown) / 1024, text
 
 
 def _resident_kilobytes() -> int:

@@ -7,10 +7,11 @@ from tests.fuzz.attacks import attack
 
 
 @pytest.mark.parametrize(
-    ("kind", "count"), [("bundles", 80), ("checkpoints", 60), ("archives", 20), ("records", 200), ("mels", 100), ("arrays", 100)]
+    ("kind", "count"),
+    [("bundles", 80), ("checkpoints", 60), ("archives", 20), ("records", 200), ("hdf5", 8), ("mels", 150), ("arrays", 100)],
 )
 def test_hostile_input_gives_melrts_errors(kind: str, count: int) -> None:
-    if kind in ("checkpoints", "archives", "records"):
+    if kind in ("checkpoints", "archives", "records", "hdf5"):
         pytest.importorskip("torch", reason="what reads them needs the extra `export`")
     results, failures = attack(kind, count)
     assert not failures, failures[:5]

@@ -187,7 +187,8 @@ def test_hostile_state_is_refused_before_the_next_step(folder: Path) -> None:
         ({"validations": [[1, float("nan"), 0.1]]}, {}, "malformed"), ({"step": 10**400}, {}, "malformed"),
         ({"scaler": {"scale": "x"}}, {}, "malformed"), ({"scaler": [1]}, {}, "damaged"), ({"validations": 5}, {}, "damaged"),
         ({}, {moment: tensors[moment].astype(np.int64)}, "type torch.int64; expected .* type torch.float32"),
-        ({}, {step: np.array(-1, np.float32)}, "a negative number of steps"), ({}, {f"{moment}_sq": -1 - tensors[f"{moment}_sq"]}, "second moment"),
+        ({}, {step: np.array(-1, np.float32)}, "a negative number of steps"),
+        ({}, {f"{moment}_sq": -1 - tensors[f"{moment}_sq"]}, "second moment"),
     )  # fmt: skip
     for facts, values, message in cases:
         file.write_bytes(save({**tensors, **values}, {"melrt": json.dumps(good | facts)}))
