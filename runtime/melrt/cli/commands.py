@@ -54,6 +54,9 @@ BackendName = Annotated[
     ),
 ]
 Threads = Annotated[int | None, typer.Option(help="Number of CPU threads; the default is one for each usable core.")]
+Format = Annotated[str, typer.Option("--format", help="int16, float32, mulaw or alaw (.wav); flac (.flac); opus (.opus).")]
+Rate = Annotated[int | None, typer.Option("--rate", help="Sample rate in Hz; the default is the voice's own.")]
+Memory = Annotated[int, typer.Option(help="MiB that loaded voices may take; others are unloaded first. 0 for no limit.", min=0)]
 EndsOption = Annotated[
     str, typer.Option("--edges", help="Ends of an utterance: voice (frames added as its project does), or model (PyTorch's forward).")
 ]
@@ -166,8 +169,8 @@ def synth(
     voice: Voice,
     inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Mels (.npy, .npz, .pt), or recordings (.wav, .mp3, ...).")],
     out: Annotated[Path, typer.Option("-o", "--out", help="A file for one input, or a folder.")],
-    encoding: Annotated[str, typer.Option("--format", help="int16, float32, mulaw or alaw (.wav); flac (.flac); opus (.opus).")] = "int16",
-    sample_rate: Annotated[int | None, typer.Option("--rate", help="Sample rate in Hz; the default is the voice's own.")] = None,
+    encoding: Format = "int16",
+    sample_rate: Rate = None,
     mel_log: Annotated[str | None, typer.Option(help="Logarithm of the mels, if not the voice's: ln, log10, log2, dB, linear.")] = None,
     mel_gain: Annotated[float | None, typer.Option(help="Factor of that logarithm; the default is 1.")] = None,
     mel_normalized: Annotated[bool, typer.Option("--mel-normalized", help="The mels are normalized as in the voice's training.")] = False,

@@ -23,13 +23,13 @@ MAX_MEL_BYTES = 4 << 30
 _TORCH_READER = "melrt_export.torch_mels"
 
 
-def read_mel(path: Path, spec: MelSpec) -> NDArray[Any]:
+def read_mel(path: Path, spec: MelSpec | None = None) -> NDArray[Any]:
     """Read one utterance's frames, shape (M, T), not yet checked against the voice's convention.
 
     Args:
         path: A .npy file (mapped into memory, not loaded); .npz or .pt with one array or one named `mel`; any other suffix is read as
             audio, whose mel is computed.
-        spec: The mel convention for audio.
+        spec: The mel convention for audio; None refuses audio.
 
     Raises:
         MelError: The file is none of these, or holds more than one utterance.
@@ -43,6 +43,8 @@ def read_mel(path: Path, spec: MelSpec) -> NDArray[Any]:
     suffix = path.suffix.lower()
     if suffix in _READERS:
         return one_utterance(_READERS[suffix](path), str(path))
+    if spec is None:
+        raise MelError(f"{path} is not a mel. Mels are read from {', '.join(_READERS)} files.")
     try:
         return mel_from_audio(read_audio(path, spec.sample_rate), spec)
     except AudioError as error:
@@ -65,7 +67,7 @@ def one_utterance(mel: NDArray[Any], name: str) -> NDArray[Any]:
     return np.asanyarray(mel)
 
 
-def mel_pieces(path: Path, spec: MelSpec, frames: int) -> Iterator[NDArray[Any]]:
+def mel_pieces(path: Path, spec: MelSpec | None, frames: int) -> Iterator[NDArray[Any]]:
     """Read a mel like `read_mel`, in pieces of at most `frames` frames; only one piece of a .npy file is in memory at a time."""
     mel = read_mel(path, spec)
     total = mel.shape[1]

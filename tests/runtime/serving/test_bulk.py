@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,12 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from melrt import Bundle, Vocoder
+from melrt import Bundle, Output, Vocoder, Voices
 from melrt.errors import ConfigError
 from melrt.files.audio import to_int16
-from melrt.serving.bulk.inputs import find_blocks
+from melrt.residency import memory_of
+from melrt.serving.bulk.inputs import RowVoices, find_blocks
 from melrt_export.parity import probe_mel
 
+SUFFIXES = (".wav", ".flac", ".opus", ".parquet")
 BAD = {"bands": "40 bands", "nan": "finite", "empty": "empty", "text": "cannot be read"}
 
 
@@ -34,18 +38,17 @@ def fill(folder: Path, bundle: Bundle, count: int) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    found = [*folder.rglob("*.wav"), *folder.rglob("*.parquet")]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for suffix in SUFFIXES for path in folder.rglob(f"*{suffix}")}
 
 
 def finished(folder: Path) -> int:
     """Count the complete files."""
-    return sum(path.suffix in (".wav", ".parquet") and not path.name.startswith(".") for path in folder.rglob("*"))
+    return sum(path.suffix in SUFFIXES and not path.name.startswith(".") for path in folder.rglob("*"))
 
 
-def command(bundle: Bundle, mels: Path, output: Path, *more: str) -> list[str]:
+def command(voice: Path, mels: Path, output: Path, *more: str) -> list[str]:
     return [
-        sys.executable, "-m", "melrt", "bulk", str(bundle.path), "--input", str(mels), "--output", str(output), "--device", "cpu", *more,
+        sys.executable, "-m", "melrt", "bulk", str(voice), "--input", str(mels), "--output", str(output), "--device", "cpu", *more,
     ]  # fmt: skip
 
 
@@ -91,7 +94,7 @@ def test_wrong_input_is_a_config_error(tmp_path: Path) -> None:
     write_rows(tmp_path / "empty" / "b.parquet", [], [])
     for source, message in (("no", "does not exist"), ("a.npy", "holds no mel"), ("", "both mels and parquet"), ("empty", "has no row")):
         with pytest.raises(ConfigError, match=message):
-            find_blocks(tmp_path / source, None)
+            find_blocks(tmp_path / source, None, RowVoices(["lj"]))
 
 
 def test_wrong_input_folders_are_refused(melrt, demo_bundle: Bundle, tmp_path: Path) -> None:
@@ -106,6 +109,114 @@ def test_wrong_input_folders_are_refused(melrt, demo_bundle: Bundle, tmp_path: P
     code, _, err = melrt("bulk", demo_bundle.path, "--input", tmp_path / "mels", "--output", tmp_path / "out")
     assert code == 2
     assert "2 utterances named 'a'" in err
+
+
+@pytest.fixture
+def voices(demo_bundle: Bundle, tiny_bundle_path: Path, tmp_path: Path) -> Path:
+    """A folder of two voices."""
+    for name, path in (("ann", demo_bundle.path), ("ben", tiny_bundle_path)):
+        shutil.copytree(path, tmp_path / "voices" / f"{name}.melrt")
+    return tmp_path / "voices"
+
+
+def write_list(path: Path, *rows: str) -> Path:
+    path.write_text("\n".join(("mel,voice,name", *rows)))
+    return path
+
+
+@pytest.mark.parametrize(("encoding", "rate", "limited"), [("opus", 24000, False), ("mulaw", 8000, True)])
+def test_list_chooses_voices_and_files_hold_their_output(melrt, voices: Path, tmp_path: Path, encoding, rate: int, limited: bool) -> None:
+    """Both voices synthesize one mel that is loud enough to clip; a row that names another voice is synthesized in the second run."""
+    (tmp_path / "mels").mkdir()
+    mels = {name: probe_mel(Bundle.open(voices / "ann.melrt").manifest.spec, frames) + 1.2 for name, frames in (("a", 40), ("b", 70))}
+    for name, mel in {**mels, "bands": mels["a"][:40]}.items():
+        np.save(tmp_path / "mels" / f"{name}.npy", mel)
+    rows = ["mels/a.npy,ben,first", "mels/b.npy,ann,sub/second", "mels/a.npy,ann,first"]
+    arguments = ["bulk", voices, "--input", tmp_path / "list.csv", "-o", tmp_path / "out", "--format", encoding]
+    if limited:  # to the larger voice, so that it is unloaded for the other
+        sizes = [memory_of(Bundle.open(path), "fp32", "openvino") for path in voices.iterdir()]
+        arguments += ["--backend", "openvino", "--precision", "fp32", "--memory", 1 + (max(sizes) >> 20)]
+    write_list(tmp_path / "list.csv", *rows, "mels/bands.npy,ben,x")
+    code, out, err = melrt(*arguments, "--rate", rate)
+    assert code == 2
+    assert "3 synthesized, 0 already there, 1 failed" in out
+    assert "samples were clipped" in out
+    assert "The first is ben/x: mel has 40 bands; this voice takes 80" in err
+    write_list(tmp_path / "list.csv", *rows[:2], "mels/a.npy,ben,sub/second")
+    code, out, err = melrt(*arguments, "--rate", rate)
+    assert code == 0, err
+    assert "1 synthesized, 2 already there" in out
+    expected = {"ben/first": "a", "ann/sub/second": "b", "ann/first": "a", "ben/sub/second": "a"}
+    assert_files_hold_output(tmp_path / "out", voices, {name: mels[mel] for name, mel in expected.items()}, Output(rate, encoding))
+    code, _, err = melrt(*arguments, "--rate", 48000)
+    assert code == 2
+    assert f"rate {rate}, now 48000" in err
+
+
+def assert_files_hold_output(folder: Path, voices: Path, mels: dict[str, np.ndarray], output: Output) -> None:
+    kind = output.file_kind
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix in SUFFIXES}
+    assert found == {name + kind.suffix for name in mels}
+    with Voices(voices, device="cpu") as loaded:
+        for name, mel in mels.items():
+            file = folder / f"{name}{kind.suffix}"
+            audio, rate = soundfile.read(file)
+            assert (rate, soundfile.info(file).subtype) == (output.sample_rate, kind.subtype)
+            assert np.abs(audio).max() > 0.1, "not silent"
+            assert np.array_equal(audio, decoded(loaded[name.split("/")[0]](mel, output), output)), name
+
+
+def decoded(audio: np.ndarray, output: Output) -> np.ndarray:
+    """Decode what a vocoder returned: the bytes of a file, or G.711."""
+    raw = {"samplerate": output.sample_rate, "channels": 1, "format": "RAW", "subtype": output.file_kind.subtype}
+    return np.asarray(soundfile.read(io.BytesIO(audio.tobytes()), **({} if output.makes_file else raw))[0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        (["a.npy,ann", "a.npy,eve,b"], "line 3, has the voice 'eve'; it must be one of ann, ben"),
+        (["a.npy"], "line 2, has the voice None; it must be one of ann, ben"),
+        (["a.wav,ann,a"], "line 2, has the mel 'a.wav'; it must be a path that ends in .npy or .npz"),
+        (["a.npy,ann,../a"], "line 2, has the name '../a'"),
+        (["a.npy,ann,a", "b.npy,ann,a"], "2 utterances named 'ann/a'"),
+        ([], "no row"),
+        (['a.npy,"ann'], "cannot be read as a list"),
+    ],
+)
+def test_wrong_rows_of_a_list_are_refused_before_any_work(melrt, voices: Path, tmp_path: Path, rows: list[str], reason: str) -> None:
+    code, _, err = melrt("bulk", voices, "--input", write_list(tmp_path / "list.csv", *rows), "-o", tmp_path / "out")
+    assert code == 2
+    assert reason in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_voices_without_a_column_that_chooses_are_refused(melrt, voices: Path, demo_bundle: Bundle, tmp_path: Path) -> None:
+    fill(tmp_path / "mels", demo_bundle, 1)
+    (tmp_path / "list.csv").write_text("mel\na.npy\n")
+    for source, reason in (("mels", "give a list with a column `voice`"), ("list.csv", "no column `voice` to choose among ann, ben")):
+        code, _, err = melrt("bulk", voices, "--input", tmp_path / source, "-o", tmp_path / "out")
+        assert code == 2
+        assert reason in err
+
+
+def test_parquet_holds_the_bytes_of_an_encoding_and_a_changed_voice_is_refused(melrt, voices: Path, tmp_path: Path) -> None:
+    mel = probe_mel(Bundle.open(voices / "ann.melrt").manifest.spec, 50)
+    column = pa.array([list(mel)] * 2, LISTS)
+    pq.write_table(pa.table({"mel": column, "name": ["a", "a"], "voice": ["ann", "ben"]}), tmp_path / "rows.parquet")
+    arguments = ("bulk", voices, "--input", tmp_path / "rows.parquet", "--to", "parquet", "--format", "flac", "-o", tmp_path / "speech")
+    code, _, err = melrt(*arguments)
+    assert code == 0, err
+    (file,) = (tmp_path / "speech").glob("*.parquet")
+    with Voices(voices, device="cpu") as loaded:
+        for row in pq.read_table(file).to_pylist():
+            assert row["name"] == f"{row['voice']}/a"
+            assert row["audio"] == loaded[row["voice"]](mel, Output(None, "flac")).tobytes()
+    shutil.rmtree(voices / "ben.melrt")
+    shutil.copytree(voices / "ann.melrt", voices / "ben.melrt")
+    code, _, err = melrt(*arguments)
+    assert code == 2
+    assert "another bundle of the voice ben" in err
 
 
 LISTS = pa.list_(pa.list_(pa.float32()))
@@ -145,7 +256,7 @@ def test_parquet_in_and_out(melrt, demo_bundle: Bundle, tmp_path: Path) -> None:
     assert code == 0, err
     assert "2 synthesized, 10 already there, 0 failed" in out
     assert before.items() <= contents(speech).items()
-    code, _, err = melrt(*arguments, "wav", "--output", tmp_path / "wavs")
+    code, _, err = melrt(*arguments, "files", "--output", tmp_path / "wavs")
     assert code == 0, err
     assert_synthesized(demo_bundle, mels, speech, tmp_path / "wavs")
 
@@ -204,12 +315,12 @@ def test_missing_package_names_its_extra(melrt, demo_bundle: Bundle, tmp_path: P
 
 def test_killed_run_continues_where_it_stopped(demo_bundle: Bundle, tmp_path: Path) -> None:
     mels = fill(tmp_path / "mels", demo_bundle, 30)
-    subprocess.run(command(demo_bundle, mels, tmp_path / "whole"), check=True, capture_output=True)
+    subprocess.run(command(demo_bundle.path, mels, tmp_path / "whole"), check=True, capture_output=True)
     output = tmp_path / "killed"
-    running = subprocess.Popen(command(demo_bundle, mels, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    running = subprocess.Popen(command(demo_bundle.path, mels, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for_files(output, 5)
     running.send_signal(signal.SIGSTOP)  # it keeps its lock and writes nothing more
-    second = subprocess.run(command(demo_bundle, mels, output), capture_output=True, text=True)
+    second = subprocess.run(command(demo_bundle.path, mels, output), capture_output=True, text=True)
     running.send_signal(signal.SIGKILL)
     running.wait()
     assert second.returncode == 2
@@ -217,38 +328,42 @@ def test_killed_run_continues_where_it_stopped(demo_bundle: Bundle, tmp_path: Pa
     there = finished(output)
     assert 5 <= there < 30
     (output / "sub" / ".u001-0123abcd.wav").write_bytes(b"half")
-    again = subprocess.run(command(demo_bundle, mels, output), capture_output=True, text=True, check=True)
+    again = subprocess.run(command(demo_bundle.path, mels, output), capture_output=True, text=True, check=True)
     assert f"{30 - there} synthesized, {there} already there" in again.stdout
     assert contents(output) == contents(tmp_path / "whole"), "bit for bit, none missing, none too many"
 
 
 def wait_for_files(output: Path, count: int) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 180
     while finished(output) < count:
         assert time.monotonic() < until
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("kind", ["wav", "parquet"])
-def test_ray_run_survives_killed_actor_and_driver(demo_bundle: Bundle, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["files", "parquet"])
+def test_ray_run_survives_killed_actor_and_driver(demo_bundle: Bundle, voices: Path, tmp_path: Path, kind: str) -> None:
+    """One voice from parquet to parquet, and two voices from a list to FLAC files at another rate."""
     pytest.importorskip("ray", reason="the extra melrt[ray] is not installed here")
     count = int(os.environ.get("MELRT_BULK_ITEMS", "60"))
-    mels = fill(tmp_path / "mels", demo_bundle, count)
+    files = sorted(fill(tmp_path / "mels", demo_bundle, count).rglob("*.npy"))
     if kind == "parquet":
-        files = sorted(mels.rglob("*.npy"))
-        write_rows(tmp_path / "mels.parquet", [file.stem for file in files], [np.load(file) for file in files], 4)
-        mels = tmp_path / "mels.parquet"
-    subprocess.run(command(demo_bundle, mels, tmp_path / "whole", "--to", kind), check=True, capture_output=True)
+        voice, mels, options = demo_bundle.path, tmp_path / "mels.parquet", ["--to", kind]
+        write_rows(mels, [file.stem for file in files], [np.load(file) for file in files], 4)
+    else:
+        voice, options = voices, ["--format", "flac", "--rate", "16000"]
+        rows = [f"{file},{'ann' if index % 3 else 'ben'},{file.stem}" for index, file in enumerate(files)]
+        mels = write_list(tmp_path / "list.csv", *rows)
+    subprocess.run(command(voice, mels, tmp_path / "whole", *options), check=True, capture_output=True)
     whole = contents(tmp_path / "whole")
-    ray, output = ("--ray", "local", "--actors", "2", "--to", kind), tmp_path / "killed"
-    running = subprocess.Popen(command(demo_bundle, mels, output, *ray), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    ray, output = (*options, "--ray", "local", "--actors", "2"), tmp_path / "killed"
+    running = subprocess.Popen(command(voice, mels, output, *ray), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for_files(output, len(whole) // 6)
     os.kill(actor_processes(running.pid)[0], signal.SIGKILL)
     wait_for_files(output, len(whole) // 3)
     running.send_signal(signal.SIGKILL)
     running.wait()
     assert finished(output) < len(whole)
-    again = subprocess.run(command(demo_bundle, mels, output, *ray), capture_output=True, text=True)
+    again = subprocess.run(command(voice, mels, output, *ray), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert contents(output) == whole, "equal to an uninterrupted run without Ray: bit for bit, none missing, none too many"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -11,109 +12,137 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from melrt.backends.select import BackendChoice, open_backend
-from melrt.bundle import Bundle
-from melrt.cli.commands import BackendName, Device, EndsOption, Precision, Threads, Voice
+from melrt.bundle import MANIFEST, Bundle
+from melrt.cli.commands import BackendName, Device, EndsOption, Format, Memory, Precision, Rate, Threads
 from melrt.errors import MelError
 from melrt.files.atomic import check_writable
-from melrt.files.audio import SampleFormat
+from melrt.files.output import Encoder, Output
 from melrt.planning.edges import Ends
-from melrt.serving.bulk.inputs import Block, find_blocks
+from melrt.serving.bulk.blocks import Block
+from melrt.serving.bulk.inputs import RowVoices, find_blocks
 from melrt.serving.bulk.outputs import Kind
-from melrt.serving.bulk.ray import ActorSettings, import_ray, synthesize_on_ray
+from melrt.serving.bulk.ray import import_ray, synthesize_on_ray
 from melrt.serving.bulk.run import OutputSettings, UtteranceResult, pending_blocks, synthesize_blocks, write_failures
-from melrt.vocoder import Options, Vocoder
+from melrt.serving.bulk.voices import LoadedVoices, VoiceSettings, find_voices
 
 console = Console(highlight=False, soft_wrap=True)
 # Mel files in a block: an actor takes one block at a time, a parquet file holds one block, and a killed run repeats unfinished blocks.
-FILES_IN_BLOCK = {"wav": 8, "parquet": 64}
+FILES_IN_BLOCK = {"files": 8, "parquet": 64}
 # A run whose output is not a terminal reports its progress this many times.
 PROGRESS_LINES = 10
 
 
-Mels = Annotated[Path, typer.Option("--input", help="Folder of mels (.npy, .npz) or of parquet files, at any depth; or one parquet file.")]
-Output = Annotated[
+VoicePath = Annotated[Path, typer.Argument(metavar="VOICE.melrt", help="A bundle; or a folder of bundles, of which each row names one.")]
+Mels = Annotated[
+    Path,
+    typer.Option(
+        "--input", help="Folder of mels (.npy, .npz) or of parquet files, at any depth; one parquet file; or a .csv list of mels."
+    ),
+]
+Folder = Annotated[
     Path, typer.Option("-o", "--output", help="Folder for the audio. Utterances that are already there are not synthesized again.")
 ]
-To = Annotated[str, typer.Option("--to", help="wav: one file for each utterance; parquet: one file for each block.")]
-Format = Annotated[str, typer.Option("--format", help="Format of the samples: int16 or float32.")]
+To = Annotated[str, typer.Option("--to", help="files: one audio file for each utterance; parquet: one file for each block.")]
 RayAddress = Annotated[
     str | None, typer.Option(help="Run on the Ray cluster at this address; auto: the cluster of this node; local: start one here.")
 ]
 ActorCount = Annotated[
-    int, typer.Option(help="With --ray: largest number of actors. Each loads the voice on one GPU, or on --threads cores.", min=1)
+    int, typer.Option(help="With --ray: largest number of actors. Each loads the voices on one GPU, or on --threads cores.", min=1)
 ]
 
 
 def bulk(
-    voice: Voice,
+    voice: VoicePath,
     mels: Mels,
-    output: Output,
-    kind: To = "wav",
-    sample_format: Format = "int16",
+    folder: Folder,
+    kind: To = "files",
+    encoding: Format = "int16",
+    sample_rate: Rate = None,
     device: Device = "auto",
     precision: Precision = "auto",
     backend: BackendName = "auto",
     threads: Threads = None,
     edges: EndsOption = "voice",
+    memory: Memory = 0,
     ray: RayAddress = None,
     actors: ActorCount = 1,
 ) -> None:
-    """Synthesize thousands of mels, on this machine or on a Ray cluster.
+    """Synthesize thousands of mels with one voice or many, on this machine or on a Ray cluster.
 
+    `melrt bulk voices/ --input list.csv -o speech/` reads the columns `mel`, `voice` and `name` of a list, or of parquet.
     Run the same command again after an interruption: it keeps finished files and synthesizes the others. No file is ever half-written.
     A mel that cannot be synthesized is skipped and listed in `failed.json`, and the command ends with exit code 2.
     """
-    settings = OutputSettings(output.resolve(), cast(Kind, kind), cast(SampleFormat, sample_format), cast(Ends, edges))
+    output = Output(sample_rate, encoding)  # type: ignore[arg-type]  # Output checks it
+    settings = OutputSettings(folder.resolve(), cast(Kind, kind), output)
     if ray is not None:
         import_ray()  # a missing package is reported before the output folder is made
-    check_writable(output, folder=True)
-    bundle = Bundle.open(voice)
-    blocks = find_blocks(mels, None if ray is None and kind == "wav" else FILES_IN_BLOCK[kind])
-    with settings.lock(bundle, precision):
-        pending = pending_blocks(blocks, settings.open(bundle.manifest.spec.sample_rate))
-        if ray is None:
-            results = _synthesize_here(bundle, pending, settings, BackendChoice(device, precision, backend, threads))
-        else:
-            actor = ActorSettings(voice.resolve(), device, precision, backend, threads or 1, actors)
-            results = synthesize_on_ray(pending, actor, settings, ray)
-        start = time.perf_counter()
-        frames, failed = _follow(results, _count(pending)) if pending else (0, [])
-        seconds = time.perf_counter() - start
-        failures = write_failures(output, failed)
-    counts = f"{_count(pending) - len(failed)} synthesized, {_count(blocks) - _count(pending)} already there, {len(failed)} failed"
-    console.print(f"Utterances in {output}: {counts}.", markup=False)
-    if frames:
-        audio = frames * bundle.manifest.spec.hop / bundle.manifest.spec.sample_rate
-        console.print(f"{audio:.1f} s of audio took {seconds:.1f} s, {audio / seconds:.1f} times real time.", markup=False)
+    check_writable(folder, folder=True)
+    paths, by_row = find_voices(voice), not (voice / MANIFEST).exists()
+    blocks = find_blocks(mels, None if ray is None and kind == "files" else FILES_IN_BLOCK[kind], RowVoices(paths, by_row))
+    bundles = {name: Bundle.open(paths[name]) for name in sorted({name for block in blocks for name in block.row_voices})}
+    for bundle in bundles.values():
+        Encoder(output, bundle.manifest.spec.sample_rate, lambda _: None)  # reports an unsupported rate, or a missing package
+    limit = memory << 20 if memory else None
+    voices = VoiceSettings(bundles, by_row, cast(Ends, edges), device, precision, backend, threads, limit)
+    with settings.lock(voices):
+        pending = pending_blocks(blocks, settings.open())
+        run = _synthesize_here(voices, pending, settings) if ray is None else synthesize_on_ray(pending, voices, settings, ray, actors)
+        total = _follow(run, _count(pending)) if pending else _Total()
+        failures = write_failures(folder, total.failed)
+    _report(total, _count(pending), _count(blocks), folder)
     if failures:
+        first = total.failed[0]
         raise MelError(
-            f"{len(failed)} of {_count(blocks)} mels could not be synthesized. The first is {failed[0].name}: {failed[0].error}\n"
+            f"{len(total.failed)} of {_count(blocks)} mels could not be synthesized. The first is {first.name}: {first.error}\n"
             f"{failures} lists all of them. Fix or remove these mels and run the same command again."
         )
+
+
+@dataclass(slots=True)
+class _Total:
+    """Sums over the results of a run."""
+
+    compute_seconds: float = 0.0
+    seconds: float = 0.0
+    clipped: int = 0
+    failed: list[UtteranceResult] = field(default_factory=list)
+
+
+def _report(total: _Total, pending: int, count: int, folder: Path) -> None:
+    failed = len(total.failed)
+    counts = f"{pending - failed} synthesized, {count - pending} already there, {failed} failed"
+    console.print(f"Utterances in {folder}: {counts}.", markup=False)
+    if total.seconds:
+        speed = f"{total.seconds / total.compute_seconds:.1f} times real time"
+        console.print(f"{total.seconds:.1f} s of audio took {total.compute_seconds:.1f} s, {speed}.", markup=False)
+    if total.clipped:
+        console.print(f"{total.clipped} samples were clipped to full scale. --format float32 keeps them.", markup=False)
 
 
 def _count(blocks: list[Block]) -> int:
     return sum(len(block.names) for block in blocks)
 
 
-def _synthesize_here(bundle: Bundle, blocks: list[Block], settings: OutputSettings, choice: BackendChoice) -> Iterator[UtteranceResult]:
-    options = Options(edges=bundle.manifest.choose_edges(settings.edges))
-    with Vocoder(bundle, open_backend(bundle, choice), options) as vocoder:
-        yield from synthesize_blocks(vocoder, blocks, settings.open(vocoder.sample_rate))
+def _synthesize_here(voices: VoiceSettings, blocks: list[Block], settings: OutputSettings) -> Iterator[UtteranceResult]:
+    with LoadedVoices(voices) as loaded:
+        yield from synthesize_blocks(loaded, blocks, settings)
 
 
-def _follow(results: Iterator[UtteranceResult], total: int) -> tuple[int, list[UtteranceResult]]:
-    """Show progress on stderr; return the number of frames synthesized and the failed utterances, sorted by name."""
-    frames, failed = 0, []
+def _follow(results: Iterator[UtteranceResult], count: int) -> _Total:
+    """Show progress on stderr; return the sums, with the failed utterances sorted by name."""
+    total, start = _Total(), time.perf_counter()
     screen = Console(stderr=True, highlight=False)
     with Progress(console=screen, transient=True, disable=not screen.is_terminal) as bar:
-        task = bar.add_task("synthesizing", total=total)
+        task = bar.add_task("synthesizing", total=count)
         for done, result in enumerate(results, 1):
-            frames += result.frames
+            total.seconds += result.seconds
+            total.clipped += result.clipped
             if result.error:
-                failed.append(result)
+                total.failed.append(result)
             bar.advance(task)
-            if not screen.is_terminal and PROGRESS_LINES * done // total > PROGRESS_LINES * (done - 1) // total:
-                screen.print(f"utterance {done} of {total}")
-    return frames, sorted(failed, key=lambda result: result.name)
+            if not screen.is_terminal and PROGRESS_LINES * done // count > PROGRESS_LINES * (done - 1) // count:
+                screen.print(f"utterance {done} of {count}")
+    total.failed.sort(key=lambda result: result.name)
+    total.compute_seconds = time.perf_counter() - start
+    return total

@@ -1,6 +1,6 @@
-"""The audio of a bulk run: WAV files, or parquet files with the columns `name`, `audio` and `sample_rate`.
+"""The audio of a bulk run: audio files, or parquet files with the columns `name`, `voice`, `audio`, `sample_rate` and `encoding`.
 
-A file appears only when it is complete, so an existing file is finished work. A WAV file holds one utterance. A parquet file holds one
+A file appears only when it is complete, so an existing file is finished work. An audio file holds one utterance. A parquet file holds one
 block, and its name is a hash of the utterances' names.
 """
 
@@ -17,12 +17,13 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from melrt.files.atomic import atomic_write
-from melrt.files.audio import SampleFormat, to_int16, write_wav
-from melrt.serving.bulk.inputs import Block, import_pyarrow, open_parquet
-from melrt.types import Audio, FloatAudio
+from melrt.files.audio import FILE_KINDS, SAMPLE_FORMATS, Encoding, write_audio
+from melrt.files.output import Encoder, Output
+from melrt.serving.bulk.blocks import Block, Utterance, import_pyarrow, open_parquet
+from melrt.types import FloatAudio
 
-Kind = Literal["wav", "parquet"]
-KINDS: tuple[Kind, ...] = ("wav", "parquet")
+Kind = Literal["files", "parquet"]
+KINDS: tuple[Kind, ...] = ("files", "parquet")
 # Samples after which a row group is written: three minutes of audio at 22,050 Hz.
 ROW_GROUP_SAMPLES = 1 << 22
 
@@ -30,8 +31,8 @@ ROW_GROUP_SAMPLES = 1 << 22
 class BlockWriter(Protocol):
     """Writes the audio of one block."""
 
-    def write(self, name: str, audio: Iterable[FloatAudio]) -> None:
-        """Write an utterance, whose audio comes in pieces."""
+    def write(self, utterance: Utterance, audio: Iterable[FloatAudio], sample_rate: int) -> int:
+        """Write the audio of an utterance, which comes in pieces, and return the number of samples that were clipped."""
 
 
 class OutputFolder(Protocol):
@@ -48,15 +49,13 @@ class OutputFolder(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class WavFolder:
-    """One WAV file for each utterance."""
+class AudioFolder:
+    """One audio file for each utterance."""
 
     folder: Path
     """Folder of the files."""
-    sample_rate: int
-    """Sample rate in Hz."""
-    sample_format: SampleFormat
-    """Format of the samples."""
+    encoding: Encoding
+    """Encoding of the audio."""
 
     def finished(self, names: Iterable[str]) -> set[str]:
         return {name for name in names if self._path(name).exists()}
@@ -68,11 +67,11 @@ class WavFolder:
     def open(self, _: Block) -> Iterator[BlockWriter]:
         yield self
 
-    def write(self, name: str, audio: Iterable[FloatAudio]) -> None:
-        write_wav(self._path(name), audio, self.sample_rate, self.sample_format)
+    def write(self, utterance: Utterance, audio: Iterable[FloatAudio], sample_rate: int) -> int:
+        return write_audio(self._path(utterance.name), audio, sample_rate, self.encoding)
 
     def _path(self, name: str) -> Path:
-        return self.folder / f"{name}.wav"
+        return self.folder / f"{name}{FILE_KINDS[self.encoding].suffix}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +80,8 @@ class ParquetFolder:
 
     folder: Path
     """Folder of the files."""
-    sample_rate: int
-    """Sample rate in Hz."""
-    sample_format: SampleFormat
-    """Format of the samples."""
+    encoding: Encoding
+    """Encoding of the audio."""
 
     def finished(self, names: Iterable[str]) -> set[str]:
         there: set[str] = set()
@@ -98,9 +95,9 @@ class ParquetFolder:
     @contextlib.contextmanager
     def open(self, block: Block) -> Iterator[BlockWriter]:
         with contextlib.suppress(_EmptyBlockError), atomic_write(self._path(block)) as temporary:
-            with _ParquetWriter(temporary, self.sample_rate, self.sample_format) as writer:
+            with _ParquetWriter(temporary, self.encoding) as writer:
                 yield writer
-            if not writer.utterances:
+            if not writer.started:
                 raise _EmptyBlockError
 
     def _path(self, block: Block) -> Path:
@@ -115,30 +112,34 @@ class _EmptyBlockError(Exception):
 class _ParquetWriter:
     """Writes one parquet file, and holds at most one row group of audio in memory."""
 
-    def __init__(self, path: Path, sample_rate: int, sample_format: SampleFormat) -> None:
-        self.utterances = 0
+    def __init__(self, path: Path, encoding: Encoding) -> None:
+        self.started = False
+        self._encoding = encoding
         self._arrow, parquet = import_pyarrow()
-        self._sample_rate, self._int16 = sample_rate, sample_format == "int16"
-        samples = self._arrow.list_(self._arrow.int16() if self._int16 else self._arrow.float32())
-        self._schema = self._arrow.schema([("name", self._arrow.string()), ("audio", samples), ("sample_rate", self._arrow.int32())])
+        text, audio = self._arrow.string(), self._arrow.binary()
+        if encoding in SAMPLE_FORMATS:
+            audio = self._arrow.list_(self._arrow.int16() if encoding == "int16" else self._arrow.float32())
+        columns = {"name": text, "voice": text, "audio": audio, "sample_rate": self._arrow.int32(), "encoding": text}
+        self._schema = self._arrow.schema(list(columns.items()))
         self._writer: Any = parquet.ParquetWriter(path, self._schema, compression="zstd")
-        self._names: list[str] = []
-        self._audio: list[Audio] = []
+        self._rows: list[dict[str, Any]] = []
+        self._size = 0
 
-    def write(self, name: str, audio: Iterable[FloatAudio]) -> None:
-        samples = np.concatenate(list(audio))
-        self._names.append(name)
-        self._audio.append(to_int16(samples) if self._int16 else samples)
-        self.utterances += 1
-        if sum(map(len, self._audio)) >= ROW_GROUP_SAMPLES:
+    def write(self, utterance: Utterance, audio: Iterable[FloatAudio], sample_rate: int) -> int:
+        clipped: list[int] = []
+        samples = Encoder(Output(encoding=self._encoding), sample_rate, clipped.append)(np.concatenate(list(audio)))
+        cell = samples if self._encoding in SAMPLE_FORMATS else samples.tobytes()
+        values = (utterance.name, utterance.voice, cell, sample_rate, self._encoding)
+        self._rows.append(dict(zip(self._schema.names, values, strict=True)))
+        self.started, self._size = True, self._size + len(cell)
+        if self._size >= ROW_GROUP_SAMPLES:
             self._flush()
+        return sum(clipped)
 
     def _flush(self) -> None:
-        if self._names:
-            rates = [self._sample_rate] * len(self._names)
-            audio = self._arrow.array(self._audio, self._schema.field("audio").type)
-            self._writer.write_table(self._arrow.table([self._names, audio, rates], self._schema))
-        self._names, self._audio = [], []
+        if self._rows:
+            self._writer.write_table(self._arrow.Table.from_pylist(self._rows, self._schema))
+        self._rows, self._size = [], 0
 
     def __enter__(self) -> _ParquetWriter:
         return self

@@ -7,29 +7,26 @@ same folder. A run holds a lock on the folder, which the operating system releas
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from numpy.typing import NDArray
 
-from melrt.bundle import Bundle
 from melrt.checks import check_fields, one_of
-from melrt.errors import BackendError, ConfigError, MelError, MelrtError
+from melrt.errors import AudioError, ConfigError, MelError, MelrtError
 from melrt.files.atomic import atomic_write, is_temporary
-from melrt.files.audio import SAMPLE_FORMATS, SampleFormat
 from melrt.files.locks import locked_file
 from melrt.files.mels import mel_pieces
-from melrt.planning.edges import Ends
-from melrt.serving.bulk.inputs import Block, Utterance, import_pyarrow
-from melrt.serving.bulk.outputs import KINDS, BlockWriter, Kind, OutputFolder, ParquetFolder, WavFolder
+from melrt.files.output import Output, import_soundfile
+from melrt.serving.bulk.blocks import Block, Utterance, import_pyarrow
+from melrt.serving.bulk.outputs import KINDS, AudioFolder, BlockWriter, Kind, OutputFolder, ParquetFolder
+from melrt.serving.bulk.voices import LoadedVoices, VoiceSettings
 from melrt.types import Audio, FloatAudio
-from melrt.vocoder import Vocoder
 
 RECORD = "bulk.json"
 # Longer utterances are streamed in pieces of this many frames, in constant memory: three minutes at 86 frames a second.
@@ -43,35 +40,30 @@ class OutputSettings:
     folder: Path
     """Output folder, an absolute path."""
     kind: Kind
-    """Kind of file: `wav` or `parquet`."""
-    sample_format: SampleFormat
-    """Format of the samples."""
-    edges: Ends = "voice"
-    """Ends of an utterance."""
+    """Kind of file: `files` of one utterance each, or `parquet`."""
+    output: Output
+    """Sample rate and encoding of the audio."""
 
     def __post_init__(self) -> None:
-        rules = {"kind": one_of(*KINDS), "sample_format": one_of(*SAMPLE_FORMATS), "edges": one_of(*get_args(Ends))}
-        check_fields(self, rules, "output (--to, --format, --edges)")
-        if self.kind == "parquet":
-            import_pyarrow()  # a missing package is reported before the voice is loaded
+        check_fields(self, {"kind": one_of(*KINDS)}, "output (--to)")
+        _ = import_pyarrow() if self.kind == "parquet" else import_soundfile()  # a missing package is reported before any work
 
-    def open(self, sample_rate: int) -> OutputFolder:
+    def open(self) -> OutputFolder:
         """Return the output folder, ready to be written to."""
-        folder = WavFolder if self.kind == "wav" else ParquetFolder
-        return folder(self.folder, sample_rate, self.sample_format)
+        folder = AudioFolder if self.kind == "files" else ParquetFolder
+        return folder(self.folder, self.output.encoding)
 
     @contextlib.contextmanager
-    def lock(self, bundle: Bundle, precision: str) -> Iterator[None]:
-        """Lock the folder for one run, check that it belongs to this voice, and remove half-written files of a killed run.
+    def lock(self, voices: VoiceSettings) -> Iterator[None]:
+        """Lock the folder for one run, check that it belongs to these voices, and remove half-written files of a killed run.
 
         Raises:
             MelrtError: Another run holds the lock, or `bulk.json` is damaged.
-            ConfigError: The folder was begun with another voice, precision, kind, format or ends.
+            ConfigError: The folder was begun with other settings. Only voices that rows name may be added.
         """
-        voice = "".join(sorted(artifact.sha256 for artifact in bundle.manifest.artifacts if artifact.kind == "onnx"))
         settings = {
-            "voice": bundle.manifest.name, "sha256": hashlib.sha256(voice.encode()).hexdigest(), "kind": self.kind,
-            "format": self.sample_format, "precision": precision, "edges": self.edges,
+            "voices": voices.fingerprints, "voices by row": voices.by_row, "kind": self.kind, "format": self.output.encoding,
+            "rate": self.output.sample_rate, "precision": voices.precision, "edges": voices.edges,
         }  # fmt: skip
         self.folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
@@ -83,23 +75,21 @@ class OutputSettings:
             self._remove_half_written()
             yield
 
-    def _check_record(self, settings: dict[str, str]) -> None:
+    def _check_record(self, settings: dict[str, Any]) -> None:
         record = self.folder / RECORD
-        if not record.exists():
+        begun = _read_record(record, settings) if record.exists() else None
+        if begun is not None:
+            changes = [f"{key} {begun[key]!r}, now {now!r}" for key, now in settings.items() if key != "voices" and begun[key] != now]
+            changes += _changed_voices(begun["voices"], settings["voices"], by_row=settings["voices by row"])
+            if changes:
+                raise ConfigError(
+                    f"{self.folder} was begun with {'; '.join(changes)}. One folder holds audio with one set of options; give another "
+                    "--output."
+                )
+            settings["voices"] = begun["voices"] | settings["voices"]
+        if settings != begun:
             with atomic_write(record) as temporary:
                 temporary.write_text(json.dumps(settings, indent=1))
-            return
-        try:
-            begun = json.loads(record.read_text())
-            begun = begun if isinstance(begun, dict) else {}
-        except ValueError as error:
-            raise MelrtError(f"{record} is not JSON ({error}); give another --output.") from error
-        if begun != settings:
-            changes = [f"{key} {begun.get(key)!r}, now {settings[key]!r}" for key in settings if begun.get(key) != settings[key]]
-            raise ConfigError(
-                f"{self.folder} was begun with {'; '.join(changes)}. One folder holds the audio of one voice, precision, kind, format and "
-                "ends; give another --output."
-            )
 
     def _remove_half_written(self) -> None:
         for path in self.folder.rglob(".*-*"):
@@ -113,10 +103,29 @@ class UtteranceResult:
 
     name: str
     """Name of the utterance."""
-    frames: int
-    """Mel frames synthesized; 0 if it failed."""
-    error: str
+    seconds: float = 0.0
+    """Seconds of audio; 0 if it failed."""
+    clipped: int = 0
+    """Samples that the encoding clipped to full scale."""
+    error: str = ""
     """Reason of the failure; empty if there was none."""
+
+
+def _read_record(record: Path, keys: Iterable[str]) -> dict[str, Any]:
+    try:
+        begun = json.loads(record.read_text())
+        return {key: dict(begun[key]) if key == "voices" else begun[key] for key in keys}
+    except (ValueError, TypeError, KeyError) as error:
+        raise MelrtError(f"{record} is damaged, or of another version of melrt ({error!r:.80}); give another --output.") from error
+
+
+def _changed_voices(begun: dict[str, str], now: dict[str, str], *, by_row: bool) -> list[str]:
+    """Return the differences in words. Rows may name further voices in a later run."""
+    if by_row:
+        begun = {name: begun.get(name, sha256) for name, sha256 in now.items()}
+    if begun.keys() != now.keys():
+        return [f"the voice {', '.join(begun)}, now {', '.join(now)}"]
+    return [f"another bundle of the voice {name}" for name in now if begun[name] != now[name]]
 
 
 def pending_blocks(blocks: Iterable[Block], output: OutputFolder) -> list[Block]:
@@ -127,55 +136,72 @@ def pending_blocks(blocks: Iterable[Block], output: OutputFolder) -> list[Block]
     return [kept for block in blocks if (kept := block.keep(pending)).names]
 
 
-def synthesize_blocks(vocoder: Vocoder, blocks: Iterable[Block], output: OutputFolder) -> Iterator[UtteranceResult]:
+def synthesize_blocks(voices: LoadedVoices, blocks: Iterable[Block], settings: OutputSettings) -> Iterator[UtteranceResult]:
     """Synthesize blocks and write their audio; an utterance that fails is reported in its result and does not end the run.
 
     Raises:
         AudioError: A file could not be written.
     """
+    output, synthesis = settings.open(), _Synthesis(voices, Output(settings.output.sample_rate))
     for block in blocks:
         if (unfinished := output.unfinished(block)).names:
             with output.open(unfinished) as writer:
-                yield from _synthesize_block(vocoder, unfinished, writer)
+                yield from synthesis.run(unfinished, writer)
 
 
-def _synthesize_block(vocoder: Vocoder, block: Block, writer: BlockWriter) -> Iterator[UtteranceResult]:
-    """Keep several utterances in the vocoder's queue, so that their windows share runs, and write them in their order."""
-    ahead = 2 * vocoder.policy.workers * vocoder.policy.batch
-    submitted: deque[tuple[Utterance, Future[Audio] | None]] = deque()
-    for utterance in block.utterances(vocoder.spec):
-        submitted.append(_submit(vocoder, utterance))
-        if len(submitted) > ahead:
-            yield _finish(vocoder, *submitted.popleft(), writer)
-    while submitted:
-        yield _finish(vocoder, *submitted.popleft(), writer)
+@dataclass(slots=True)
+class _Synthesis:
+    """Synthesizes blocks. Between two utterances it does not refer to a voice, so that voices can make room for others."""
 
+    voices: LoadedVoices
+    samples: Output
+    """Samples for the writer, which encodes them."""
+    ahead: int = 1
+    """Utterances that wait in queues, so that their windows share runs."""
 
-def _submit(vocoder: Vocoder, utterance: Utterance) -> tuple[Utterance, Future[Audio] | None]:
-    """Return the utterance and its future audio; None if its mel is unusable, or so long that `_finish` streams it."""
-    if isinstance(utterance.mel, MelError) or utterance.mel.shape[-1] > PIECE_FRAMES:
-        return utterance, None
-    try:
-        return utterance, vocoder.submit(utterance.mel)
-    except MelError as error:
-        return Utterance(utterance.name, error), None
+    def run(self, block: Block, writer: BlockWriter) -> Iterator[UtteranceResult]:
+        """Synthesize the utterances of a block, and write them in their order."""
+        submitted: deque[tuple[Utterance, Future[Audio] | None]] = deque()
+        for utterance in block.utterances():
+            # Where memory is limited, another voice may need that of the voices whose utterances wait.
+            alone = self.voices.limited and submitted and submitted[-1][0].voice != utterance.voice
+            while submitted and (alone or len(submitted) > self.ahead):
+                yield self._finish(*submitted.popleft(), writer)
+            submitted.append(self._submit(utterance))
+        while submitted:
+            yield self._finish(*submitted.popleft(), writer)
 
+    def _submit(self, utterance: Utterance) -> tuple[Utterance, Future[Audio] | None]:
+        """Return the utterance and its future audio; None if it cannot be synthesized, or is so long that `_finish` streams it."""
+        if isinstance(utterance.mel, MelError) or utterance.mel.shape[-1] > PIECE_FRAMES:
+            return utterance, None
+        try:
+            vocoder = self.voices[utterance.voice]
+            self.ahead = 2 * vocoder.policy.workers * vocoder.policy.batch
+            return utterance, vocoder.submit(utterance.mel, self.samples)
+        except MelrtError as error:
+            reason = str(error)
+        # the error itself would refer to the voice
+        return replace(utterance, mel=MelError(reason)), None
 
-def _finish(vocoder: Vocoder, utterance: Utterance, audio: Future[Audio] | None, writer: BlockWriter) -> UtteranceResult:
-    if isinstance(utterance.mel, MelError):
-        return UtteranceResult(utterance.name, 0, str(utterance.mel))
-    try:
-        pieces = [audio.result()] if audio else _streamed(vocoder, utterance, utterance.mel)
-        writer.write(utterance.name, pieces)
-    except (MelError, BackendError) as error:
-        return UtteranceResult(utterance.name, 0, str(error))
-    return UtteranceResult(utterance.name, utterance.mel.shape[1], "")
+    def _finish(self, utterance: Utterance, audio: Future[Audio] | None, writer: BlockWriter) -> UtteranceResult:
+        if isinstance(utterance.mel, MelError):
+            return UtteranceResult(utterance.name, error=str(utterance.mel))
+        spec = self.voices.spec(utterance.voice)
+        try:
+            pieces = [audio.result()] if audio else self._streamed(utterance, utterance.mel)
+            clipped = writer.write(utterance, pieces, self.samples.sample_rate or spec.sample_rate)
+        except AudioError:  # what cannot be written now cannot be written for the next utterance either
+            raise
+        except MelrtError as error:
+            return UtteranceResult(utterance.name, error=str(error))
+        return UtteranceResult(utterance.name, utterance.mel.shape[1] * spec.hop / spec.sample_rate, clipped)
 
-
-def _streamed(vocoder: Vocoder, utterance: Utterance, mel: NDArray[Any]) -> Iterator[FloatAudio]:
-    if utterance.file:
-        return vocoder.stream(mel_pieces(utterance.file, vocoder.spec, PIECE_FRAMES))
-    return vocoder.stream(mel[:, start : start + PIECE_FRAMES] for start in range(0, mel.shape[1], PIECE_FRAMES))
+    def _streamed(self, utterance: Utterance, mel: NDArray[Any]) -> Iterator[FloatAudio]:
+        pieces: Iterator[NDArray[Any]] = (mel[:, start : start + PIECE_FRAMES] for start in range(0, mel.shape[1], PIECE_FRAMES))
+        if utterance.file:
+            pieces = mel_pieces(utterance.file, None, PIECE_FRAMES)
+        return self.voices[utterance.voice].stream(pieces, output=self.samples)
 
 
 def write_failures(folder: Path, failed: Iterable[UtteranceResult]) -> Path | None:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from melrt.bundle import MANIFEST
-from melrt.cli.commands import BackendName, Device, EndsOption, Precision, Threads
+from melrt.cli.commands import BackendName, Device, EndsOption, Memory, Precision, Threads
 from melrt.errors import ConfigError
 from melrt.planning.edges import Ends
 from melrt.residency import Residency
@@ -22,7 +22,6 @@ console = Console(highlight=False, soft_wrap=True)
 DEFAULT = ServiceConfig()
 
 Bundles = Annotated[list[Path], typer.Argument(metavar="VOICE.melrt...", help="Bundles, or one folder in which bundles may come and go.")]
-Memory = Annotated[int, typer.Option(help="MiB that loaded voices may take; others are unloaded first. 0 for no limit.", min=0)]
 Pin = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Voice that is never unloaded; may be repeated.")]
 Weight = Annotated[list[str] | None, typer.Option(metavar="NAME=NUMBER", help="Share of the time of a voice under load, 1 if not given.")]
 Host = Annotated[str, typer.Option(help="Address to serve on; 0.0.0.0 for every address of this machine.")]
