@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Self
 
@@ -224,12 +225,19 @@ class Voices:
         return entry.on_disk not in ((), entry.version)
 
     def _entry(self, name: str) -> Entry:
-        if name not in self._entries or self._entries[name].gone:
+        if name not in self._entries and self._has_bundle(name):
             self._look_for_new()
-        if name not in self._entries:
-            known = ", ".join(sorted(self._entries)[:20]) or "none"
-            raise BundleError(f"there is no voice {name!r}; there are: {known}.")
-        return self._entries[name]
+        entry = self._entries.get(name)
+        if entry is None or (self._folder is not None and entry.gone):
+            known = islice((one for one in sorted(self._entries) if not self._entries[one].gone), 20)
+            raise BundleError(f"there is no voice {name!r}; there are: {', '.join(known) or 'none'}.")
+        return entry
+
+    def _has_bundle(self, name: str) -> bool:
+        """Return whether the folder has a bundle of this name. To list a large folder for each unknown name would delay other requests."""
+        if self._folder is None or not name.isprintable() or {"/", "\\"} & {*name}:
+            return False
+        return Entry(self._folder / f"{name}{SUFFIX}").on_disk != ()
 
     def _look_for_new(self) -> None:
         """Add the bundles that have appeared. A voice without a bundle is forgotten once it is not loaded."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import multiprocessing
+import re
 import shutil
 import threading
 import time
@@ -195,12 +196,22 @@ def test_refused_while_loading_if_the_limits_say_not_to_wait(open_voices: Open, 
         assert voices["anna"](MEL).size
 
 
-def test_folder_is_read_again_for_an_unknown_name(open_voices: Open, folder: Path, tiny_bundle_path: Path) -> None:
+def test_folder_is_read_again_for_a_new_bundle_alone(
+    open_voices: Open, folder: Path, tiny_bundle_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests for voices that do not exist cost no listing of the folder."""
+    listings: list[Path] = []
+    monkeypatch.setattr(Path, "glob", lambda path, pattern, glob=Path.glob: (listings.append(path), glob(path, pattern))[1])
     with open_voices(folder) as voices:
-        with pytest.raises(BundleError, match="no voice 'dora'; there are: anna, ben, cleo"):
-            _ = voices["dora"]
-        shutil.copytree(tiny_bundle_path, folder / "dora.melrt")
-        assert voices["dora"](MEL).size
+        shutil.rmtree(folder / "cleo.melrt")
+        for name in ("dora", "cleo", "", "../anna", f"../{folder.name}/anna", "\0", "\ud800", 1000 * "a"):
+            with pytest.raises(BundleError, match=f"no voice {re.escape(repr(name))}; there are: anna, ben\\."):
+                _ = voices[name]
+        assert len(listings) == 1, "when it was opened"
+        for name in ("cleo", "dora"):
+            shutil.copytree(tiny_bundle_path, folder / f"{name}.melrt")
+            assert voices[name](MEL).size
+        assert len(listings) == 2
 
 
 def test_removed_bundle_serves_until_it_is_unloaded(open_voices: Open, folder: Path, audio: np.ndarray) -> None:

@@ -60,7 +60,7 @@ def bench_serving(
 
 def bench_voices(
     voice: Voice,
-    voices: Annotated[int, typer.Option(help="Number of copies of the voice, each with other weights.", min=2)] = 200,
+    voices: Annotated[int, typer.Option(help="Number of copies of the voice, each with other weights.", min=3)] = 200,
     memory: Annotated[int, typer.Option(help="Memory limit for all voices in MiB.", min=1)] = 64,
     seconds: Annotated[float, typer.Option(help="Duration.", min=1)] = 180.0,
     rounds: Annotated[int, typer.Option(help="Interleaved repetitions of each load.", min=1)] = 4,

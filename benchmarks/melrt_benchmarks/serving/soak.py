@@ -51,7 +51,7 @@ class SoakLoad:
     """Voices that appear, disappear or are replaced per second."""
 
     def __post_init__(self) -> None:
-        check_fields(self, {"voices": whole(2, 10_000), "callers": whole(1, 1000)}, "soak")
+        check_fields(self, {"voices": whole(3, 10_000), "callers": whole(1, 1000)}, "soak")
 
 
 @dataclass(slots=True)
