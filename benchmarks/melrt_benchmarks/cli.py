@@ -18,6 +18,7 @@ from melrt.system import usable_cores
 from melrt_benchmarks.report.results import milliseconds, speed
 
 if TYPE_CHECKING:
+    from melrt_benchmarks.inference.host import HostCost
     from melrt_benchmarks.inference.plan import BenchPlan
     from melrt_benchmarks.report.results import Report
 
@@ -92,17 +93,23 @@ def bench_host(voice: Annotated[Path, typer.Argument(metavar="VOICE.melrt", help
     `melrt bench-host demo/lj.melrt` takes about ten seconds. These costs are what remains of the latency when the GPU is fast.
     """
     from melrt.bundle import Bundle
-    from melrt_benchmarks.inference.host import WAITING, measure_host_cost
+    from melrt_benchmarks.inference.host import STREAMS, measure_host_cost
 
-    table = Table(
-        "policy", "call, 1 s (p50 / p90)", "push (mean / p90)", "bulk", *(f"choose among {n:,}" for n in WAITING), box=SIMPLE_HEAD
-    )
     with Steps(2) as steps:
         costs = measure_host_cost(Bundle.open(voice), steps)
-    for cost in costs:
-        times = f"{cost.call_ms[0]:.3f} / {cost.call_ms[1]:.3f} ms", f"{cost.push_us[0]:.0f} / {cost.push_us[1]:.0f} µs"
-        choose = (f"{cost.choose_us[n]:.1f} µs" for n in WAITING)
-        table.add_row(cost.policy, *times, f"{cost.bulk_times_real_time:,.0f} x real time", *choose)
+    table = Table("cost", *(cost.policy for cost in costs), box=SIMPLE_HEAD)
+
+    def add(name: str, value: Callable[[HostCost], str]) -> None:
+        table.add_row(name, *map(value, costs))
+
+    add("call, 1 s of audio: p50, p90", lambda cost: "{:.3f}, {:.3f} ms".format(*cost.call_ms))
+    add("pushed chunk, one stream: mean, p90", lambda cost: "{:.0f}, {:.0f} µs".format(*cost.push_us))
+    add(f"pushed chunk, {STREAMS:,} streams: CPU time", lambda cost: f"{cost.stream_us:.0f} µs")
+    add("bulk, 64 utterances of 10 s", lambda cost: f"{cost.bulk_times_real_time:,.0f} x real time")
+    for waiting in costs[0].choose_us:
+        add(f"choosing windows, {waiting:,} waiting", lambda cost, waiting=waiting: f"{cost.choose_us[waiting]:.1f} µs")  # type: ignore[misc]
+    for voices in costs[0].voice_us:
+        add(f"choosing a voice of {voices:,}: CPU time", lambda cost, voices=voices: f"{cost.voice_us[voices]:.1f} µs")  # type: ignore[misc]
     console.print(table)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from melrt.planning.windows import GraphKind, Policy, Span, plan
 from melrt.scheduling.limits import Limits
 from melrt.scheduling.queue import RequestQueue
 from melrt.scheduling.request import HostRequest, OutputFormat
+from melrt.scheduling.workers import Workers
 from melrt.types import Audio, Mel
 
 # Windows as the backends cut them: ONNX Runtime on two cores, and an engine with three execution slots.
@@ -24,7 +25,11 @@ CALLS = 400
 CHUNK_FRAMES = 16
 CHUNKS = 1000
 BULK_UTTERANCES = 64
+STREAMS = 2_000
+STREAM_CHUNKS = 6
 WAITING = (10, 1_000, 10_000)
+VOICES = (2, 2_000)
+VOICE_RUNS = 100
 
 
 class FreeBackend:
@@ -77,6 +82,10 @@ class HostCost:
     """Seconds of audio per second, 64 utterances of 10 s through `Vocoder.batch`."""
     choose_us: dict[int, float]
     """Microseconds for choosing the windows of one run, by the number of requests waiting."""
+    stream_us: float
+    """Microseconds of processor time for a chunk of 16 frames, pushed to 2,000 open streams in turn."""
+    voice_us: dict[int, float]
+    """Microseconds of processor time for choosing the voice of a run, by the number of voices with windows."""
 
 
 def measure_host_cost(bundle: Bundle, on_step: Callable[[str], None] = lambda _: None) -> list[HostCost]:
@@ -86,8 +95,11 @@ def measure_host_cost(bundle: Bundle, on_step: Callable[[str], None] = lambda _:
         on_step(f"measuring the host cost of the {name} policy")
         with Vocoder(bundle, FreeBackend(policy, bundle.manifest.spec.hop)) as vocoder:
             call, push, bulk = measure_vocoder(vocoder)
+            streams = _streams(vocoder)
         choose = {waiting: _choose(bundle, policy, waiting) for waiting in WAITING}
-        results.append(HostCost(name, call, push, bulk, choose))
+        results.append(
+            HostCost(name, call, push, bulk, choose, streams, {voices: _choose_voice(bundle, policy, voices) for voices in VOICES})
+        )
     return results
 
 
@@ -124,6 +136,23 @@ def _pushes(vocoder: Vocoder) -> np.ndarray:
         return np.array([_timed(lambda: stream.push(chunk)) for _ in range(CHUNKS)])
 
 
+def _streams(vocoder: Vocoder) -> float:
+    """Push to all streams from one thread. The processor time of the process does not depend on what else this machine runs."""
+    chunk = _mel(vocoder, 1.0)[:, :CHUNK_FRAMES]
+    streams = [vocoder.open_stream() for _ in range(STREAMS)]
+
+    def push_to_all() -> float:
+        start = time.process_time()
+        for future in [stream.submit(chunk) for stream in streams]:
+            future.result()
+        return time.process_time() - start
+
+    seconds = [push_to_all() for _ in range(STREAM_CHUNKS)]
+    for stream in streams:
+        stream.close()
+    return round(1e6 * float(np.median(seconds[1:])) / STREAMS, 1)
+
+
 def _bulk(vocoder: Vocoder) -> float:
     mels = [_mel(vocoder, 10.0)] * BULK_UTTERANCES
     seconds = min(_timed(lambda: [None for _ in vocoder.batch(mels)]) for _ in range(3))
@@ -132,13 +161,38 @@ def _bulk(vocoder: Vocoder) -> float:
 
 def _choose(bundle: Bundle, policy: Policy, waiting: int) -> float:
     """Time the choice alone: a queue whose requests wait, and no worker."""
+    queue = _waiting_queue(bundle, policy, Workers(), waiting)
+    count = min(50, waiting // policy.batch or 1)
+    seconds = np.median([_timed(queue.take) for _ in range(count)])
+    return round(1e6 * float(seconds), 1)
+
+
+def _choose_voice(bundle: Bundle, policy: Policy, voices: int) -> float:
+    """Time the choice of a voice and the end of its run, without the choice of its windows: voices whose requests wait, and no worker."""
+    workers, seconds = Workers(), []
+    alone = replace(policy, batch=1)
+    for _ in range(voices):
+        _waiting_queue(bundle, alone, workers, max(2, 2 * VOICE_RUNS // voices))
+    for _ in range(VOICE_RUNS):
+        with workers.lock:
+            start = time.thread_time()
+            queue = workers._next()
+            chosen = time.thread_time() - start
+            assert queue is not None
+            workers.take(queue)
+        start = time.thread_time()
+        workers.leave_lane(0.01)
+        seconds.append(chosen + time.thread_time() - start)
+    return round(1e6 * float(np.median(seconds)), 1)
+
+
+def _waiting_queue(bundle: Bundle, policy: Policy, workers: Workers, waiting: int) -> RequestQueue:
+    """Return a queue in which so many requests of one second wait, on workers that do not run."""
     spec, field = bundle.manifest.spec, bundle.manifest.receptive_field
-    queue = RequestQueue(FreeBackend(policy, spec.hop), policy, Limits(max_windows=1 << 30))
-    queue._workers.start_threads = lambda: None  # type: ignore[method-assign]
+    workers.start_threads = lambda: None  # type: ignore[method-assign]
+    queue = RequestQueue(FreeBackend(policy, spec.hop), policy, Limits(max_windows=1 << 30), workers)
     mel = np.zeros((spec.n_mels, 86), np.float32)
     windows = list(plan(Span(0, 86, 86, ended=True), field, policy))
     for index in range(waiting):
         queue.submit(HostRequest(mel, 0, windows, OutputFormat(spec.hop), deadline=float(index % 97)))
-    count = min(50, waiting // policy.batch or 1)
-    seconds = np.median([_timed(queue.take) for _ in range(count)])
-    return round(1e6 * float(seconds), 1)
+    return queue
