@@ -40,7 +40,14 @@ def test_failures_are_not_counted_as_refusals(tiny_bundle: Bundle) -> None:
         run_open_loop(fail, mixed_lengths(tiny_bundle.probe()[0][0]), 10.0, 0.2)
 
 
-def test_missing_server_is_reported(tiny_bundle: Bundle, melrt) -> None:
-    code, _, err = melrt("bench-serving", tiny_bundle.path, "--triton", "127.0.0.1:1")
-    assert code == 2
-    assert "no Triton server answers at 127.0.0.1:1" in err
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--triton", "127.0.0.1:1"), "no Triton server answers at 127.0.0.1:1"),
+        (("--http", "http://127.0.0.1:1"), "no HTTP service answers at http://127.0.0.1:1"),
+        ((), "give the address of a server with --triton or --http"),
+    ],
+)
+def test_missing_server_is_reported(arguments: tuple[str, ...], complaint: str, tiny_bundle: Bundle, melrt) -> None:
+    code, _, err = melrt("bench-serving", tiny_bundle.path, *arguments)
+    assert (code, complaint in err) == (2, True), err

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from concurrent.futures import Future
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -15,10 +15,11 @@ from rich.table import Table
 from melrt import Residency, Voices
 from melrt.bundle import Bundle
 from melrt.cli.commands import Voice
-from melrt.errors import BackendError, MelrtError, QueueFullError
+from melrt.errors import ConfigError, MelrtError
 from melrt.scheduling.limits import Limits
-from melrt.types import Audio, Mel
+from melrt.types import Mel
 from melrt.vocoder import Options, Vocoder
+from melrt_benchmarks.serving import systems
 from melrt_benchmarks.serving.load import RequestRun, Submit, mixed_lengths, run_closed_loop, run_open_loop
 
 console = Console(highlight=False)
@@ -30,27 +31,33 @@ MAX_DIFFERENCE = 1e-3
 
 def bench_serving(
     voice: Voice,
-    triton: Annotated[str, typer.Option(help="gRPC address of the Triton server.")] = "127.0.0.1:8001",
-    model: Annotated[str | None, typer.Option(help="Name of the voice's model on the server. Default: the bundle's file name.")] = None,
+    triton: Annotated[str | None, typer.Option(help="gRPC address of a Triton server, such as 127.0.0.1:8001.")] = None,
+    http: Annotated[str | None, typer.Option(help="Address of `melrt serve http`, such as 127.0.0.1:8080.")] = None,
+    model: Annotated[str | None, typer.Option(help="Name of the voice on the server. Default: the bundle's file name.")] = None,
     clients: Annotated[list[int] | None, typer.Option(help="Number of concurrent clients; repeatable. Default: 1 and 8.")] = None,
     seconds: Annotated[float, typer.Option(help="Duration of each load.", min=0.1)] = 10.0,
     rounds: Annotated[int, typer.Option(help="Interleaved repetitions of each load; the median one is shown.", min=1)] = 3,
     overload: Annotated[float, typer.Option(help="Then send requests at this many times the highest measured rate. 0: off.")] = 0.0,
     overload_seconds: Annotated[float, typer.Option(help="Duration of the overload; one client follows it.", min=0.1)] = 120.0,
 ) -> None:
-    """Compare a voice on a Triton server with `Vocoder` in this process, under the same load of utterances of mixed lengths."""
-    bundle = Bundle.open(voice)
+    """Compare a voice on a server with `Vocoder` in this process, under the same load of utterances of mixed lengths."""
+    if triton is None and http is None:
+        raise ConfigError("give the address of a server with --triton or --http.")
+    bundle, name = Bundle.open(voice), model or voice.resolve().stem
     mels = mixed_lengths(bundle.probe()[0][0])
     table = Table("system", "load", "requests/s", "p50 ms", "p99 ms", "refused")
-    with Vocoder.load(bundle, options=Options(limits=Limits(max_windows=MAX_WINDOWS, wait=False))) as vocoder:
-        systems: dict[str, Submit] = {"Vocoder": vocoder.submit, "Triton": _connect(triton, model or voice.resolve().stem)}
-        _check_same_audio(systems, mels[0])
+    options = Options(edges="voice", limits=Limits(max_windows=MAX_WINDOWS, wait=False))
+    with Vocoder.load(bundle, options=options) as vocoder, ExitStack() as opened:
+        under_load: dict[str, Submit] = {"Vocoder": vocoder.submit}
+        under_load |= {"Triton": systems.triton(triton, name)} if triton else {}
+        under_load |= opened.enter_context(systems.http(http, name)) if http else {}
+        _check_same_audio(under_load, mels[0])
         highest = 0.0
         for number in clients or [1, 8]:
-            for name, run in _interleaved(systems, mels, number, seconds, rounds).items():
+            for name, run in _interleaved(under_load, mels, number, seconds, rounds).items():
                 _add_row(table, name, f"{number} client{'s' * (number > 1)}", run)
                 highest = max(highest, run.rate)
-        for name, submit in systems.items() if overload else ():
+        for name, submit in under_load.items() if overload else ():
             rate = overload * highest
             _add_row(table, name, f"{rate:.0f} requests/s", run_open_loop(submit, mels, rate, overload_seconds))
             _add_row(table, name, "1 client, after that", run_closed_loop(submit, mels, 1, seconds))
@@ -84,11 +91,11 @@ def bench_voices(
         raise MelrtError(f'{result.wrong} results were wrong, stale or lost, or failed; see the line "Results".')
 
 
-def _interleaved(systems: dict[str, Submit], mels: list[Mel], clients: int, seconds: float, rounds: int) -> dict[str, RequestRun]:
+def _interleaved(under_load: dict[str, Submit], mels: list[Mel], clients: int, seconds: float, rounds: int) -> dict[str, RequestRun]:
     """Return the round of median throughput of each system."""
-    runs: dict[str, list[RequestRun]] = {name: [] for name in systems}
+    runs: dict[str, list[RequestRun]] = {name: [] for name in under_load}
     for _ in range(rounds):
-        for name, submit in systems.items():
+        for name, submit in under_load.items():
             runs[name].append(run_closed_loop(submit, mels, clients, seconds))
     return {name: sorted(done, key=lambda run: run.rate)[len(done) // 2] for name, done in runs.items()}
 
@@ -97,34 +104,9 @@ def _add_row(table: Table, name: str, load: str, run: RequestRun) -> None:
     table.add_row(name, load, f"{run.rate:.1f}", f"{1000 * run.p50:.0f}", f"{1000 * run.p99:.0f}", str(run.refused))
 
 
-def _check_same_audio(systems: dict[str, Submit], mel: Mel) -> None:
-    """Check that both systems give the same audio; otherwise their times cannot be compared."""
-    local, remote = (submit(mel).result(60) for submit in systems.values())
-    if local.shape != remote.shape or local.dtype != remote.dtype or np.abs(local - remote).max() > MAX_DIFFERENCE:
-        raise MelrtError("the server's audio differs from this voice's. Serve the same bundle at the same precision and sample format.")
-
-
-def _connect(url: str, model: str) -> Submit:
-    import tritonclient.grpc as grpc
-    from tritonclient.utils import InferenceServerException
-
-    client = grpc.InferenceServerClient(url)
-    try:
-        client.is_model_ready(model)
-    except InferenceServerException as error:
-        raise BackendError(f"no Triton server answers at {url}: {error}. Give its gRPC address with --triton.") from error
-
-    def submit(mel: Mel) -> Future[Audio]:
-        future: Future[Audio] = Future()
-
-        def end(result: Any, error: Any) -> None:
-            if error is None:
-                future.set_result(result.as_numpy("audio"))
-            else:
-                refused = "UNAVAILABLE" in str(error.status())
-                future.set_exception((QueueFullError if refused else BackendError)(error.message()))
-
-        client.async_infer(model, [grpc.InferInput("mel", list(mel.shape), "FP32").set_data_from_numpy(mel)], end)
-        return future
-
-    return submit
+def _check_same_audio(under_load: dict[str, Submit], mel: Mel) -> None:
+    """Check that all systems give the same audio; otherwise their times cannot be compared."""
+    local, *others = (submit(mel).result(60) for submit in under_load.values())
+    for remote in others:
+        if local.shape != remote.shape or local.dtype != remote.dtype or np.abs(local - remote).max() > MAX_DIFFERENCE:
+            raise MelrtError("the server's audio differs from this voice's. Serve the same bundle at the same precision and sample format.")

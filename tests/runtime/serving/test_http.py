@@ -133,6 +133,15 @@ def converse(service: Running, voice: str, mel: np.ndarray) -> list[np.ndarray]:
     return audio
 
 
+def test_bench_serving_compares_the_service_and_vocoder(service: Running, tiny: Bundle, melrt) -> None:
+    short = "--clients", 2, "--seconds", 0.5, "--rounds", 1, "--overload", 4, "--overload-seconds", 0.5
+    code, out, err = melrt("bench-serving", tiny.path, "--http", f"127.0.0.1:{service.port}", *short)
+    assert code == 0, err
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "│" in line]
+    assert [row[0] for row in rows] == ["Vocoder", "HTTP", "WebSocket", *np.repeat(["Vocoder", "HTTP", "WebSocket"], 2)]
+    assert int(rows[5][-1]) > 0, "the service refuses what exceeds its places"
+
+
 def test_formats_and_rates(service: Running, tiny: Bundle) -> None:
     """A telephone gets G.711 at 8 kHz, as a stream; files are whole."""
     mel = speech_mel(tiny, 200)
