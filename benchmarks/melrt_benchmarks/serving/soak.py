@@ -26,8 +26,8 @@ from melrt.types import Audio, Mel
 STEP, STEPS, TOLERANCE = 1e-3, 1000, 1e-4
 # Longest wait for a result in seconds; a request that takes longer is lost.
 LOST = 60.0
-# Interval in seconds between two requests for the quiet voice.
-QUIET_INTERVAL = 0.02
+# Seconds from an answer of the quiet voice to its next request: long enough that it takes less than its share of a busy machine.
+QUIET_INTERVAL = 0.1
 # Requests that wait for a flooded voice.
 WAITING = 64
 # Seconds within which a voice that has changed on disk is used.
@@ -133,11 +133,11 @@ class Soak:
             thread.join()
 
     def _calls(self, voices: Voices, stop: threading.Event, seed: int) -> None:
-        """Call, stream and cancel until the stop; low numbers are requested far more often than high ones."""
+        """Call, stream and cancel until the stop: low numbers far more often than high ones, and never the voice that is measured."""
         random = np.random.default_rng([seed, len(self.result.latencies["alone"])])
         kinds: tuple[_Kind, ...] = (self._call, self._stream, self._cancel)
         while not stop.is_set():
-            name, which = f"v{int(self.load.voices * random.random() ** 3)}", int(random.integers(len(self._mels)))
+            name, which = f"v{1 + int((self.load.voices - 1) * random.random() ** 3)}", int(random.integers(len(self._mels)))
             kind = kinds[int(random.choice(3, p=[0.6, 0.25, 0.15]))]
             self._count(self._outcome(name, which, partial(kind, voices, name, self._mels[which])))
 
