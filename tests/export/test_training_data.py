@@ -64,6 +64,8 @@ def test_each_epoch_uses_every_recording_once_at_its_gain(folder: Path) -> None:
         tones = [round(np.argmax(np.abs(np.fft.rfft(x))) * RATE / SEGMENT, -2) for x in parts]
         assert len(set(tones)) == 3
         assert all(0.8 * 0.5 - 1e-3 <= np.abs(x).max() <= 0.8 + 1e-3 for x in parts)
+    unscaled = SegmentDataset(corpus.train, data(folder, gain=(1.0, 1.0), peak=0.0), RATE, 0)
+    assert sorted(round(float(np.abs(unscaled[i].numpy()).max()), 2) for i in range(3)) == [0.1, 0.2, 0.4], "the levels of the files"
 
 
 def test_lists_of_files_and_separate_validation(folder: Path) -> None:
@@ -161,6 +163,9 @@ def test_file_deleted_during_training_is_reported(folder: Path) -> None:
         ('run = "r"\n[data]\ntrain = "x"\n[optimizer]\nlearning_rate = 0', "learning_rate is 0"),
         ('run = "r"\n[data]\ntrain = "x"\n[optimizer]\nbetas = [0.5, 1]', "each a finite number at least 0 and below 1"),
         ('run = "r"\n[data]\ntrain = "x"\n[discriminator]\nchannels = 6', "multiple of 4"),
+        ('run = "r"\n[data]\ntrain = "x"\n[discriminator]\nmax_channels = 510', "max_channels is 510; it must be a multiple of 4"),
+        ('run = "r"\n[data]\ntrain = "x"\n[optimizer]\nmilestones = [5, 2]', "in ascending order"),
+        ('run = "r"\n[data]\ntrain = "x"\n[optimizer]\ngradient_limit = -1', "gradient_limit is -1"),
         ('run = "r"\n[data]\ntrain = "x"\n[schedule]\nlog_every = 0', "log_every is 0"),
         (f'run = "r"\n[data]\ntrain = "x"\n[{next(iter(RENAMED))}]\nvoice = "v"', "is now quantization"),
     ],

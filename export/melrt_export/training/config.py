@@ -18,6 +18,7 @@ MAX_CONFIG_BYTES = 1 << 20
 MAX_STEPS = 1 << 40
 
 AdversarialForm = Literal["hinge", "least_squares"]
+FeatureScale = Literal["neurips", "paper", "mean"]
 Int8Form = Literal["cpu", "tensorrt"]
 # Settings that were renamed.
 RENAMED = {
@@ -38,11 +39,17 @@ class DiscriminatorConfig:
     """Strided convolutions in each discriminator."""
     downsampling: int = 4
     """Stride s of each strided convolution, which also has s times the channels; its kernel size is 10·s + 1."""
+    max_channels: int = 1024
+    """Limit of the channels, a multiple of 4."""
+    deviation: float = 0.0
+    """Standard deviation of the initial weights, which are normally distributed; 0 for PyTorch's default."""
 
     def __post_init__(self) -> None:
-        _check(self, scales=whole(1, 8), channels=whole(4, 256), layers=whole(1, 8), downsampling=whole(2, 16))
-        if self.channels % 4:
-            raise ConfigError(f"channels is {self.channels}; it must be a multiple of 4, because convolutions have groups of 4 channels.")
+        widths = {"channels": whole(4, 256), "max_channels": whole(4, 4096)}
+        _check(self, **widths, scales=whole(1, 8), layers=whole(1, 8), downsampling=whole(2, 16), deviation=number(0, 1))
+        for name in widths:
+            if (width := getattr(self, name)) % 4:
+                raise ConfigError(f"{name} is {width}; it must be a multiple of 4, because convolutions have groups of 4 channels.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,7 @@ class DataConfig:
     workers: int = 2
     """Worker processes that read audio for each training process; 0 to read in the training process."""
     peak: float = 0.95
-    """Peak to which every file is scaled."""
+    """Peak to which every file is scaled; 0 to leave the files as they are."""
     gain: tuple[float, float] = (0.3, 1.0)
     """Limits of the random factor by which each segment is scaled."""
     wrong_rate: Literal["resample", "skip", "refuse"] = "resample"
@@ -78,7 +85,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check(
             self, held_out=whole(1, 1 << 20), segment=whole(256, 1 << 20), batch=whole(1, 1 << 16), workers=whole(0, 256),
-            peak=number(1e-3, 1), gain=list_of(number(0, 1, above=True), 2, 2),
+            peak=number(0, 1), gain=list_of(number(0, 1, above=True), 2, 2),
         )  # fmt: skip
         if self.gain[0] > self.gain[1]:
             raise ConfigError(f"gain is {list(self.gain)}; the smaller factor must come first.")
@@ -94,12 +101,15 @@ class LossConfig:
     """`hinge`: MelGAN's loss, summed over scales; `least_squares`: ParallelWaveGAN's, averaged over scales."""
     feature_matching: float = 10.0
     """Weight of the distance between the discriminators' features of recording and synthesis."""
-    feature_scale: Literal["neurips", "paper"] = "neurips"
-    """`paper`: the sum over layers and scales (equation 4); `neurips`: that sum times 4 / (layers + 1) / scales, as in melgan-neurips."""
+    feature_scale: FeatureScale = "neurips"
+    """`paper`: the sum over layers and scales (equation 4); `neurips`: that sum times 4 / (layers + 1) / scales, as in melgan-neurips;
+    `mean`: the mean over layers and scales, as in ParallelWaveGAN."""
     stft: float = 0.0
     """Weight of the multi-resolution STFT loss. With it and `mel`, the first steps make fast progress."""
     stft_sizes: tuple[int, ...] = (1024, 2048, 512)
     """FFT sizes of the STFT loss in samples, from 512, 1024, 2048 and 4096; the defaults are ParallelWaveGAN's."""
+    subband_stft: float = 0.0
+    """Weight of the STFT loss between the sub-bands of a multi-band voice, with ParallelWaveGAN's resolutions."""
     mel: float = 0.0
     """Weight of the mean absolute difference of log-mels."""
     discriminator_from: int = 0
@@ -109,16 +119,16 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         steps = dict.fromkeys(("discriminator_from", "adversarial_from"), whole(0, MAX_STEPS))
-        weights = dict.fromkeys(("adversarial", "feature_matching", "stft", "mel"), number(0, 1e6))
+        weights = dict.fromkeys(("adversarial", "feature_matching", "stft", "subband_stft", "mel"), number(0, 1e6))
         _check(self, **weights, **steps, stft_sizes=list_of(one_of(512, 1024, 2048, 4096), 1, 4))
         if self.uses_discriminator and self.adversarial_from < self.discriminator_from:
             raise ConfigError(
                 f"adversarial_from is {self.adversarial_from}, before discriminator_from {self.discriminator_from}: "
                 "the generator would follow discriminators that are not trained yet. Set it to the same step or a later one."
             )
-        if not (self.uses_discriminator or self.stft or self.mel):
+        if not (self.uses_discriminator or self.stft or self.subband_stft or self.mel):
             raise ConfigError("all loss weights are 0, so nothing can be trained; set adversarial, feature_matching, stft or mel.")
-        if self.adversarial_from and not (self.stft or self.mel):
+        if self.adversarial_from and not (self.stft or self.subband_stft or self.mel):
             raise ConfigError(
                 f"adversarial_from is {self.adversarial_from}, but stft and mel are 0, so earlier steps have no loss; set stft or mel."
             )
@@ -148,7 +158,7 @@ class QuantizationConfig:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerConfig:
-    """Adam, for both networks. The defaults are MelGAN's."""
+    """Optimizer of both networks. The defaults are MelGAN's."""
 
     learning_rate: float = 1e-4
     """Learning rate of the generator."""
@@ -156,12 +166,25 @@ class OptimizerConfig:
     """Learning rate of the discriminators."""
     betas: tuple[float, float] = (0.5, 0.9)
     """Decay of the running means of the gradient and the squared gradient."""
+    algorithm: Literal["adam", "radam"] = "adam"
+    """`radam` corrects Adam's first steps, in which the mean of the squared gradient is uncertain (Liu et al., ICLR 2020)."""
+    epsilon: float = 1e-8
+    """Constant that is added to the root of the squared gradient's mean before the division by it."""
+    amsgrad: bool = False
+    """True to divide by the largest such mean so far (AMSGrad, Reddi et al., ICLR 2018)."""
+    gradient_limit: float = 0.0
+    """Limit of the norm of the generator's gradient, which is scaled down to it; 0 for no limit."""
+    discriminator_gradient_limit: float = 0.0
+    """The same limit for the discriminators."""
     decay_from: int = 0
     """Step after which the learning rates fall, if `half_life` or `zero_at` is set."""
     half_life: int = 0
     """Steps in which the learning rates halve; 0 for rates that do not halve."""
     zero_at: int = 0
     """Step at which the learning rates reach zero, falling linearly from `decay_from` on; 0 for rates that do not fall so."""
+    milestones: tuple[int, ...] = ()
+    """Steps of a network from which its learning rate is half as large as before, in ascending order; instead of `half_life` and
+    `zero_at`. The discriminators' steps count from `discriminator_from`."""
     average: float = 0.0
     """Share that a running average of the generator's weights keeps in each step, such as 0.999; 0 for no average. It is validated and
     kept beside the weights."""
@@ -169,15 +192,28 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         rates = dict.fromkeys(("learning_rate", "discriminator_learning_rate"), number(1e-9, 1))
         steps = dict.fromkeys(("decay_from", "half_life", "zero_at"), whole(0, MAX_STEPS))
-        _check(self, **rates, **steps, betas=list_of(number(0, 1, below=True), 2, 2), average=number(0, 1, below=True))
+        limits = dict.fromkeys(("gradient_limit", "discriminator_gradient_limit"), number(0, 1e6))
+        _check(
+            self, **rates, **steps, **limits, betas=list_of(number(0, 1, below=True), 2, 2), average=number(0, 1, below=True),
+            epsilon=number(1e-12, 1e-2), milestones=list_of(whole(1, MAX_STEPS), 0, 100),
+        )  # fmt: skip
         if self.zero_at and (self.half_life or self.zero_at <= self.decay_from):
             raise ConfigError(
                 f"zero_at is {self.zero_at}, half_life {self.half_life} and decay_from {self.decay_from}; "
                 "set only one of zero_at and half_life, and zero_at to a step after decay_from."
             )
+        if self.amsgrad and self.algorithm == "radam":
+            raise ConfigError("amsgrad is set, but RAdam does not have it. Remove amsgrad, or set algorithm to adam.")
+        if self.milestones and (self.zero_at or self.half_life or list(self.milestones) != sorted(set(self.milestones))):
+            raise ConfigError(
+                f"milestones is {list(self.milestones)}, half_life {self.half_life} and zero_at {self.zero_at}; "
+                "list each step once in ascending order, and leave half_life and zero_at at 0."
+            )
 
     def rate_factor(self, step: int) -> float:
         """Return the factor of the learning rates at a step. It depends on the step alone, so a resumed run needs no other state."""
+        if self.milestones:
+            return float(0.5 ** sum(step >= milestone for milestone in self.milestones))
         done = max(0, step - self.decay_from)
         if self.zero_at:
             return max(0.0, 1 - done / (self.zero_at - self.decay_from))

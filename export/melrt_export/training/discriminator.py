@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -9,7 +11,6 @@ from melrt_export.training.config import DiscriminatorConfig
 from melrt_export.training.weight_norm import add_weight_norm
 
 NEGATIVE_SLOPE = 0.2
-MAX_CHANNELS = 1024
 
 Features = list[list[Tensor]]
 """Output of each layer for each scale, (B, C, T). The last layer's output is the score, (B, 1, T)."""
@@ -29,9 +30,9 @@ class ScaleDiscriminator(nn.Module):
         # reflection padding in the first layer and zeros in the others, as in melgan-neurips (mel2wav/modules.py, NLayerDiscriminator)
         layers = [nn.Conv1d(1, width, 15, padding=7, padding_mode="reflect")]
         for _ in range(config.layers):
-            before, width = width, min(width * stride, MAX_CHANNELS)
+            before, width = width, min(width * stride, config.max_channels)
             layers.append(nn.Conv1d(before, width, 10 * stride + 1, stride, padding=5 * stride, groups=before // 4))
-        before, width = width, min(2 * width, MAX_CHANNELS)
+        before, width = width, min(2 * width, config.max_channels)
         layers.append(nn.Conv1d(before, width, 5, padding=2))
         layers.append(nn.Conv1d(width, 1, 3, padding=1))
         self.layers = nn.ModuleList(layers)
@@ -53,9 +54,13 @@ class Discriminator(nn.Module):
 
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()
-        self.scales = nn.ModuleList(ScaleDiscriminator(config) for _ in range(config.scales))
+        scales = [ScaleDiscriminator(config) for _ in range(config.scales)]
+        self.scales = nn.ModuleList(scales)
         # The padding is left out of each mean; zeros there would lower the amplitude at both ends of every segment.
         self.halve = nn.AvgPool1d(4, stride=2, padding=1, count_include_pad=False)
+        if config.deviation:
+            for layer in (layer for scale in scales for layer in scale.layers):
+                nn.init.normal_(cast(nn.Conv1d, layer).weight, 0.0, config.deviation)
         add_weight_norm(self)
 
     def forward(self, audio: Tensor) -> Features:

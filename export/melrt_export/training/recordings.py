@@ -31,6 +31,10 @@ class Recording:
     peak: float
     """Largest absolute sample at the voice's rate."""
 
+    def scale(self, peak: float) -> float:
+        """Return the factor that scales the recording to a peak, or 1 for a peak of 0."""
+        return peak / self.peak if peak else 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class UnusableFile:

@@ -36,7 +36,7 @@ class SegmentDataset(Dataset[Tensor]):
         recording = self.recordings[self._recording_of(number)]
         noise = np.random.default_rng((self.seed, 1, number))
         start = int(noise.integers(recording.samples - self.config.segment + 1))
-        scale = self.config.peak / recording.peak * noise.uniform(*self.config.gain)
+        scale = recording.scale(self.config.peak) * noise.uniform(*self.config.gain)
         audio, _, _ = read_recording(recording.path, self.sample_rate, start, self.config.segment)
         if len(audio) != self.config.segment:
             raise AudioError(f"{recording.path} is shorter than when the training began.")

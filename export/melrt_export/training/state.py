@@ -22,7 +22,8 @@ from melrt_export.checkpoints.reading import read_safetensors
 from melrt_export.training.step import AdversarialStep
 
 FILE = training_run.STATE
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_AMSGRAD = ("max_exp_avg_sq",)
 _SAME_CONFIG = "Resume with the config that the run was started with."
 _RESTART = "Start a new run; it can take this run's best/ folder as start_from."
 
@@ -138,12 +139,13 @@ def _load_optimizer(path: Path, prefix: str, network: nn.Module, optimizer: torc
     if not any(name.startswith(f"{prefix}_optimizer.") for name in tensors):
         return
     names = {id(parameter): name for name, parameter in network.named_parameters()}
+    moments = _MOMENTS + _AMSGRAD if optimizer.param_groups[0].get("amsgrad") else _MOMENTS
     state = {}
     for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
-        like = {"step": torch.tensor(0.0), "exp_avg": parameter, "exp_avg_sq": parameter}
+        like = {"step": torch.tensor(0.0), **dict.fromkeys(moments, parameter)}
         stem = f"{prefix}_optimizer.{names[id(parameter)]}"
-        state[i] = {moment: _take(path, f"{stem}.{moment}", like[moment], tensors) for moment in _MOMENTS}
-        if any((state[i][moment] < 0).any() for moment in ("step", "exp_avg_sq")):
+        state[i] = {moment: _take(path, f"{stem}.{moment}", like[moment], tensors) for moment in like}
+        if any((state[i][moment] < 0).any() for moment in like if moment != "exp_avg"):
             raise TrainingError(f"{path}: {stem} has a negative number of steps or second moment. {_RESTART}")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

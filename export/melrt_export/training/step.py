@@ -6,17 +6,18 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from melrt_export.generator.network import Generator
-from melrt_export.training.config import TrainingConfig
+from melrt_export.generator.network import FilterBank, Generator
+from melrt_export.training.config import OptimizerConfig, TrainingConfig
 from melrt_export.training.discriminator import Discriminator, Features
 from melrt_export.training.distributed import ProcessGroup
-from melrt_export.training.losses import StftLoss, adversarial_loss, discriminator_loss, feature_matching_loss
+from melrt_export.training.losses import SUBBAND_RESOLUTIONS, StftLoss, adversarial_loss, discriminator_loss, feature_matching_loss
 from melrt_export.training.mel import LogMel
 from melrt_export.training.voice import TrainableVoice
 
@@ -31,6 +32,8 @@ class SynthesizedBatch:
     """Samples of the recordings, (B, N), N = T·hop."""
     output: Tensor
     """Output of the generator, (B, N), float32, with gradient."""
+    bands: Tensor
+    """Sub-bands of the output before the filter bank, (B, S, N / S), with gradient; the output itself for a voice without sub-bands."""
 
 
 ExtraLoss = Callable[[SynthesizedBatch], Tensor]
@@ -51,6 +54,7 @@ class AdversarialStep:
         device = processes.device
         self.log_mel = LogMel(voice.spec).to(device)
         self.stft_loss = StftLoss(config.losses.stft_sizes).to(device)
+        self.subband_stft_loss = StftLoss(SUBBAND_RESOLUTIONS).to(device)
         self.generator = voice.generator.to(device)
         self.average = copy.deepcopy(self.generator).requires_grad_(False) if config.optimizer.average else None
         self.discriminator = _random_discriminator(config).to(device)
@@ -58,8 +62,8 @@ class AdversarialStep:
             self.generator.compile()
             self.discriminator.compile()
         rates = config.optimizer
-        self.generator_optimizer = _adam(self.generator, rates.learning_rate, rates.betas)
-        self.discriminator_optimizer = _adam(self.discriminator, rates.discriminator_learning_rate, rates.betas)
+        self.generator_optimizer = _optimizer(self.generator, rates.learning_rate, rates)
+        self.discriminator_optimizer = _optimizer(self.discriminator, rates.discriminator_learning_rate, rates)
         # The range of float16 is too small for gradients, so they are scaled. Other precisions are not scaled.
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.machine.precision == "float16")
         self._parallel_generator: nn.Module = self.generator
@@ -92,15 +96,16 @@ class AdversarialStep:
         losses = self.config.losses
         mel = self.log_mel.frames(recording)
         with self._autocast():
-            output = self._parallel_generator(mel)
-        batch = SynthesizedBatch(mel, recording, output.squeeze(1).float())
+            bands = self._parallel_generator(mel, split=True)
+        output = self.generator.pqmf(bands)  # not in autocast
+        batch = SynthesizedBatch(mel, recording, output.squeeze(1), bands)
         values: dict[str, Tensor] = {}
         real: Features | None = None
         if losses.uses_discriminator and step >= losses.discriminator_from:
             real, values["discriminator"] = self._train_discriminator(batch)
         terms = dict(self._terms(batch, real if step >= losses.adversarial_from else None))
         total = torch.stack([weight * value for weight, value in terms.values()]).sum()
-        self._update(total, self.generator_optimizer)
+        self._update(total, self.generator_optimizer, self.config.optimizer.gradient_limit)
         self.scaler.update()
         self._update_average(step)
         return values | {name: value.detach() for name, (_, value) in terms.items()} | {"generator": total.detach()}
@@ -112,7 +117,7 @@ class AdversarialStep:
         half = len(both) // 2
         real, fake = ([[layer[part] for layer in scale] for scale in features] for part in (slice(half), slice(half, None)))
         loss = discriminator_loss(real, fake, self.config.losses.adversarial_form)
-        self._update(loss, self.discriminator_optimizer)
+        self._update(loss, self.discriminator_optimizer, self.config.optimizer.discriminator_gradient_limit)
         return [[layer.detach() for layer in scale] for scale in real], loss.detach()
 
     def _terms(self, batch: SynthesizedBatch, real: Features | None) -> Iterator[tuple[str, tuple[float, Tensor]]]:
@@ -127,14 +132,20 @@ class AdversarialStep:
             yield "feature_matching", (losses.feature_matching, feature_matching_loss(real, fake, losses.feature_scale))
         if losses.stft:
             yield "stft", (losses.stft, self.stft_loss(batch.recording, batch.output))
+        if losses.subband_stft:
+            split = cast(FilterBank, self.generator.pqmf).split(batch.recording[:, None])
+            yield "subband_stft", (losses.subband_stft, self.subband_stft_loss(split, batch.bands))
         if losses.mel:
             yield "mel", (losses.mel, F.l1_loss(self.log_mel.frames(batch.output), batch.mel))
         for name, extra in self.extra.items():
             yield name, (1.0, extra(batch))
 
-    def _update(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    def _update(self, loss: Tensor, optimizer: torch.optim.Optimizer, limit: float) -> None:
         optimizer.zero_grad()
         torch.autograd.backward(self.scaler.scale(loss))
+        if limit:
+            self.scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], limit)
         self.scaler.step(optimizer)
 
     @torch.no_grad()
@@ -146,12 +157,13 @@ class AdversarialStep:
 
     def _set_learning_rates(self, step: int) -> None:
         rates = self.config.optimizer
-        factor = rates.rate_factor(step)
-        for optimizer, rate in (
-            (self.generator_optimizer, rates.learning_rate),
-            (self.discriminator_optimizer, rates.discriminator_learning_rate),
+        # ParallelWaveGAN moves the discriminators' schedule only in steps that train them (bin/train.py)
+        own = step - self.config.losses.discriminator_from if rates.milestones else step
+        for optimizer, rate, done in (
+            (self.generator_optimizer, rates.learning_rate, step),
+            (self.discriminator_optimizer, rates.discriminator_learning_rate, own),
         ):
-            optimizer.param_groups[0]["lr"] = rate * factor
+            optimizer.param_groups[0]["lr"] = rate * rates.rate_factor(done)
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         precision = self.config.machine.precision
@@ -166,6 +178,9 @@ def _random_discriminator(config: TrainingConfig) -> Discriminator:
         return Discriminator(config.discriminator)
 
 
-def _adam(network: nn.Module, rate: float, betas: tuple[float, float]) -> torch.optim.Adam:
+def _optimizer(network: nn.Module, rate: float, config: OptimizerConfig) -> torch.optim.Optimizer:
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    if config.algorithm == "radam":
+        return torch.optim.RAdam(parameters, rate, config.betas, config.epsilon)
     # fused: one kernel for all tensors instead of several for each tensor; the published networks have 400 tensors
-    return torch.optim.Adam([p for p in network.parameters() if p.requires_grad], rate, betas, fused=True)
+    return torch.optim.Adam(parameters, rate, config.betas, config.epsilon, amsgrad=config.amsgrad, fused=True)

@@ -60,7 +60,7 @@ def validate(
         generator: Generator to validate.
         log_mel: Mel computation of the voice.
         recordings: Recordings for validation.
-        peak: Peak to which each recording is scaled.
+        peak: Peak to which each recording is scaled; 0 to leave it as it is.
         processes: Process group; every process must call this function.
 
     Returns:
@@ -84,7 +84,7 @@ def _sample(generator: nn.Module, log_mel: LogMel, recording: Recording, peak: f
     spec = log_mel.spec
     audio, _, _ = read_recording(recording.path, spec.sample_rate)
     samples = len(audio) // spec.hop * spec.hop
-    target = torch.from_numpy(audio[:samples] * (peak / recording.peak))[None].to(processes.device)
+    target = torch.from_numpy(audio[:samples] * recording.scale(peak))[None].to(processes.device)
     mel = log_mel.frames(target)
     synthesis = generator.forward(mel).squeeze(1).float()  # without torch.compile, which would recompile for every length
     mels = mel, log_mel.frames(synthesis)

@@ -16,6 +16,7 @@ from melrt_export.generator.config import GeneratorConfig
 from melrt_export.generator.network import FilterBank, Generator, Upsample
 from melrt_export.generator.pqmf import FilterDesign
 from melrt_export.training.config import TrainingConfig
+from melrt_export.training.losses import SUBBAND_RESOLUTIONS
 from melrt_export.training.weight_norm import add_weight_norm, folded_weights
 
 SUBBANDS = 4
@@ -120,6 +121,10 @@ def _check(shape: GeneratorConfig, spec: MelSpec, config: TrainingConfig) -> Non
     segment = config.data.segment
     # reflection padding needs more samples than it adds: in the mel, the STFT loss and the coarsest discriminator's first layer (7)
     stft = max(config.losses.stft_sizes) // 2 + 1 if config.losses.stft else 0
+    if config.losses.subband_stft:
+        if shape.subbands == 1:
+            raise TrainingError("[losses] subband_stft is set, but the voice has no sub-bands. Set it to 0, or train a multi-band voice.")
+        stft = max(stft, shape.subbands * (max(SUBBAND_RESOLUTIONS) // 2 + 1))
     smallest = max(shape.smallest_input * spec.hop, spec.n_fft + 1, stft, 16 << (config.discriminator.scales - 1))
     if segment % spec.hop or segment < smallest:
         best = -(-max(segment, smallest) // spec.hop) * spec.hop

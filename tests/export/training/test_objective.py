@@ -130,6 +130,32 @@ def test_the_learning_rate_falls(segments: torch.Tensor) -> None:
         assert step.discriminator_optimizer.param_groups[0]["lr"] == pytest.approx(2e-3 * factor)
 
 
+def test_the_learning_rate_halves_at_milestones() -> None:
+    """ParallelWaveGAN's MultiStepLR: the step with the number of the milestone is the first with the smaller rate."""
+    schedule = OptimizerConfig(milestones=(10, 30))
+    assert [schedule.rate_factor(at) for at in (0, 9, 10, 29, 30, 90)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
+    for settings in ({"milestones": (30, 10)}, {"milestones": (10, 10)}, {"milestones": (10,), "half_life": 5}):
+        with pytest.raises(ConfigError, match="list each step once in ascending order, and leave half_life and zero_at at 0"):
+            OptimizerConfig(**settings)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_limited_gradients_and_amsgrad(segments: torch.Tensor, precision: str) -> None:
+    """Adam's first moment is half the gradient after one step, so its norm is half the limit; float16's scale is removed before."""
+    limits = OptimizerConfig(1e-3, 1e-3, epsilon=1e-6, amsgrad=True, gradient_limit=0.5, discriminator_gradient_limit=1e-3)
+    step = small_step(precision, optimizer=limits)
+    if precision == "float16":
+        step.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)  # the default overflows at first, and such steps are left out
+    step(segments, 0)
+    for optimizer, limit in ((step.generator_optimizer, 0.5), (step.discriminator_optimizer, 1e-3)):
+        states = optimizer.state.values()
+        assert {float(state["step"]) for state in states} == {1.0}
+        norm = torch.stack([state["exp_avg"].norm() for state in states]).norm()
+        assert norm == pytest.approx(limit / 2, rel=1e-3)
+        assert all(torch.equal(state["max_exp_avg_sq"], state["exp_avg_sq"]) for state in states)
+        assert optimizer.param_groups[0]["eps"] == 1e-6
+
+
 def test_the_learning_rate_falls_linearly_to_zero() -> None:
     assert [OptimizerConfig(zero_at=40).rate_factor(at) for at in (0, 10, 39, 50)] == pytest.approx([1, 0.75, 0.025, 0])
     assert [OptimizerConfig(decay_from=10, zero_at=30).rate_factor(at) for at in (10, 25)] == pytest.approx([1, 0.25])

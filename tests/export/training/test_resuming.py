@@ -28,7 +28,7 @@ KILLS = 10
 def test_resumed_run_equals_an_uninterrupted_one(folder: Path) -> None:
     """With an average of the weights, and discriminators that begin after the stop: `best` begins again, at the same step in both."""
     late = ("stft = 1.0", "stft = 1.0\ndiscriminator_from = 15\nadversarial_from = 25")
-    average = ("[schedule]", "[optimizer]\naverage = 0.9\n[schedule]")
+    average = ("[schedule]", "[optimizer]\naverage = 0.9\namsgrad = true\n[schedule]")
     config = write_config(folder, 40, ("workers = 0", "workers = 1"), late, average)
     curves: dict[str, list[tuple[int, float]]] = {}
 
