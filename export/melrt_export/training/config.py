@@ -91,6 +91,10 @@ class DataConfig:
             raise ConfigError(f"gain is {list(self.gain)}; the smaller factor must come first.")
 
 
+# Terms of the objective that need no discriminators.
+SPECTRAL_TERMS = ("stft", "subband_stft", "mel", "energy", "level", "comb")
+
+
 @dataclass(frozen=True, slots=True)
 class LossConfig:
     """Weights of the terms in the generator's objective. The defaults are MelGAN's."""
@@ -112,6 +116,12 @@ class LossConfig:
     """Weight of the STFT loss between the sub-bands of a multi-band voice, with ParallelWaveGAN's resolutions."""
     mel: float = 0.0
     """Weight of the mean absolute difference of log-mels."""
+    energy: float = 0.0
+    """Weight of the difference of log energies in cells of 8 bins and 8 frames, which the random phase of noise hardly changes."""
+    level: float = 0.0
+    """Weight of the difference of log power in stretches of 4096 samples."""
+    comb: float = 0.0
+    """Weight of the difference of how far multiples of the frame rate rise above the spectrum beside them."""
     discriminator_from: int = 0
     """First step that trains the discriminators."""
     adversarial_from: int = 0
@@ -119,18 +129,20 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         steps = dict.fromkeys(("discriminator_from", "adversarial_from"), whole(0, MAX_STEPS))
-        weights = dict.fromkeys(("adversarial", "feature_matching", "stft", "subband_stft", "mel"), number(0, 1e6))
+        weights = dict.fromkeys(("adversarial", "feature_matching", *SPECTRAL_TERMS), number(0, 1e6))
         _check(self, **weights, **steps, stft_sizes=list_of(one_of(512, 1024, 2048, 4096), 1, 4))
         if self.uses_discriminator and self.adversarial_from < self.discriminator_from:
             raise ConfigError(
                 f"adversarial_from is {self.adversarial_from}, before discriminator_from {self.discriminator_from}: "
                 "the generator would follow discriminators that are not trained yet. Set it to the same step or a later one."
             )
-        if not (self.uses_discriminator or self.stft or self.subband_stft or self.mel):
-            raise ConfigError("all loss weights are 0, so nothing can be trained; set adversarial, feature_matching, stft or mel.")
-        if self.adversarial_from and not (self.stft or self.subband_stft or self.mel):
+        spectral = any(getattr(self, name) for name in SPECTRAL_TERMS)
+        if not (self.uses_discriminator or spectral):
+            names = ", ".join(("adversarial", "feature_matching", *SPECTRAL_TERMS))
+            raise ConfigError(f"all loss weights are 0, so nothing can be trained; set one of {names}.")
+        if self.adversarial_from and not spectral:
             raise ConfigError(
-                f"adversarial_from is {self.adversarial_from}, but stft and mel are 0, so earlier steps have no loss; set stft or mel."
+                f"adversarial_from is {self.adversarial_from}, but earlier steps have no loss; set one of {', '.join(SPECTRAL_TERMS)}."
             )
 
     @property

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from melrt_export.generator.network import FilterBank, Generator
+from melrt_export.training.coarse_losses import CoarseLosses
 from melrt_export.training.config import OptimizerConfig, TrainingConfig
 from melrt_export.training.discriminator import Discriminator, Features
 from melrt_export.training.distributed import ProcessGroup
@@ -55,6 +56,7 @@ class AdversarialStep:
         self.log_mel = LogMel(voice.spec).to(device)
         self.stft_loss = StftLoss(config.losses.stft_sizes).to(device)
         self.subband_stft_loss = StftLoss(SUBBAND_RESOLUTIONS).to(device)
+        self.coarse = CoarseLosses(voice.spec.hop).to(device)
         self.generator = voice.generator.to(device)
         self.average = copy.deepcopy(self.generator).requires_grad_(False) if config.optimizer.average else None
         self.discriminator = _random_discriminator(config).to(device)
@@ -137,6 +139,9 @@ class AdversarialStep:
             yield "subband_stft", (losses.subband_stft, self.subband_stft_loss(split, batch.bands))
         if losses.mel:
             yield "mel", (losses.mel, F.l1_loss(self.log_mel.frames(batch.output), batch.mel))
+        for name in ("energy", "level", "comb"):
+            if weight := getattr(losses, name):
+                yield name, (weight, getattr(self.coarse, name)(batch.recording, batch.output))
         for name, extra in self.extra.items():
             yield name, (1.0, extra(batch))
 

@@ -13,6 +13,7 @@ from melrt.files.audio import read_audio
 from melrt_benchmarks.training.bench import PlainLoop
 from melrt_export.assets import RECORDING
 from melrt_export.generator.config import GeneratorConfig
+from melrt_export.training.coarse_losses import CoarseLosses
 from melrt_export.training.config import DataConfig, DiscriminatorConfig, LossConfig, MachineConfig, OptimizerConfig, TrainingConfig
 from melrt_export.training.distributed import ProcessGroup
 from melrt_export.training.losses import adversarial_loss, feature_matching_loss
@@ -43,6 +44,39 @@ def test_the_generator_minimizes_each_term_with_its_weight(segments: torch.Tenso
     values = small_step()(segments, 0)
     expected = 2 * values["adversarial"] + 10 * values["feature_matching"] + values["mel"]
     assert float(values["generator"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_coarse_terms_are_in_the_objective(segments: torch.Tensor) -> None:
+    losses = LossConfig(adversarial=0, feature_matching=0, energy=1.0, level=2.0, comb=0.5)
+    config = TrainingConfig("", DataConfig(""), generator=GeneratorConfig(channels=32), losses=losses)
+    values = AdversarialStep(config, create_voice(config), ProcessGroup(torch.device("cpu")), {})(segments, 0)
+    assert values.keys() == {"energy", "level", "comb", "generator"}
+    assert float(values["generator"]) == pytest.approx(float(values["energy"] + 2 * values["level"] + values["comb"] / 2), rel=1e-5)
+
+
+def test_each_coarse_loss_finds_its_fault(segments: torch.Tensor) -> None:
+    """The fault of one measure raises it far more than the others, in the units of the natural logarithm of power."""
+    losses, time = CoarseLosses(hop=256), torch.arange(8192) / 22050
+    tones = sum(torch.sin(2 * torch.pi * 22050 / 256 * harmonic * time + harmonic) for harmonic in range(12, 46))
+    noise = torch.from_numpy(np.random.default_rng(0).normal(0, 1, segments.shape).astype(np.float32))
+    faults = {
+        "level": segments / 2,  # 2 ln 2 = 1.39
+        "comb": segments + 0.003 * tones,  # -50 dB each
+        "energy": segments + 0.003 * noise * (segments.abs() < 0.01),  # in the pauses
+    }
+    found = {
+        fault: {name: float(getattr(losses, name)(segments, output)) for name in ("energy", "level", "comb")}
+        for fault, output in faults.items()
+    }
+    assert found["level"]["level"] == pytest.approx(1.386, abs=0.05)
+    assert found["level"]["comb"] < 0.1
+    assert found["comb"]["comb"] > 3 * found["comb"]["level"]
+    assert found["energy"]["energy"] > 3 * found["energy"]["level"]
+    assert found["comb"]["comb"] > 3 * found["energy"]["comb"]
+    same = [float(getattr(losses, name)(segments, segments)) for name in ("energy", "level", "comb")]
+    assert same == [0, 0, 0]
+    short = segments[:, :2048]
+    assert all(np.isfinite(float(getattr(losses, name)(short, short / 2))) for name in ("energy", "level", "comb"))
 
 
 def test_a_step_uses_the_chosen_adversarial_loss(segments: torch.Tensor) -> None:
