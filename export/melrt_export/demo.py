@@ -29,8 +29,9 @@ STEPS = _EXPORT.steps + 4
 VOICE, MEL, SPEECH, SPECTROGRAMS = "lj.melrt", "mel.npy", f"{RECORDING.stem}.wav", f"{RECORDING.stem}.png"
 PAGE = "listen.html"
 VOICE_NOTE = (
-    "The demo voice is a small network that was trained on 3.5 minutes of speech on one CPU core. Its tones at multiples of the frame "
-    "rate (the comb) sound metallic. It shows that melrt reproduces PyTorch, not how good a voice can be."
+    "The demo voice is a small network that was trained on 3.5 minutes of speech, without discriminators. Griffin-Lim, which needs no "
+    "network, is nearer to the recording by every measure except the level. The demo shows that melrt reproduces PyTorch, not how good "
+    "a voice can be."
 )
 _INTRODUCTION = (
     VOICE_NOTE,

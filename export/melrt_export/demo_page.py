@@ -50,8 +50,12 @@ def measures(sounds: Sequence[Sound], spec: MelSpec) -> list[tuple[str, ...]]:
     for sound in sounds:
         quality = SpeechQuality.between(sounds[0].audio, sound.audio, spec)
         pesq = f"{quality.pesq:.2f}" if np.isfinite(quality.pesq) else "not installed"
-        rows.append((sound.name, f"{quality.comb_db:+.1f} dB", f"{quality.level_db:+.1f} dB", f"{quality.log_mel:.3f}", pesq))
+        rows.append((sound.name, _signed(quality.comb_db), _signed(quality.level_db), f"{quality.log_mel:.3f}", pesq))
     return rows
+
+
+def _signed(decibels: float) -> str:
+    return f"{round(decibels, 1) + 0.0:+.1f} dB"  # adding 0.0 removes the sign of -0.0
 
 
 def write_page(path: Path, title: str, introduction: Sequence[str], sounds: Sequence[Sound], spec: MelSpec) -> None:

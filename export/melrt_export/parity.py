@@ -21,14 +21,14 @@ from melrt_export.int8_plan import check_int8
 
 # A different order of summation changes a sample of a trained voice by about 2e-6. A graph that differs ten times as much is wrong.
 FP32_MAX_ABS = 2e-5
-# The demo voice has 55 dB in half precision. Below 45 dB, its noise becomes audible in pauses.
+# Trained voices have 50 to 62 dB in half precision on the probe. Below 45 dB, the noise becomes audible in pauses.
 FP16_MIN_SNR_DB = 45.0
 # bfloat16 has 8 significant bits where FP16 has 11, so its noise is 18 dB higher; the trained voices have 40 to 45 dB.
 BF16_MIN_SNR_DB = 30.0
 # INT8 was chosen by its quality on speech. Here it must be as good as it was then. The kernels of two CPUs round alike, except for the
 # order of the sums before a rounding. Without VNNI, products saturate, and that costs far more than this.
 INT8_SLACK_DB = 1.0
-# Limit for INT8 without an earlier measurement. The chosen layers of the demo voice have 13 dB on the probe, with 0.7 % more log-mel error
+# Limit for INT8 without an earlier measurement. The chosen layers of a trained voice had 13 dB on the probe, with 0.7 % more log-mel error
 # on speech, because phases differ. A wrong scale or zero point gives less than this limit.
 INT8_MIN_SNR_DB = 6.0
 PROBE_FRAMES = 96

@@ -89,9 +89,11 @@ def test_openvino_computes_each_layer_in_the_type_of_the_graph(demo: Bundle) -> 
     model = OpenVinoModel(data)
     types = model.executed_types()
     exact = {name for name, kind in types.items() if kind == "f32"}
-    assert exact == {"first", "last"} | {f"stages.3.blocks.{block}.{part}" for block in range(3) for part in ("pointwise", "shortcut")}
+    parts = {f"stages.2.blocks.{block}.{part}" for block in range(4) for part in ("pointwise", "shortcut")}
+    assert exact == {"first", "last", "pqmf"} | parts
     assert set(types.values()) == {"f32", "bf16"}
-    mel = mel_from_audio(read_audio(RECORDING, 22050), demo.manifest.spec)[None]
+    # not a recording: in a few frames of it the phase depends on the last bits of the mel, and those frames decide the SNR
+    mel = probe_mel(demo.manifest.spec, 600)[None]
     exact_audio = runnable(demo.read(demo.find("onnx", graph="edge", precision="fp32")[0]), "fp32").run(mel)
     emulated, real = (Difference.between(exact_audio, one.run(mel)).snr_db for one in (runnable(data, "bf16"), model))
     assert real > emulated - SLACK_DB
