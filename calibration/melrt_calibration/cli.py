@@ -99,7 +99,9 @@ def calibrate(
             _write_report(report, result, options, bundle.manifest.name)
     if report:
         console.print(f"Wrote the report {report} and its figures {report.with_suffix('.json')}.", markup=False)
-    _finish(voice, result.verdict, f"{len(result.chosen.names)} of {len(result.layers)} convolutions are in INT8", written=result.written)
+    layers = f"{len(result.chosen.names)} of {len(result.layers)} convolutions are in INT8"
+    remedy = "A larger --budget allows more layers; --force writes INT8 anyway."
+    _finish(voice, result.verdict, layers, remedy, written=result.written)
 
 
 def requantize(
@@ -125,7 +127,7 @@ def requantize(
     options = CalibrationOptions(Budget(budget, silence_budget), Sampling(peak=peak), force)
     with _progress() as on_progress:
         result = run(Bundle.open(voice), weights, speech, options, on_progress)
-    _finish(voice, result.verdict, f"{len(result.names)} convolutions are in INT8", written=result.written)
+    _finish(voice, result.verdict, f"{len(result.names)} convolutions are in INT8", "--force writes INT8 anyway.", written=result.written)
 
 
 def _train(voice: Path, speech: list[Path], settings: TrainingOptions, others: Sequence[Path]) -> None:
@@ -133,7 +135,8 @@ def _train(voice: Path, speech: list[Path], settings: TrainingOptions, others: S
 
     with _progress() as on_progress:
         result = calibrate_and_train(Bundle.open(voice), speech, settings, others, on_progress)
-    _finish(voice, result.verdict, f"{len(result.names)} convolutions are in INT8", written=result.written)
+    remedy = "The same command with --force writes INT8 anyway, without training again."
+    _finish(voice, result.verdict, f"{len(result.names)} convolutions are in INT8", remedy, written=result.written)
 
 
 def _write_report(path: Path, result: CalibrationResult, options: CalibrationOptions, name: str) -> None:
@@ -184,9 +187,9 @@ def _print_line(stderr: Console, step: _StepText, progress: Progress) -> None:
         step.last_line = now
 
 
-def _finish(voice: Path, verdict: str, layers: str, *, written: bool) -> None:
+def _finish(voice: Path, verdict: str, layers: str, remedy: str, *, written: bool) -> None:
     console.print(verdict, markup=False)
     if not written:
-        console.print("Nothing was written. A larger --budget allows more layers; --force writes INT8 anyway.")
+        console.print(f"Nothing was written. {remedy}")
         raise typer.Exit(1)
     console.print(f"Wrote INT8 to {voice}: {layers}. Use it with `melrt synth {voice} MEL -o OUT.wav --precision int8`.", markup=False)

@@ -169,12 +169,19 @@ def test_an_interrupted_training_continues_and_leaves_fp32_as_it_is(voice: Path,
     check_finished(tmp_path / "run", load_data([speech], bundle.manifest, ANY.sampling).held_out, result)
     assert rates[-10:] == pytest.approx([1e-4 * (1 - step / 10) for step in range(1, 11)]), "the control's rate falls to zero"
     assert result.written
+    assert result.names == Int8Plan.loads(planned).names
     assert "FP32 trained as long" in result.verdict
+    check_written(Bundle.open(voice), before, Int8Plan.loads(planned))
+    trained = len(rates)
+    assert calibrate_and_train(bundle, [speech], replace(options, calibration=replace(ANY, force=True))).written
+    assert len(rates) == trained, "with --force a finished run is evaluated and written, but not trained again"
 
-    bundle = Bundle.open(voice)
+
+def check_written(bundle: Bundle, before: Mapping[str, bytes], start: Int8Plan) -> None:
+    """Check that a bundle has its FP32 graphs as before, and INT8 with every layer of the plan in its trained ranges."""
     assert {entry.file: bundle.read(entry) for entry in bundle.find("onnx", precision="fp32")}.items() <= before.items()
-    written, start = read_plan(bundle), Int8Plan.loads(planned)
-    assert written.names == start.names == result.names
+    written = read_plan(bundle)
+    assert written.names == start.names
     assert all(
         layer.input.method == "trained" and layer.input != old.input for layer, old in zip(written.layers, start.layers, strict=True)
     )

@@ -132,7 +132,9 @@ def source_graph(bundle: Bundle, options: EngineOptions) -> tuple[Artifact, byte
         check_int8(bundle)
     source = bundle.find("onnx", graph=options.graph, precision=precision)
     if not source:
-        remedy = "Create it with `melrt calibrate`." if options.precision == "int8" else "Export it with `--precision`."
+        remedy = (
+            "`melrt calibrate` writes it if it is within the budget." if options.precision == "int8" else "Export it with `--precision`."
+        )
         raise BundleError(f"{bundle.path} has no {options.graph} graph in {precision}. {remedy}")
     config = GeneratorConfig.from_dict(bundle.manifest.architecture)
     return source[0], rewrite_graph(bundle.read(source[0]), options.variant, config)
