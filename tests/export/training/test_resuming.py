@@ -75,10 +75,33 @@ Trainer(read_config(Path({path!r})), resume=True).run()
 
 
 def test_run_killed_while_writing_can_be_resumed(folder: Path) -> None:
-    """Every step saves the state, so a process spends most of its time on writing. It is killed at a random moment."""
-    config = write_config(folder, 100_000, ("save_every = 10", "save_every = 1"), ("validate_every = 10", "validate_every = 3"))
+    """Every step saves the state, so a process spends most of its time on writing. It is killed at a random moment.
+
+    All that remains has the same bits as after a run without a kill: weights, average, moments, validations and `best`.
+    """
+    schedule = ("save_every = 10", "save_every = 1"), ("validate_every = 10", "validate_every = 3")
+    optimizer = ("[schedule]", "[optimizer]\naverage = 0.9\namsgrad = true\nmilestones = [2, 5]\n[schedule]")
+    config = write_config(folder, 100_000, *schedule, optimizer)
     run = Path(config.run)
     Trainer(config).run(until=1)
+    step = _kill_resumed_runs(folder, run)
+    resumed = Trainer(config, resume=True)
+    assert resumed.history.step == step
+    resumed.run(until=step + 1)
+    kept = {"best", "last", "last-average"}
+    assert {path.name for path in run.iterdir()} == {FILE, *kept}, "leftovers are removed"
+    whole = replace(config, run=str(folder / "whole"), schedule=replace(config.schedule, save_every=100_000))
+    Trainer(whole).run(until=step + 1)
+    assert header(run) == header(folder / "whole")
+    assert header(run)["validations"][-1][0] >= 3
+    for file in (FILE, *(f"{name}/model.safetensors" for name in kept)):
+        one, other = (load_file(path / file) for path in (folder / "whole", run))
+        assert one.keys() == other.keys()
+        assert [name for name in one if one[name].tobytes() != other[name].tobytes()] == [], file
+
+
+def _kill_resumed_runs(folder: Path, run: Path) -> int:
+    """Resume a run in other processes, kill each of them while it writes, and return the step of the state that remains."""
     noise = np.random.default_rng()
     context = get_context("forkserver")  # it imports torch once, and forks processes before any thread starts
     context.set_forkserver_preload(["melrt_export.training.trainer", "torch._dynamo"])
@@ -98,10 +121,8 @@ def test_run_killed_while_writing_can_be_resumed(folder: Path) -> None:
         step = header(run)["step"]
         load_checkpoint(run / "best")
         load_checkpoint(run / "last")
-    resumed = Trainer(config, resume=True)
-    assert resumed.history.step == step
-    resumed.run(until=step + 1)
-    assert {path.name for path in run.iterdir()} == {FILE, "best", "last"}, "leftovers are removed"
+        load_checkpoint(run / "last-average")
+    return step
 
 
 def test_ctrl_c_saves_and_resume_finishes_and_exports(folder: Path, melrt) -> None:
