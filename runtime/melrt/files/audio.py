@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import os
@@ -59,6 +60,18 @@ _READABLE = "WAV, FLAC, OGG, MP3 and the other formats of libsndfile"
 _LITTLE_ROOM = 100
 
 
+def audio_package(name: Literal["soundfile", "soxr"]) -> Any:
+    """Return the module that reads and writes audio files, or the one that resamples.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingExtraError("audio", name, "output") from error
+
+
 def read_audio(path: Path, sample_rate: int) -> FloatAudio:
     """Read an audio file of any kind that libsndfile supports (WAV, FLAC, OGG, MP3, ...).
 
@@ -75,10 +88,7 @@ def read_audio(path: Path, sample_rate: int) -> FloatAudio:
         AudioError: The file does not exist, is a folder, is not audio, has no samples or too many, or another rate than audio has.
         MissingExtraError: soundfile or soxr is not installed.
     """
-    try:
-        import soundfile
-    except ImportError as error:
-        raise MissingExtraError("reading audio", "soundfile", "cli") from error
+    soundfile = audio_package("soundfile")
     try:
         with soundfile.SoundFile(path) as file:
             rate, channels = file.samplerate, file.channels
@@ -146,12 +156,8 @@ def resample(audio: FloatAudio, rate: int, new_rate: int) -> FloatAudio:
     """
     if rate == new_rate:
         return audio
-    try:
-        import soxr
-    except ImportError as error:
-        raise MissingExtraError("resampling audio", "soxr", "cli") from error
     length = math.ceil(len(audio) * (new_rate / rate))
-    resampled = soxr.resample(audio, rate, new_rate, quality="HQ")[:length]
+    resampled = audio_package("soxr").resample(audio, rate, new_rate, quality="HQ")[:length]
     return np.pad(resampled, (0, length - len(resampled)))
 
 
@@ -203,10 +209,7 @@ def write_audio(path: str | os.PathLike[str], audio: FloatAudio | Iterable[Float
     Returns:
         Number of samples that were clipped.
     """
-    try:
-        import soundfile
-    except ImportError as error:
-        raise MissingExtraError("writing audio", "soundfile", "output") from error
+    soundfile = audio_package("soundfile")
     path, kind, count = Path(path), FILE_KINDS[encoding], 0
     with atomic_write(path) as temporary:
         temporary.touch(exist_ok=False)  # a folder that cannot be written to fails here, with the reason that libsndfile does not give

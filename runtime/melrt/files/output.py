@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from melrt.checks import check_fields, one_of, optional, whole
-from melrt.errors import ConfigError, MissingExtraError
-from melrt.files.audio import ENCODINGS, FILE_KINDS, Encoding, FileKind, clipped, to_int16, write_samples
+from melrt.errors import ConfigError
+from melrt.files.audio import ENCODINGS, FILE_KINDS, Encoding, FileKind, audio_package, clipped, to_int16, write_samples
 from melrt.types import Audio, FloatAudio
 
 OPUS_RATES = (8000, 12000, 16000, 24000, 48000)
@@ -48,8 +48,8 @@ class Output:
         rate = self.sample_rate or sample_rate
         if self.encoding == "opus" and rate not in OPUS_RATES:
             raise ConfigError(
-                f"output: Opus does not support {rate} Hz; it supports {', '.join(map(str, OPUS_RATES))} Hz. Give sample_rate 24000, "
-                "for example."
+                f"output: Opus does not support {rate} Hz; it supports {', '.join(map(str, OPUS_RATES))} Hz. Give another sample rate, "
+                "for example 24000."
             )
         if streamed and self.makes_file:
             samples = ", ".join(name for name in ENCODINGS if not FILE_KINDS[name].compressed)
@@ -98,7 +98,7 @@ class Encoder:
         self._count_clipped = count_clipped
         self._resampler = None if self._rate == sample_rate else _resampler(sample_rate, self._rate)
         if self._encoding not in ("float32", "int16"):
-            import_soundfile()
+            audio_package("soundfile")
 
     def __call__(self, samples: Audio, *, last: bool = True) -> Audio:
         """Encode a piece.
@@ -120,35 +120,17 @@ class Encoder:
         return to_int16(audio) if self._encoding == "int16" else self._encode(audio)
 
     def _encode(self, audio: FloatAudio) -> Audio:
-        soundfile = import_soundfile()
         kind = FILE_KINDS[self._encoding]
         encoded = io.BytesIO()
         container = kind.container if kind.compressed else "RAW"
-        with soundfile.SoundFile(encoded, "w", self._rate, 1, kind.subtype, format=container) as file:
+        with audio_package("soundfile").SoundFile(encoded, "w", self._rate, 1, kind.subtype, format=container) as file:
             write_samples(file, audio, self._encoding)
         return np.frombuffer(encoded.getvalue(), np.uint8).copy()
 
 
-def import_soundfile() -> Any:
-    """Return the module `soundfile`.
-
-    Raises:
-        MissingExtraError: It is not installed.
-    """
-    try:
-        import soundfile
-    except ImportError as error:
-        raise MissingExtraError("encoding audio", "soundfile", "output") from error
-    return soundfile
-
-
 def _resampler(rate: int, new_rate: int) -> Any:
     """Return a soxr stream, whose output does not depend on how the samples are cut into pieces."""
-    try:
-        import soxr
-    except ImportError as error:
-        raise MissingExtraError("another sample rate", "soxr", "output") from error
-    return soxr.ResampleStream(rate, new_rate, 1, dtype="float32", quality="HQ")
+    return audio_package("soxr").ResampleStream(rate, new_rate, 1, dtype="float32", quality="HQ")
 
 
 @lru_cache

@@ -119,5 +119,5 @@ def test_wav_errors_name_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("package", ["soundfile", "soxr"])
 def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtraError, match=rf"audio needs {package}.*melrt\[cli\]"):
+    with pytest.raises(MissingExtraError, match=rf"audio needs {package}.*melrt\[output\]"):
         read_audio(RECORDING, 16000)

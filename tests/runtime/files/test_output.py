@@ -182,5 +182,5 @@ def test_outputs_that_are_not_possible_are_refused(vocoder: Vocoder, monkeypatch
     with pytest.raises(ConfigError, match=r"Use batch\(\)"):
         vocoder(np.stack([mel, mel]), Output(encoding="flac"))
     monkeypatch.setitem(sys.modules, "soxr", None)
-    with pytest.raises(MissingExtraError, match=r'another sample rate needs soxr, .*"melrt\[output\]"'):
+    with pytest.raises(MissingExtraError, match=r'audio needs soxr, .*"melrt\[output\]"'):
         vocoder(mel, Output(8000))

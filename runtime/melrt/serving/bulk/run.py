@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from melrt.checks import check_fields, one_of
 from melrt.errors import AudioError, ConfigError, MelError, MelrtError
 from melrt.files.atomic import atomic_write, is_temporary
+from melrt.files.audio import audio_package
 from melrt.files.locks import locked_file
 from melrt.files.mels import mel_pieces
-from melrt.files.output import Output, import_soundfile
+from melrt.files.output import Output
 from melrt.serving.bulk.blocks import Block, Utterance, import_pyarrow
 from melrt.serving.bulk.outputs import KINDS, AudioFolder, BlockWriter, Kind, OutputFolder, ParquetFolder
 from melrt.serving.bulk.voices import LoadedVoices, VoiceSettings
@@ -46,7 +47,7 @@ class OutputSettings:
 
     def __post_init__(self) -> None:
         check_fields(self, {"kind": one_of(*KINDS)}, "output (--to)")
-        _ = import_pyarrow() if self.kind == "parquet" else import_soundfile()  # a missing package is reported before any work
+        _ = import_pyarrow() if self.kind == "parquet" else audio_package("soundfile")  # a missing package is reported before any work
 
     def open(self) -> OutputFolder:
         """Return the output folder, ready to be written to."""

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from melrt.bundle import Bundle
-from melrt.cli.commands import BackendName, EndsOption, Precision
+from melrt.cli.commands import BackendName, EndsOption, Precision, Rate
 from melrt.errors import ConfigError
 from melrt.files.audio import Encoding
 from melrt.planning.edges import Ends
@@ -20,7 +20,6 @@ DEFAULT = ServingConfig()
 
 Voices = Annotated[list[Path], typer.Argument(metavar="VOICE.melrt...", help="One or more bundles.")]
 Name = Annotated[str | None, typer.Option(help="Name of the models, for a single voice; the bundle's file name if left out.")]
-Rate = Annotated[int | None, typer.Option("--rate", help="Sample rate of the audio in Hz; the default is the voice's own.")]
 Format = Annotated[str, typer.Option("--format", help="Encoding of the audio: float32, int16, mulaw, alaw, flac or opus.")]
 StreamFormat = Annotated[
     str | None, typer.Option("--stream-format", help="Encoding of the audio of streams, if another: float32, int16, mulaw or alaw.")
