@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,8 @@ from melrt.errors import ConfigError
 from melrt.files.audio import to_int16
 from melrt.residency import memory_of
 from melrt.serving.bulk.inputs import RowVoices, find_blocks
+from melrt.serving.bulk.voices import LoadedVoices
+from melrt.types import Audio
 from melrt_export.parity import probe_mel
 
 SUFFIXES = (".wav", ".flac", ".opus", ".parquet")
@@ -125,7 +129,9 @@ def write_list(path: Path, *rows: str) -> Path:
 
 
 @pytest.mark.parametrize(("encoding", "rate", "limited"), [("opus", 24000, False), ("mulaw", 8000, True)])
-def test_list_chooses_voices_and_files_hold_their_output(melrt, voices: Path, tmp_path: Path, encoding, rate: int, limited: bool) -> None:
+def test_list_chooses_voices_and_files_hold_their_output(
+    melrt, voices: Path, tmp_path: Path, monkeypatch, encoding, rate: int, limited: bool
+) -> None:
     """Both voices synthesize one mel that is loud enough to clip; a row that names another voice is synthesized in the second run."""
     (tmp_path / "mels").mkdir()
     mels = {name: probe_mel(Bundle.open(voices / "ann.melrt").manifest.spec, frames) + 1.2 for name, frames in (("a", 40), ("b", 70))}
@@ -135,6 +141,7 @@ def test_list_chooses_voices_and_files_hold_their_output(melrt, voices: Path, tm
     arguments = ["bulk", voices, "--input", tmp_path / "list.csv", "-o", tmp_path / "out", "--format", encoding]
     if limited:  # to the larger voice, so that it is unloaded for the other
         sizes = [memory_of(Bundle.open(path), "fp32", "openvino") for path in voices.iterdir()]
+        monkeypatch.setattr(LoadedVoices, "__getitem__", waits_for_others(monkeypatch))
         arguments += ["--backend", "openvino", "--precision", "fp32", "--memory", 1 + (max(sizes) >> 20)]
     write_list(tmp_path / "list.csv", *rows, "mels/bands.npy,ben,x")
     code, out, err = melrt(*arguments, "--rate", rate)
@@ -151,6 +158,23 @@ def test_list_chooses_voices_and_files_hold_their_output(melrt, voices: Path, tm
     code, _, err = melrt(*arguments, "--rate", 48000)
     assert code == 2
     assert f"rate {rate}, now 48000" in err
+
+
+def waits_for_others(monkeypatch: pytest.MonkeyPatch) -> Callable[[LoadedVoices, str], Vocoder]:
+    """Return a check that a voice is looked up only when no utterance of another waits, whose memory it may need."""
+    submitted: list[tuple[str, Future[Audio]]] = []
+    load, submit = LoadedVoices.__getitem__, Vocoder.submit
+
+    def record(vocoder: Vocoder, mel: np.ndarray, output: Output) -> Future[Audio]:
+        submitted.append((vocoder.bundle.path.stem, submit(vocoder, mel, output)))
+        return submitted[-1][1]
+
+    def checked(voices: LoadedVoices, name: str) -> Vocoder:
+        assert all(audio.done() for other, audio in submitted if other != name)
+        return load(voices, name)
+
+    monkeypatch.setattr(Vocoder, "submit", record)
+    return checked
 
 
 def assert_files_hold_output(folder: Path, voices: Path, mels: dict[str, np.ndarray], output: Output) -> None:
