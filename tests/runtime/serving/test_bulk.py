@@ -143,12 +143,14 @@ def test_list_chooses_voices_and_files_hold_their_output(
         sizes = [memory_of(Bundle.open(path), "fp32", "openvino") for path in voices.iterdir()]
         monkeypatch.setattr(LoadedVoices, "__getitem__", waits_for_others(monkeypatch))
         arguments += ["--backend", "openvino", "--precision", "fp32", "--memory", 1 + (max(sizes) >> 20)]
-    write_list(tmp_path / "list.csv", *rows, "mels/bands.npy,ben,x")
+    write_list(tmp_path / "list.csv", *rows, "mels/bands.npy,ben,x", f"{300 * 'm'}.npy,ann,y", "m\0.npy,ann,z")
     code, out, err = melrt(*arguments, "--rate", rate)
     assert code == 2
-    assert "3 synthesized, 0 already there, 1 failed" in out
+    assert "3 synthesized, 0 already there, 3 failed" in out
     assert "samples were clipped" in out
-    assert "The first is ben/x: mel has 40 bands; this voice takes 80" in err
+    failed = json.loads((tmp_path / "out" / "failed.json").read_text())
+    for one, reason in zip(failed, ("name too long", "does not exist", "mel has 40 bands; this voice takes 80"), strict=True):
+        assert reason in one["error"]
     write_list(tmp_path / "list.csv", *rows[:2], "mels/a.npy,ben,sub/second")
     code, out, err = melrt(*arguments, "--rate", rate)
     assert code == 0, err

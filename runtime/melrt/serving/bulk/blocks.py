@@ -55,6 +55,8 @@ class FileBlock:
                 yield Utterance(name, voice, read_mel(path), path)
             except MelError as error:
                 yield Utterance(name, voice, error)
+            except OSError as error:  # of a list: a name that is too long, or a folder that may not be entered
+                yield Utterance(name, voice, MelError(f"{path!s:.200} cannot be read: {error.strerror}."))
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,7 +135,7 @@ def _list_rows(source: Path, voices: RowVoices) -> list[tuple[str, str, Path]]:
                 if mel.suffix.lower() not in MEL_SUFFIXES:
                     raise MelError(f"{where} has the mel {row['mel']!r}; it must be a path that ends in {' or '.join(MEL_SUFFIXES)}.")
                 named = row.get("name") or mel.with_suffix("").as_posix()
-                rows.append((*voices.choose(where, named, row.get("voice", voices.only)), (source.parent / mel).resolve()))
+                rows.append((*voices.choose(where, named, row.get("voice", voices.only)), (source.parent / mel).absolute()))
     except (csv.Error, UnicodeDecodeError) as error:
         raise MelError(f"{source} cannot be read as a list (CSV in UTF-8, with a header): {error}") from error
     return sorted(rows, key=lambda row: row[1])
