@@ -86,6 +86,7 @@ MUTANTS = (
     (QUEUE + "waiting.py", "return min(self._heaps.values()", "return max(self._heaps.values()", WAITING),
     (QUEUE + "order.py", "entry.used * self._weight <= self._seconds * (1 + ROUNDING)", "True", WAITING),
     (QUEUE + "order.py", "_Entry(seconds / weight,", "_Entry(seconds,", WAITING),
+    (QUEUE + "order.py", "not entry.flooded and ", "", WAITING),
     (QUEUE + "workers.py", "and self.runs(member) < member.lanes", "", WAITING),
     (QUEUE + "order.py", "_Item(entry.deadline if", "_Item(-entry.deadline if", WAITING),
     (QUEUE + "workers.py", "usage.floor = self._progress * usage.weight", "usage.floor = self._progress", WAITING),

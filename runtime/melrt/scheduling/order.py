@@ -19,6 +19,7 @@ class _Entry(NamedTuple):
 
     used: float
     deadline: float
+    flooded: bool
     seconds: float
     weight: float
 
@@ -35,9 +36,10 @@ class _Item(NamedTuple, Generic[K]):
 class FairOrder(Generic[K]):
     """Queues with windows, by their lane time and deadlines.
 
-    A queue is within its share if its lane time per weight is at most the mean of all queues here. Queues within their shares come first,
-    the earliest deadline before the others; then the queue with the least lane time. Two heaps hold the queues within and above their
-    shares. A queue is moved when it comes to the top of the wrong heap, because the mean changes with every run.
+    A queue is within its share if it is not flooded, and its lane time per weight is at most the mean of all queues here. Queues within
+    their shares come first, the earliest deadline before the others; then the queue with the least lane time. The windows of a flooded
+    queue have waited for so long that their deadlines would come before those of all others. Two heaps hold the queues within and above
+    their shares. A queue is moved when it comes to the top of the wrong heap, because the mean changes with every run.
 
     Not safe for use by several threads, but `put` and `discard` may interrupt another method of the same thread: they leave the heaps as
     they are.
@@ -57,10 +59,10 @@ class FairOrder(Generic[K]):
     def __contains__(self, key: K) -> bool:
         return key in self._entries
 
-    def put(self, key: K, deadline: float, seconds: float, weight: float) -> None:
-        """Add a queue, or change its deadline, lane time and weight."""
+    def put(self, key: K, deadline: float, seconds: float, weight: float, *, flooded: bool = False) -> None:
+        """Add a queue, or change its deadline, lane time, weight and whether it is flooded."""
         self.discard(key)
-        self._entries[key] = _Entry(seconds / weight, deadline, seconds, weight)
+        self._entries[key] = _Entry(seconds / weight, deadline, flooded, seconds, weight)
         self._seconds += seconds
         self._weight += weight
         self._changed[key] = None
@@ -115,7 +117,7 @@ class FairOrder(Generic[K]):
         heapq.heappush(self._within if within else self._above, _Item(entry.deadline if within else entry.used, self._pushed, key, entry))
 
     def _is_within(self, entry: _Entry) -> bool:
-        return entry.used * self._weight <= self._seconds * (1 + ROUNDING)
+        return not entry.flooded and entry.used * self._weight <= self._seconds * (1 + ROUNDING)
 
     def _is_stale(self, item: _Item[K]) -> bool:
         return self._entries.get(item.key) is not item.entry

@@ -137,9 +137,10 @@ class Workers:
             usage = member.usage
             if member not in self._busy:
                 self._catch_up(member)
-            if member.windows_waiting * usage.window_seconds > CREDIT:
+            flooded = member.windows_waiting * usage.window_seconds > CREDIT
+            if flooded:
                 usage.seconds = max(usage.seconds, usage.floor)
-            self._busy.put(member, member.next_deadline(), usage.seconds, usage.weight)
+            self._busy.put(member, member.next_deadline(), usage.seconds, usage.weight, flooded=flooded)
         else:
             self._busy.discard(member)
 
@@ -228,7 +229,7 @@ class Workers:
     def _next(self) -> Member | None:
         """Return the queue whose window runs next, or None if there is no window or no lane for it.
 
-        Queues within their share of the lane time come first, so a queue that is flooded does not delay the others. A queue that had no
+        Queues within their share of the lane time come first, so queues that are flooded do not delay the others. A queue that had no
         window begins where the last run was, less the credit, as in start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996).
         """
         if len(self.runners) >= self._lanes:
