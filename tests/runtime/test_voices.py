@@ -129,13 +129,13 @@ def test_least_recently_used_voice_makes_room(open_voices: Open, folder: Path, a
 @QUICK_LOAD
 def test_voice_in_use_is_not_unloaded_under_its_stream(open_voices: Open, folder: Path, audio: np.ndarray) -> None:
     with open_voices(folder, Limits(wait_timeout=0.2), memory=memory_of_one(open_voices(folder))) as voices:
-        stream = voices["anna"].open_stream()
+        stream = voices.load("anna").result(20).open_stream()
         first = stream.push(MEL[:, :100])
         with pytest.raises(QueueFullError, match="so ben was not loaded"):
             _ = voices["ben"]
         assert np.array_equal(np.concatenate([first, stream.push(MEL[:, 100:]), stream.flush()]), audio)
         del stream
-        assert np.array_equal(voices["ben"](MEL), audio)
+        assert np.array_equal(voices.load("ben").result(20)(MEL), audio)
         with pytest.raises(QueueFullError), voices["ben"].open_stream():
             _ = voices["cleo"]
 
@@ -320,7 +320,7 @@ def test_voices_are_loaded_without_blocking_the_event_loop(open_voices: Open, fo
 def test_changed_voice_is_loaded_again_in_memory_for_one(open_voices: Open, folder: Path, audio: np.ndarray) -> None:
     limits, memory = Limits(wait_timeout=0.2), memory_of_one(open_voices(folder))
     with open_voices(folder, limits, memory=memory, pinned=("anna",), check_seconds=0.0) as voices:
-        stream = voices["anna"].open_stream()
+        stream = voices.load("anna").result(20).open_stream()
         first = stream.push(MEL)
         replace_manifest(folder / "anna.melrt", name="again")
         for _ in range(20):
@@ -328,5 +328,5 @@ def test_changed_voice_is_loaded_again_in_memory_for_one(open_voices: Open, fold
             time.sleep(0.02)
         assert np.array_equal(np.concatenate([first, stream.flush()]), audio)
         del stream
-        until(lambda: voices["anna"].bundle.manifest.name == "again")
+        until(lambda: voices.load("anna").result(20).bundle.manifest.name == "again")
         assert np.array_equal(voices["anna"](MEL), audio)
