@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed triton
 	$(BIN)/python -m pytest
 
-# Plants faults one at a time, and reports those that no test finds; half an hour.
+# Plants about a hundred faults one at a time, and reports those that no test finds.
 mutants: $(VENV)/.installed
 	$(BIN)/python tests/mutants.py
 
