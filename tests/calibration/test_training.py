@@ -102,7 +102,7 @@ def test_a_step_needs_only_the_device_and_never_waits_for_it(learn_ranges: bool,
     voice = create_voice(config)
     teacher = quantize(voice, every_convolution(voice.generator), "cpu", learn_ranges=learn_ranges)
     monkeypatch.setattr(torch.nn.Module, "to", moved)
-    monkeypatch.setattr(step, "_adam", lambda network, rate, betas: torch.optim.Adam(network.parameters(), rate, betas))  # not fused
+    monkeypatch.setattr(step, "_optimizer", lambda network, rate, _: torch.optim.Adam(network.parameters(), rate))  # not fused
     meta = torch.device("meta")
     with library._scoped_library("aten", "IMPL") as missing:
         missing.impl("_fake_quantize_per_tensor_affine_cachemask_tensor_qparams", rounded, "Meta")
