@@ -183,6 +183,7 @@ def test_wrong_requests_are_told_what_is_allowed(service: Running, demo_bundle: 
         (body(np.full((80, 20), np.nan, np.float32)), {}, 422, "finite"), (body(mel[:, :2]), {}, 422, "frames"),
         (body(mel), {"format": "mp3"}, 422, "wav, flac, opus, pcm"), (body(mel), {"rate": "fast"}, 422, "fast"),
         (body(mel), {"voice": "none"}, 404, "there are: lj, tiny"),
+        (body(mel), {"rates": "8000"}, 422, "no parameter 'rates'; there are: voice, format, rate"),
         (body(mel), {"voice": ""}, 422, "There are: lj, tiny"), (bytes(320 * (MAX_FRAMES + 1)), {}, 413, "at most 4000 are accepted"),
         (bytes(640 * (MAX_FRAMES + 1) + 65536), {}, 413, "enough for 4000 frames"),
     ):  # fmt: skip
@@ -192,6 +193,10 @@ def test_wrong_requests_are_told_what_is_allowed(service: Running, demo_bundle: 
     recording = service.client.post("/v1/mel", content=np.full(9999, np.nan, "<f4").tobytes(), params={"voice": "lj"})
     assert (recording.status_code, "not finite" in recording.json()["detail"]) == (422, True)
     assert "/v1/speech" in service.client.get("/v1/sing").json()["detail"]
+    assert "is for WebSocket connections" in service.client.get("/v1/stream").json()["detail"]
+    with pytest.raises(InvalidStatus) as misspelled:
+        connect(f"ws://127.0.0.1:{service.port}/v1/stream?vioce=lj").__enter__()
+    assert b"no parameter 'vioce'" in misspelled.value.response.body
     for path in ("/", "/healthz", "/voices"):  # load balancers and monitors send HEAD
         assert (service.client.head(path).status_code, service.client.head(path).content) == (200, b"")
     assert "use POST" in service.client.get("/v1/speech").json()["detail"]

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from melrt.errors import AudioError, BundleError, ClosedError, MelError, MelrtError, OverdueError, QueueFullError
 from melrt.serving.http.bodies import NPY, mel_of, mel_of_recording, read_mel, read_recording, while_connected
 from melrt.serving.http.conversation import converse
-from melrt.serving.http.formats import FORMATS, output_of
+from melrt.serving.http.formats import FORMATS, check_query, output_of
 from melrt.serving.http.metrics import Responses, ServiceMetrics
 from melrt.serving.http.page import page
 from melrt.serving.http.service import Service
@@ -63,6 +63,7 @@ class Routes:
 
     async def speech(self, request: Request, voice: str = "", format: str = "wav", rate: str = "") -> Response:
         """Return the audio of a mel: a file when it is complete, or raw samples as soon as they are ready."""
+        check_query(request, "voice", "format", "rate")
         vocoder = await self._service.voice(voice)
         output = output_of(format, rate, vocoder)
         form = FORMATS[format]
@@ -84,6 +85,7 @@ class Routes:
 
     async def mel(self, request: Request, voice: str = "") -> Response:
         """Return raw float32 frames: those of a .npy file, or the mel of a recording, raw float32 samples at the voice's rate."""
+        check_query(request, "voice")
         spec = (await self._service.voice(voice)).spec
         body = await read_recording(request, spec, self._service.config)
         mel = spec.check(mel_of(body, spec)) if body.startswith(NPY) else await asyncio.to_thread(mel_of_recording, body, spec)
@@ -124,8 +126,10 @@ async def explain(request: Request, error: Exception) -> Response:
     if isinstance(error, StarletteHTTPException):
         detail, status, headers = error.detail, error.status_code, error.headers
         if (status, detail) == (404, "Not Found"):
-            paths = ", ".join(sorted({route.path for route in request.app.routes}))
-            detail = f"there is nothing at {request.url.path[:80]!r}; there are: {paths}"
+            paths = sorted({route.path for route in request.app.routes})
+            detail = f"there is nothing at {request.url.path[:80]!r}; there are: {', '.join(paths)}"
+            if request.url.path in paths:
+                detail = f"{request.url.path} is for WebSocket connections, such as ws://HOST:PORT{request.url.path}"
         elif status == 405 and headers:
             detail = f"{request.method} is not allowed here; use {headers['Allow']}"
         return JSONResponse({"detail": detail}, status, headers)

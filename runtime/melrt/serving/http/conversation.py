@@ -14,7 +14,7 @@ from melrt.errors import ClosedError, MelError, MelrtError, QueueFullError
 from melrt.files.output import Output
 from melrt.serving.http.bodies import mel_of
 from melrt.serving.http.config import ServiceConfig
-from melrt.serving.http.formats import output_of
+from melrt.serving.http.formats import check_query, output_of
 from melrt.serving.http.service import Service
 from melrt.types import Audio
 from melrt.vocoder import Vocoder
@@ -30,8 +30,9 @@ def converse(service: Service) -> Callable[[WebSocket], Awaitable[None]]:
     async def stream(socket: WebSocket) -> None:
         try:
             with service.place():
-                vocoder = await service.voice(socket.query_params.get("voice", ""))
+                check_query(socket, "voice", "format", "rate")
                 query = socket.query_params
+                vocoder = await service.voice(query.get("voice", ""))
                 output = output_of(query.get("format", "pcm"), query.get("rate", ""), vocoder, streamed=True)
                 await socket.accept()
                 await _Conversation(socket, vocoder, output, service.config).run()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastapi import HTTPException
+from starlette.requests import HTTPConnection
 
 from melrt.errors import ConfigError
 from melrt.files.audio import Encoding
@@ -30,6 +31,17 @@ FORMATS = {
     "alaw": Format("alaw", "audio/PCMA", streamed=True),
 }  # fmt: skip
 STREAMED = tuple(name for name, one in FORMATS.items() if one.streamed)
+
+
+def check_query(request: HTTPConnection, *allowed: str) -> None:
+    """Check that a request has no other parameters than these: one that is misspelled would be ignored.
+
+    Raises:
+        HTTPException: 422, with what is allowed.
+    """
+    for name in request.query_params:
+        if name not in allowed:
+            raise HTTPException(422, f"there is no parameter {name[:80]!r}; there are: {', '.join(allowed)}")
 
 
 def output_of(name: str, rate: str, vocoder: Vocoder, *, streamed: bool = False) -> Output:
