@@ -212,8 +212,20 @@ def _fail(message: str, code: int) -> NoReturn:
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print("[bold red]error:[/]", end=" ")
-    console.print(message, markup=False)
+    console.print(_printable(message), markup=False)
     sys.exit(code)
+
+
+def _printable(text: str) -> str:
+    """Return a text with its control characters in Python's notation: names in a file may hold commands for the terminal."""
+    return "".join(character if character.isprintable() or character == "\n" else ascii(character)[1:-1] for character in text)
+
+
+class _Formatter(logging.Formatter):
+    """Formatter of printable messages."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _printable(super().format(record))
 
 
 def _log_warnings() -> None:
@@ -221,4 +233,5 @@ def _log_warnings() -> None:
     from rich.logging import RichHandler
 
     handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    handler.setFormatter(_Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])

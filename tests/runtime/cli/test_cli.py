@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -154,6 +155,23 @@ def test_newer_schema_and_altered_file_are_refused(melrt, tiny_bundle: Bundle) -
     code, _, err = melrt("info", tiny_bundle.path)
     assert code == 2
     assert "edge.fp32.onnx was altered" in err
+
+
+def test_names_with_control_characters_do_not_reach_the_terminal(melrt, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """A file or tensor of a stranger may be named like a command for the terminal, such as one that writes to the clipboard."""
+    code, _, err = melrt("info", tmp_path / "x\x1b[31m\u202e.melrt")
+    assert code == 2
+    assert "x\\x1b[31m\\u202e.melrt does not exist" in err
+    soundfile.write(tmp_path / "a\x1b]52;c;eA==\x07.wav", np.sin(np.arange(9000) / 7) / 2, 44100)
+    log = logging.getLogger()
+    handlers, log.handlers = log.handlers, []
+    try:
+        code, _, err = melrt("mel", tiny_bundle.path, tmp_path / "a\x1b]52;c;eA==\x07.wav", "-o", tmp_path / "mel.npy")
+    finally:
+        log.handlers = handlers
+    assert code == 0
+    assert "a\\x1b]52;c;eA==\\x07.wav has 44100 Hz; resampling" in err
+    assert "\x1b]" not in err
 
 
 def test_info_does_not_interpret_markup(melrt, tiny_bundle: Bundle) -> None:
