@@ -49,7 +49,9 @@ def test_inaccurate_engine_is_not_added(gpu: Gpu, tiny_bundle: Bundle) -> None:
     assert not gpu.memory
 
 
-def test_refitted_engines_have_the_new_weights(gpu: Gpu, tiny_bundle: Bundle, tiny_checkpoint: Path, make_voice, tmp_path: Path) -> None:
+def test_refitted_engines_have_the_new_weights(
+    gpu: Gpu, tiny_bundle: Bundle, tiny_checkpoint: Path, make_voice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An engine of the voice before fine-tuning gives the audio of the voice after it."""
     checkpoint = load_checkpoint(tiny_checkpoint)
     weights = {name: 1.02 * value for name, value in checkpoint.weights.items()}
@@ -67,3 +69,6 @@ def test_refitted_engines_have_the_new_weights(gpu: Gpu, tiny_bundle: Bundle, ti
     other, _ = make_voice(GeneratorConfig(in_channels=8, channels=32, upsample_scales=(4, 4)), tmp_path)
     with pytest.raises(BundleError, match="differ in .*channels.*same network"):
         list(refit_engines(Bundle.open(other), donor))
+    monkeypatch.setenv("MELRT_KEY", str(tmp_path / "another.key"))
+    with pytest.raises(BundleError, match="was not built by this user, and could run any code.*melrt trust"):
+        list(refit_engines(tuned, donor))

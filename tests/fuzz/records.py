@@ -13,9 +13,10 @@ import numpy as np
 
 from melrt.backends.base import Backend
 from melrt.backends.fused.program import MAGIC, Argument, CompiledKernel, Launch, Program
+from melrt.backends.fused.tuning import KEY, TunedKernel, Tuning
 from melrt.backends.select import BackendChoice, open_backend
 from melrt.bundle import Bundle
-from melrt.bundle.manifest import Artifact
+from melrt.bundle.manifest import MANIFEST, Artifact
 from melrt.scheduling.policy_tuning import PolicyTiming, record, recorded_policy
 from melrt.serving.triton.voice import ServingConfig
 
@@ -69,6 +70,23 @@ def _read_fused(header: bytes, _folder: Path) -> None:
             launch.grid(kernels[launch.kernel], 1, 100)
 
 
+def _tuning() -> bytes:
+    kernels = {"first": TunedKernel("64 rows", ((2.5, 2.0),)), "last": TunedKernel("32 rows", ((1.0, 1.0),))}
+    record = Tuning("9.0", "NVIDIA H200", "580.82.07", "2026-11-26", ("1 x 86", "16 x 256"), 40, 3, 0, ((300.0, 200.0),), kernels)
+    return json.dumps(record.to_dict()).encode()
+
+
+def _read_tuning(text: bytes, folder: Path) -> None:
+    bundle = Bundle.open(shutil.copytree(TINY, folder / "x.melrt"))
+    values = json.loads((bundle.path / MANIFEST).read_bytes())
+    entry = asdict(Artifact.of("x.fused", b"", "engine")) | {"target": {KEY: None}}
+    values["artifacts"].append(entry)
+    (bundle.path / MANIFEST).write_bytes(json.dumps(values).encode().replace(b'{"tuning": null}', b'{"tuning": ' + text + b"}"))
+    (read,) = Bundle.open(bundle.path).find("engine")
+    if found := Tuning.of(read):
+        assert all(line.isprintable() for line in found.lines())
+
+
 def _read_training(text: bytes, folder: Path) -> None:
     from melrt_export.training.config import read_config
 
@@ -81,6 +99,7 @@ RECORDS: dict[str, tuple[bytes, Callable[[bytes, Path], object]]] = {
     "policy": (json.dumps({"chosen": asdict(_backend().policy), "measured": []}).encode(), _read_policy),
     "triton": (ServingConfig().dumps().encode(), lambda text, _folder: ServingConfig.loads(text)),
     "fused": (_fused(), _read_fused),
+    "tuning": (_tuning(), _read_tuning),
     "training": ((ROOT / "docs" / "recipes" / "melgan-neurips.toml").read_bytes(), _read_training),
 }
 """The text of a record and the function that reads it, by kind."""

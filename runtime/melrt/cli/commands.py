@@ -19,8 +19,8 @@ from rich.table import Column, Table
 from melrt.backends.cpu_choice import cpu_choices
 from melrt.backends.fused.tuning import Tuning
 from melrt.backends.select import BackendChoice, open_backend
-from melrt.bundle import Bundle, Manifest
-from melrt.bundle.trust import trust_engines
+from melrt.bundle import Artifact, Bundle, Manifest
+from melrt.bundle.trust import is_trusted, trust_engines
 from melrt.cli.progress import Steps
 from melrt.errors import BundleError, ConfigError, MelError, MissingExtraError
 from melrt.files.atomic import atomic_write, check_writable
@@ -78,11 +78,8 @@ def info(
         _print(line)
     width = max((len(entry.file) for entry in bundle.manifest.artifacts), default=0)
     for entry in bundle.manifest.artifacts:
-        kind = " ".join(filter(None, (entry.kind, entry.graph, entry.precision)))
-        _print(f"{entry.file:<{width}}  {entry.size / 1e6:6.2f} MB  {kind}{_quality(entry.quality)}")
-        tuning = Tuning.of(entry)
-        for line in tuning.lines() if tuning else ():
-            _print(f"{'':<{width}}  {line}")
+        for name, line in zip(itertools.chain([entry.file], itertools.repeat("")), _entry_lines(entry), strict=False):
+            _print(f"{name:<{width}}  {line}")
     for way in cpu_choices(bundle):
         _print(f"on this CPU    {'auto may take' if way.usable else 'auto does not take'} {way}")
     if damage := list(_damage(bundle)):
@@ -90,6 +87,23 @@ def info(
     if roofline:
         for table in _roofline_tables(bundle):
             console.print(table)
+
+
+def _entry_lines(entry: Artifact) -> Iterator[str]:
+    """Yield the facts about one file."""
+    kind = " ".join(filter(None, (entry.kind, entry.graph, entry.precision)))
+    yield f"{entry.size / 1e6:6.2f} MB  {kind}{_quality(entry.quality)}"
+    if entry.kind == "engine" and not _is_vouched(entry):
+        yield "not built by this user: its figures are unproven, and it is opened only after `melrt trust`"
+    if tuning := Tuning.of(entry):
+        yield from tuning.lines()
+
+
+def _is_vouched(engine: Artifact) -> bool:
+    try:
+        return is_trusted(engine)
+    except ConfigError:  # no key can be used, so no engine is opened
+        return False
 
 
 def _roofline_tables(bundle: Bundle) -> Iterator[Table]:

@@ -57,7 +57,9 @@ def test_engine_that_was_tampered_with_and_hashed_again_is_not_opened(voice: Bun
 
 def test_another_users_engines_need_trust(melrt, voice: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     builder = key_file()
+    assert "not built by this user" not in melrt("info", voice.path)[1]
     monkeypatch.setenv("MELRT_KEY", str(tmp_path / "another.key"))
+    assert melrt("info", voice.path)[1].count("not built by this user: its figures are unproven") == 2
     with pytest.raises(BackendError, match="melrt trust"):
         Vocoder.load(voice.path, backend="tensorrt", precision="fp32")
     Vocoder.load(voice.path, backend="tensorrt", precision="fp32", trust=True).close()
