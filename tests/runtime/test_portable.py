@@ -15,10 +15,17 @@ from melrt.bundle import Bundle
 
 ROOT = Path(__file__).parents[2]
 TAKE_AWAY = """
-import ctypes, os, pathlib, sys
-sys.modules["fcntl"] = None
-for name in ("sched_getaffinity", "geteuid", "getuid", "register_at_fork", "fork"):
+import ctypes, fcntl, os, pathlib, stat, sys
+flags, fsync = fcntl.fcntl, os.fsync
+TAKEN = ("fcntl", "resource", "pwd", "grp", "termios")
+sys.modules.update(dict.fromkeys(TAKEN))
+for name in ("sched_getaffinity", "geteuid", "getuid", "getpgid", "killpg", "register_at_fork", "fork", "mkfifo", "O_NONBLOCK"):
     delattr(os, name)
+def windows_fsync(handle):
+    if stat.S_ISREG(os.fstat(handle).st_mode) and flags(handle, 3) & os.O_ACCMODE == os.O_RDONLY:  # 3 is F_GETFL
+        raise OSError(9, "Bad file descriptor")
+    fsync(handle)
+os.fsync = windows_fsync
 read_text, cdll = pathlib.Path.read_text, ctypes.CDLL
 def without_proc(path, *args, **options):
     if str(path).startswith("/proc"):
@@ -53,6 +60,22 @@ def test_voice_runs_and_streams_without_functions_of_linux(tiny_bundle_path: Pat
         str(tiny_bundle_path), str(tmp_path / "mel.npy"), str(tmp_path / "audio.npy"),
     )  # fmt: skip
     assert np.abs(np.load(tmp_path / "audio.npy") - whole_audio(bundle, mel)).max() < FP32_MAX_ABS
+
+
+def test_every_module_imports_without_functions_of_linux() -> None:
+    """Packages that are not installed may be missing, but not those that Windows lacks."""
+    names = run(
+        "import importlib, pkgutil, melrt\n"
+        "for module in pkgutil.walk_packages(melrt.__path__, 'melrt.'):\n"
+        "    try:\n"
+        "        importlib.import_module(module.name)\n"
+        "    except ImportError as error:\n"
+        "        if error.name in TAKEN:\n"
+        "            raise\n"
+        "    else:\n"
+        "        print(module.name)\n"
+    ).split()
+    assert {"melrt.vocoder", "melrt.voices", "melrt.files.locks", "melrt.cli.commands", "melrt.serving.bulk.run"} <= set(names)
 
 
 def test_commands_write_and_lock_without_functions_of_linux(tiny_bundle_path: Path, tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ import contextlib
 import ctypes
 import errno
 import functools
-import getpass
 import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,13 +139,28 @@ def check_writable(path: Path, *, folder: bool = False) -> None:
 
 
 def user_cache() -> Path:
-    """Return the folder for files that can be made again: `$MELRT_CACHE`, or `melrt` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    """Return the folder for files that can be made again: `$MELRT_CACHE`, or `melrt` in `$XDG_CACHE_HOME` or `~/.cache`.
+
+    Raises:
+        ConfigError: This user has no home folder, and another user can write to the folder that is used instead.
+    """
     if chosen := os.environ.get("MELRT_CACHE"):
         return Path(chosen)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "melrt"
     except RuntimeError:  # a user without a home folder
-        return Path(tempfile.gettempdir()) / f"melrt-{getpass.getuser()}"
+        temporary = Path(tempfile.gettempdir())
+        return _own_folder(temporary / f"melrt-{os.getuid()}") if hasattr(os, "getuid") else temporary / "melrt"
+
+
+def _own_folder(folder: Path) -> Path:
+    """Make a folder where other users may write too, and return it if it is this user's alone."""
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise ConfigError(f"{folder} is not a folder that only this user can write to. Name another place for caches with MELRT_CACHE.")
+    return folder
 
 
 @contextlib.contextmanager
@@ -202,9 +217,10 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def _sync(path: Path) -> None:
     """Write a file's contents, or a folder's entries, to the disk, so that they survive a power failure."""
-    if os.name == "nt" and path.is_dir():
+    folder = path.is_dir()
+    if os.name == "nt" and folder:
         return  # Windows does not open folders
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows syncs no file that is open for reading
     try:
         os.fsync(handle)
     finally:

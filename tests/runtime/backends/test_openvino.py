@@ -102,6 +102,7 @@ print(resident[39], resident[-1])
     assert after_120 - after_40 < 64, found
 
 
+@installed
 def test_runs_of_many_threads_do_not_share_memory(bundle: Bundle) -> None:
     edge = OpenVinoModel(model(bundle, "edge"), workers=2)
     mels = [speech_mel(bundle, 30, seed)[None] for seed in range(6)]

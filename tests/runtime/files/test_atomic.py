@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from melrt.errors import ConfigError
-from melrt.files.atomic import atomic_folder, atomic_write, check_writable
+from melrt.files.atomic import atomic_folder, atomic_write, check_writable, user_cache
 
 
 def write(path: Path, content: str) -> None:
@@ -132,3 +132,27 @@ def test_replaced_folder_is_never_absent(tmp_path: Path, monkeypatch: pytest.Mon
     with atomic_folder(path) as folder:
         (folder / "a").write_text("3")
     assert seen == ["1", "2", None, "3"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="temporary files of Windows are the user's own")
+def test_cache_of_a_user_without_a_home_is_not_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user can make the folder first, or a link, and would receive or exchange what is written."""
+    for name in ("MELRT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    cache = user_cache()
+    assert cache == user_cache() == tmp_path / f"melrt-{os.getuid()}"
+    assert cache.stat().st_mode & 0o777 == 0o700
+    cache.chmod(0o777)
+    with pytest.raises(ConfigError, match="not a folder that only this user can write to.*MELRT_CACHE"):
+        user_cache()
+    cache.rmdir()
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    cache.symlink_to("elsewhere")
+    with pytest.raises(ConfigError, match="MELRT_CACHE"):
+        user_cache()

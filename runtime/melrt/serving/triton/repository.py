@@ -97,7 +97,7 @@ def use_version(repository: Path, name: str, version: int) -> None:
     for model in models_of(name):
         folder = repository / model.name
         bundle = Bundle.open(folder / str(version) / BUNDLE)
-        serving = ServingConfig.loads((folder / str(version) / SERVING).read_text())
+        serving = ServingConfig.loads((folder / str(version) / SERVING).read_bytes())
         config = model_config(model, bundle.manifest.spec, serving, version)
         with atomic_write(folder / CONFIG) as temporary:
             temporary.write_text(text_format.MessageToString(config))
