@@ -171,6 +171,8 @@ class MelSpec:
             frames = np.asarray(mel)
         except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; PyTorch refuses tensors that require gradients
             raise MelError(f"mel cannot be read as an array: {error} Pass an array of float32, or mel.detach() of a tensor.") from error
+        if np.ma.is_masked(mel):
+            raise MelError("mel is a masked array with masked values, which numpy would turn into numbers. Fill them: mel.filled(value).")
         if frames.dtype.kind not in "fiu":
             raise MelError(f"mel has dtype {frames.dtype}; it must hold real numbers, preferably float32.")
         if frames.ndim not in axes:

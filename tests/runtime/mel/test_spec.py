@@ -61,7 +61,7 @@ def test_arrays_that_are_not_mels_are_refused() -> None:
     cases = {
         "requires grad.*mel.detach": Tensor(), "cannot be read as an array": [[1.0], [1.0, 2.0]], "dtype <U1": np.full((80, 9), "x"),
         "shape (80,).*melrt mel": np.zeros(80), "40 bands.*melrt mel": np.zeros((40, 9)), "looks transposed": np.zeros((9, 80)),
-        "one at a time": np.zeros((2, 80, 9)),
+        "one at a time": np.zeros((2, 80, 9)), "masked values.*mel.filled": np.ma.masked_less(np.eye(80, 9), 0.5),
         "holds inf at (3, 4)": np.where(np.arange(80)[:, None] * 9 + np.arange(9) == 31, 1e39, 0.0),
     }  # fmt: skip
     for message, mel in cases.items():
