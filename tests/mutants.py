@@ -29,6 +29,11 @@ RUNTIME, VOICES = "runtime/melrt/", "tests/runtime/test_voices.py"
 
 HTTP, FUZZ, SERVICE = "runtime/melrt/serving/http/", "tests/fuzz/test_service.py", "tests/runtime/serving/test_http_connections.py"
 
+READERS, HOSTILE, BOMBS = "export/melrt_export/checkpoints/", "tests/export/test_hostile_files.py", "tests/fuzz/test_bombs.py"
+BUNDLES, GRAPHS, TRUST = "tests/runtime/bundle/test_bundle.py", "tests/export/test_hostile_graphs.py", "tests/runtime/bundle/test_trust.py"
+ATOMIC, BROKEN_OFF, SPEC = "tests/runtime/files/test_atomic.py", WAITING + "/test_interruptions.py", "tests/runtime/mel/test_spec.py"
+ATTACKS, NO_LIMIT = "tests/fuzz/test_fuzz.py", "1 << 80"
+
 # File, text, its faulty replacement, tests that must fail.
 MUTANTS = (
     (CAL + "bias_correction.py", "means[layer.name] - scale", "-means[layer.name] + scale", DECIDE),
@@ -137,6 +142,72 @@ MUTANTS = (
     (QUEUE + "order.py", "self._weight -= entry.weight", "pass", WAITING),
     (QUEUE + "workers.py", "usage.floor - CREDIT * usage.weight", "usage.floor", WAITING),
     (QUEUE + "workers.py", "usage.seconds = max(usage.seconds, usage.floor)", "pass", WAITING),
+    # Pickled statistics and weights that are taken for pointers, or run code.
+    (
+        READERS + "reading.py", '_reconstruct": _StoredArray, "numpy.ndarray": _StoredArray, "numpy.dtype": _StoredType,',
+        '_reconstruct": np.zeros(1).__reduce__()[0], "numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype,', HOSTILE,
+    ),
+    (
+        READERS + "pickles.py", "if full not in self._known:",
+        "if full not in self._known:\n            return super().find_class(module, name)\n        if False:", HOSTILE,
+    ),
+    # Engines that this user did not build.
+    (RUNTIME + "bundle/trust.py", '" ".join(problems))\n    return False', '" ".join(problems))\n    return True', TRUST),
+    (RUNTIME + "bundle/trust.py", "dict(entry.target)]", "{}]", TRUST),
+    (RUNTIME + "backends/select.py", "trusted = choice.trust or", "trusted = True or", TRUST),
+    ("export/melrt_export/tensorrt/refit.py", "if not is_trusted(entry):", "if False:", "tests/export/test_fake_engines.py"),
+    # Links in a bundle.
+    (RUNTIME + "bundle/folder.py", "self.path / entry.file, follow=False", "self.path / entry.file, follow=True", BUNDLES),
+    (RUNTIME + "bundle/folder.py", "self.path / MANIFEST, follow=False", "self.path / MANIFEST, follow=True", BUNDLES),
+    # Small files that hang, fill the memory or crash.
+    (READERS + "hdf5_reader.py", "if next(nodes) > MAX_NODES:", "if False:", HOSTILE),
+    (READERS + "hdf5_reader.py", "or data.nbytes > most:", "or False:", HOSTILE),
+    (READERS + "hdf5_reader.py", "if chunk > most or (", "if False and (", HOSTILE),
+    (READERS + "hdf5_reader.py", "signal.setitimer(signal.ITIMER_PROF, seconds)", "pass", HOSTILE),
+    (READERS + "hdf5_reader.py", "resource.setrlimit(resource.RLIMIT_AS", "(lambda *_: None)(resource.RLIMIT_AS", HOSTILE),
+    (READERS + "reading.py", "def flatten_mapping(", "def flatten_nothing(", HOSTILE),
+    (READERS + "reading.py", "len(node.value) > MAX_VALUE_LENGTH", "False", HOSTILE),
+    (READERS + "reading.py", '"\\\\])*"?)|', '"\\\\])*")|', HOSTILE),
+    (READERS + "reading.py", "if header > MAX_SAFETENSORS_HEADER_BYTES:", "if False:", BOMBS),
+    (READERS + "load.py", "if context > MAX_CONTEXT:", "if False:", HOSTILE),
+    (READERS + "torch_files.py", "math.prod(shape) * item) > self._size:", f"math.prod(shape) * item) > {NO_LIMIT}:", BOMBS),
+    (READERS + "torch_files.py", "if unpacked > size or any(", "if any(", HOSTILE),
+    (READERS + "pickles.py", "if count > MAX_PICKLE_OPERATIONS or", "if", BOMBS),
+    (READERS + "pickles.py", "or tuples > MAX_PICKLE_TUPLES", "", BOMBS),
+    (READERS + "archives.py", "if self._done > self._most:", "if False:", BOMBS),
+    (READERS + "archives.py", "if count >= MAX_MEMBERS:\n                raise CheckpointError(f\"holds more than {MAX_MEMBERS} entries",
+     "if False:\n                raise CheckpointError(f\"holds more than {MAX_MEMBERS} entries", HOSTILE),
+    (RUNTIME + "files/audio.py", "if count * bytes_each > most:", "if False:", "tests/runtime/files/test_audio.py"),
+    (RUNTIME + "files/audio.py", "if not LEAST_RATE <= file.samplerate <= MOST_RATE:", "if False:", "tests/runtime/files/test_audio.py"),
+    # Children that were forked.
+    (QUEUE + "synthesizer.py", "self.queue.check_process()", "pass", WAITING),
+    # Connections and uploads.
+    (HTTP + "service.py", "        with self.place():\n            yield", "        yield", "tests/runtime/serving/test_http.py"),
+    (HTTP + "connection.py", "self._request_timer = self.loop.call_later(self.limits.idle_seconds, self.transport.abort)", "pass", SERVICE),
+    (HTTP + "service.py", '{"Connection": "close"} |', "{} |", SERVICE),
+    (HTTP + "app.py", "app.add_exception_handler(ClientDisconnect, explain)", "pass", SERVICE),
+    # Graphs with a correct hash.
+    (RUNTIME + "bundle/folder.py", 'if entry.kind == "onnx":', "if False:", GRAPHS),
+    (RUNTIME + "bundle/graph_check.py", "_TENSOR = {1, 2, 8, 9}", "_TENSOR = {1, 2, 8, 9, 13, 14}", GRAPHS),
+    (RUNTIME + "bundle/graph_check.py", "sum(live.values()) > MAX_VALUES * _FRAMES or", "", GRAPHS),
+    # Processes that are killed, and full disks.
+    (RUNTIME + "files/atomic.py", "if _exchange(new, path):", "if False:", ATOMIC),
+    (RUNTIME + "files/atomic.py", "lambda: _sweep(path, path.stem, path.suffix)", "lambda: None", ATOMIC),
+    (RUNTIME + "files/atomic.py", "or (not named and type(error) is OSError)", "", ATOMIC),
+    # Errors that are not melrt's.
+    (RUNTIME + "bundle/folder.py", "except Exception as error:", "except OSError as error:", ATTACKS),
+    (RUNTIME + "files/mels.py", "except Exception as error:", "except OSError as error:", ATTACKS),
+    (RUNTIME + "bundle/manifest.py", "or math.isfinite(value)", "or True", BUNDLES),
+    (RUNTIME + "bundle/manifest.py", "return depth < MAX_DEPTH and all(_is_plain(one, depth + 1) for one in v", "return all(v", BUNDLES),
+    (RUNTIME + "mel/spec.py", "(TypeError, ValueError, RuntimeError)", "TypeError", SPEC),
+    (RUNTIME + "mel/spec.py", "if np.ma.is_masked(mel):", "if False:", SPEC),
+    # Exceptions that end a thread, and calls that wait for themselves.
+    (QUEUE + "queue.py", "except BaseException as error:  # such as", "except Exception as error:  # such as", BROKEN_OFF),
+    (QUEUE + "delivery.py", "    except BaseException:", "    except Exception:", BROKEN_OFF),
+    (QUEUE + "delivery.py", "lambda: workers.inside", "lambda: False", BROKEN_OFF),
+    (QUEUE + "synthesizer.py", "self.queue.limits.check_frames(received + shape[-1])", "pass", WAITING),
+    # Control characters of a manifest on the terminal.
+    (RUNTIME + "bundle/manifest.py", "return value.isprintable() if", "return True if", BUNDLES),
 )  # fmt: skip
 
 
@@ -163,9 +234,9 @@ def _is_killed(copy: Path, file: str, old: str, new: str, tests: str) -> bool:
         code = _run(command, environment)
     finally:
         (copy / file).write_text(text, encoding="utf-8")
-    outcome = {1: "found   ", None: f"NO RESULT within {TIME_LIMIT} s"}.get(code, f"SURVIVED ({code})")
-    print(outcome, file, "|", new, flush=True)
-    return code == 1
+    found = code is not None and (code == 1 or code < 0)  # a signal: the fault has crashed the tests
+    print("found   " if found else "SURVIVED" if code is not None else f"NO RESULT within {TIME_LIMIT} s", file, "|", new, flush=True)
+    return found
 
 
 def _run(command: list[str], environment: dict[str, str]) -> int | None:

@@ -131,8 +131,13 @@ def test_hdf5_reads_only_inside_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits memory and processor time")
-@pytest.mark.parametrize("fault", ["while True: pass", "return {'x': np.ones(1 << 28)}", "os.kill(os.getpid(), 11)", "return range(9)"])
-def test_hdf5_library_that_hangs_grows_or_crashes_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+@pytest.mark.parametrize(("fault", "message"), [
+    ("while True: pass", ": libhdf5 crashed, or needed more than 0 s or"), ("os.kill(os.getpid(), 11)", ": libhdf5 crashed"),
+    ("return {'x': np.ones(1 << 28)}", "; it is .*Unable to allocate"), ("return {'x': 1}", ": libhdf5 crashed"),
+])  # fmt: skip
+def test_hdf5_library_that_hangs_grows_or_crashes_ends_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, message: str
+) -> None:
     """libhdf5 itself does so for one in 300 damaged files, other ones in each version."""
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file["x"] = np.arange(3.0)
@@ -144,7 +149,7 @@ def test_hdf5_library_that_hangs_grows_or_crashes_ends_alone(tmp_path: Path, mon
     monkeypatch.setattr(hdf5, "SECONDS", 0.3)
     monkeypatch.setattr(hdf5, "LONGEST_SECONDS", 20)
     started = time.monotonic()
-    with pytest.raises(CheckpointError, match=r"x.h5 cannot be read as HDF5(: libhdf5 crashed|; it is truncated)"):
+    with pytest.raises(CheckpointError, match=f"x.h5 cannot be read as HDF5{message}"):
         hdf5.read_hdf5(tmp_path / "x.h5")
     assert time.monotonic() - started < 15
 
@@ -356,10 +361,12 @@ def test_odd_names_and_weights_are_refused(tmp_path: Path, tiny_checkpoint: Path
 
 
 def test_receptive_field_is_bounded_before_anything_is_built(tmp_path: Path) -> None:
-    """Dilations of 31 ** j: export of such a voice would take 10 GB."""
+    """Dilations of 3 ** j and 31 ** j: export of such a voice would take up to 10 GB."""
     from tests.torch_voices import random_voice
 
     from melrt_export.generator.config import GeneratorConfig
 
-    with pytest.raises(CheckpointError, match=r"(sees \d+ frames|receptive field)"):
-        random_voice(GeneratorConfig(8, channels=8, upsample_scales=(2, 2), stacks=4, stack_kernel_size=31, padding_mode="zeros"), tmp_path)
+    for stacks, size, message in ((8, 3, r"sees \d+ frames around each frame; at most 1000"), (4, 31, "receptive field: left is 346325")):
+        config = GeneratorConfig(8, channels=8, upsample_scales=(2, 2), stacks=stacks, stack_kernel_size=size, padding_mode="zeros")
+        with pytest.raises(CheckpointError, match=message):
+            random_voice(config, tmp_path)
