@@ -147,11 +147,11 @@ def test_hdf5_library_that_hangs_grows_or_crashes_ends_alone(
     (tmp_path / "reader.py").write_text(program)
     monkeypatch.setattr(hdf5, "PROGRAM", str(tmp_path / "reader.py"))
     monkeypatch.setattr(hdf5, "SECONDS", 0.3)
-    monkeypatch.setattr(hdf5, "LONGEST_SECONDS", 20)
+    monkeypatch.setattr(hdf5, "LONGEST_SECONDS", 120)
     started = time.monotonic()
     with pytest.raises(CheckpointError, match=f"x.h5 cannot be read as HDF5{message}"):
         hdf5.read_hdf5(tmp_path / "x.h5")
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 100
 
 
 def _virtual(source: Path) -> h5py.VirtualLayout:
