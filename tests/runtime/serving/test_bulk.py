@@ -140,9 +140,9 @@ def test_list_chooses_voices_and_files_hold_their_output(
     rows = ["mels/a.npy,ben,first", "mels/b.npy,ann,sub/second", "mels/a.npy,ann,first"]
     arguments = ["bulk", voices, "--input", tmp_path / "list.csv", "-o", tmp_path / "out", "--format", encoding]
     if limited:  # to the larger voice, so that it is unloaded for the other
-        sizes = [memory_of(Bundle.open(path), "fp32", "openvino") for path in voices.iterdir()]
+        sizes = [memory_of(Bundle.open(path), "fp32", "onnxruntime") for path in voices.iterdir()]
         monkeypatch.setattr(LoadedVoices, "__getitem__", waits_for_others(monkeypatch))
-        arguments += ["--backend", "openvino", "--precision", "fp32", "--memory", 1 + (max(sizes) >> 20)]
+        arguments += ["--backend", "onnxruntime", "--precision", "fp32", "--memory", 1 + (max(sizes) >> 20)]
     write_list(tmp_path / "list.csv", *rows, "mels/bands.npy,ben,x", f"{300 * 'm'}.npy,ann,y", "m\0.npy,ann,z")
     code, out, err = melrt(*arguments, "--rate", rate)
     assert code == 2
