@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,15 +58,17 @@ def check_engine(bundle: Bundle, file: str, graph: GraphKind, opened: Opener, li
     speech = mel_from_audio(read_audio(RECORDING, spec.sample_rate), spec)
     with current_device(device), opened(device, gpu) as (engine, kernels):
         profile = engine.profile
-        mel = _batch(speech, min(max(2, profile.smallest[0]), profile.largest[0]), profile.largest[2])
+        batch = min(max(2, profile.smallest[0]), profile.largest[0])
+        mels = [_batch(speech, batch, frames) for frames in engine.windows or profile.largest[2:]]
         slot = ExecutionSlot(device, kernels, {graph: engine}, spec.hop, int16=False)
         try:
-            audio = slot.run(graph, mel).copy()
+            audio = [slot.run(graph, mel).copy() for mel in mels]
         finally:
             slot.close()
-    reference = OnnxModel(bundle.read(model[0])).run(mel)
-    kept = (exact_samples(graph, one, bundle.manifest.receptive_field, spec.hop) for one in (reference, audio))
-    difference = Difference.between(*kept)
+    reference = OnnxModel(bundle.read(model[0]))
+    exact = partial(exact_samples, graph, field=bundle.manifest.receptive_field, hop=spec.hop)
+    kept = ([exact(one) for one in outputs] for outputs in (map(reference.run, mels), audio))
+    difference = Difference.between(*(np.concatenate(one, axis=1) for one in kept))
     passes, allowed = limit(difference)
     if not passes:
         raise EngineBuildError(

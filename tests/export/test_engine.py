@@ -33,10 +33,11 @@ def test_engine_is_added_to_the_bundle(tiny_bundle: Bundle, precision: str, grap
     frames = (4, 32, 256) if graph == "edge" else (256, 256, 256)
     assert entry.target["profile"] == [[batch, 80, length] for batch, length in zip((1, 4, 16), frames, strict=True)]
     plan = bundle.read(entry)
-    batches = (1, 2, 4, 8, 16) if graph == "interior" else ()
-    assert entry.target["profiles"] == ([[[batch, 80, 256]] * 3 for batch in batches] or [entry.target["profile"]])
-    assert plan.count(b"corrltn={") % max(1, len(batches)) == 0, "the plan holds a program for each batch"
-    assert (b"memset" not in plan) == bool(batches), "a static program prepares nothing at run time"
+    shapes = [*((batch, 256) for batch in (1, 2, 4, 8, 16)), *((batch, frames) for frames in (32, 48, 80, 144) for batch in (1, 4, 16))]
+    static = [[[batch, 80, length]] * 3 for batch, length in shapes] if graph == "interior" else []
+    assert entry.target["profiles"] == (static or [entry.target["profile"]])
+    assert plan.count(b"corrltn={") % max(1, len(static)) == 0, "the plan holds a program for each shape"
+    assert (b"memset" not in plan) == bool(static), "a static program prepares nothing at run time"
     assert (entry.target["flavor"], entry.target["compute_capability"]) == ("tensorrt_rtx", "portable")
     assert seen
     assert all(0 <= done <= total for _, done, total in seen)

@@ -89,13 +89,15 @@ def load(bundle: Bundle, **options: object) -> Vocoder:
     return Vocoder.load(bundle, backend="fused", options=Options(**options))
 
 
-def test_a_fused_engine_synthesizes_on_the_fake_gpu(driver: FusedDriver, voice: Bundle) -> None:
+def test_a_fused_engine_synthesizes_on_the_fake_gpu(driver: FusedDriver, voice: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("melrt.backends.fused.backend.WINDOW", 56)
     build_fused(voice, FusedOptions(("8.0", "9.0")))
     bundle = Bundle.open(voice.path)
     mels = [probe_mel(bundle.manifest.spec, frames, frames) for frames in (5, 32, 61)]
     with Vocoder.load(bundle, device="cpu", precision="fp32") as cpu, load(bundle) as vocoder:
         assert (vocoder.backend.name, vocoder.backend.precision, vocoder.backend.device) == ("fused", "fp16", "cuda:0")
-        assert driver.gpu.captures == 2, "batches of 1 and 2"
+        assert vocoder.policy.lengths == (32, 56)
+        assert driver.gpu.captures == 4, "batches of 1 and 2, for each window"
         assert driver.gpu.compilations == 0, "nothing is compiled where it runs"
         for mel, audio in zip(mels, vocoder.batch(mels), strict=True):
             assert Difference.between(cpu(mel), audio).snr_db > LEAST_SNR_DB

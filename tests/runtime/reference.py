@@ -16,6 +16,7 @@ POLICIES = {
     "multiples": Policy(40, static=False, batch=1, workers=2, multiple=8),
     "static": Policy(40, static=True, batch=4, workers=1),
     "static, two workers": Policy(33, static=True, batch=3, workers=2),
+    "static, short ones too": Policy(64, static=True, batch=3, workers=2, short=(17, 24, 40)),
 }
 
 

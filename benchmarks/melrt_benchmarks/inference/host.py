@@ -19,7 +19,7 @@ from melrt.types import Audio, Mel
 # Windows as the backends cut them: ONNX Runtime on two cores, and an engine with three execution slots.
 POLICIES = {
     "cpu": Policy(frames=128, static=False, batch=1, workers=2),
-    "engine": Policy(frames=256, static=True, batch=16, workers=3),
+    "engine": Policy(frames=256, static=True, batch=16, workers=3, short=(32, 48, 80, 144)),
 }
 CALLS = 400
 CHUNK_FRAMES = 16

@@ -15,6 +15,7 @@ from types import ModuleType
 from melrt.bundle import Artifact, Bundle
 from melrt.bundle.trust import sign
 from melrt.errors import BundleError, ConfigError, EngineBuildError, MissingExtraError
+from melrt.planning.windows import ReceptiveField, short_windows
 from melrt.system import driver_version, find_gpu
 from melrt_export.generator.config import GeneratorConfig
 from melrt_export.graph.rewrites import rewrite_graph
@@ -93,7 +94,7 @@ def build_unsaved_engine(bundle: Bundle, options: EngineOptions, on_progress: Pr
     """
     source, onnx = source_graph(bundle, options)
     profile = _profile(bundle, options)
-    profiles = _static_profiles(profile) or [profile]
+    profiles = _static_profiles(profile, bundle.manifest.receptive_field) or [profile]
     flavor = _choose_flavor(options.flavor)
     options.check_flavor(flavor)
     target = _find_target(flavor, options.portable)
@@ -149,16 +150,19 @@ def _profile(bundle: Bundle, options: EngineOptions) -> list[list[int]]:
     return [[b, bundle.manifest.spec.n_mels, t] for b, t in zip(options.batch, frames, strict=True)]
 
 
-def _static_profiles(profile: list[list[int]]) -> list[list[list[int]]]:
-    """Return an optimization profile for each batch 1, 2, 4, ... of a window of one length; none for several lengths.
+def _static_profiles(profile: list[list[int]], field: ReceptiveField) -> list[list[list[int]]]:
+    """Return the optimization profiles of a window of one length; none for several lengths.
 
-    A kernel for a fixed shape computes no addresses at run time, and its plan has no shape copies.
+    The window has one for each batch 1, 2, 4, ..., and each shorter window one for the smallest, best and largest batch. A kernel for a
+    fixed shape computes no addresses at run time, and its plan has no shape copies.
     """
-    (smallest, bands, least), _, (largest, _, most) = profile
+    (smallest, bands, least), (best, _, _), (largest, _, most) = profile
     if least != most:
         return []
     batches = {smallest, largest, *(1 << power for power in range(largest.bit_length()) if smallest < 1 << power < largest)}
-    return [[[batch, bands, most]] * 3 for batch in sorted(batches)]
+    shapes = [(batch, most) for batch in sorted(batches)]
+    shapes += [(batch, length) for length in short_windows(field, most) for batch in sorted({smallest, best, largest})]
+    return [[[batch, bands, length]] * 3 for batch, length in shapes]
 
 
 def _build(trt: ModuleType, onnx: bytes, profiles: list[list[list[int]]], options: EngineOptions, on_progress: Progress) -> bytes:

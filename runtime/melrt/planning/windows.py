@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from melrt.checks import check_fields, flag, whole
+from melrt.checks import check_fields, flag, list_of, whole
 from melrt.errors import ConfigError
 
 GraphKind = Literal["edge", "interior"]
@@ -23,6 +23,10 @@ LEAST_SHARE = 32
 MAX_CONTEXT = 10_000
 # Limit of a policy's frames, batch and workers, far above any useful value.
 MOST = 65_536
+# The shortest static window keeps this many frames, as many as a stream is often given at once (186 ms at 22,050 Hz and a hop of 256).
+LEAST_KEPT = 16
+# A short window of more than this share of the full one saves too little for a shape of its own.
+MOST_SHORT = 0.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,19 +70,29 @@ class Policy:
     """Number of runs at the same time."""
     multiple: int = 1
     """Windows that are cut evenly are widened to a multiple of this length where the utterance allows it, so that few lengths occur."""
+    short: tuple[int, ...] = ()
+    """Further lengths of static windows, each below `frames`, in rising order. A part that fits one of them takes the shortest."""
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("frames", "batch", "workers", "multiple"), whole(1, MOST))
-        check_fields(self, {**counts, "static": flag()}, "window policy")
+        check_fields(self, {**counts, "static": flag(), "short": list_of(whole(1, MOST), 0, 16)}, "window policy")
+        object.__setattr__(self, "short", tuple(self.short))  # JSON has lists
         if self.frames % self.multiple:
             raise ConfigError(f"window policy: frames is {self.frames}; it must be a multiple of {self.multiple}.")
+        if self.short and (not self.static or list(self.lengths) != sorted(set(self.lengths))):
+            raise ConfigError(f"window policy: short is {self.short}; static windows have lengths below {self.frames}, in rising order.")
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Lengths of the windows in rising order; of windows that are cut evenly, the largest."""
+        return *self.short, self.frames
 
     def check(self, field: ReceptiveField) -> None:
         """Raise ConfigError if a window of this length would leave nothing of this network's output after its context is discarded."""
         least = max(field.context + 1, field.edge)
-        if self.frames < least:
+        if self.lengths[0] < least:
             raise ConfigError(
-                f"windows of {self.frames} frames leave nothing beside this voice's context of {field.left} + {field.right}; "
+                f"windows of {self.lengths[0]} frames leave nothing beside this voice's context of {field.left} + {field.right}; "
                 f"take at least {least}."
             )
 
@@ -122,6 +136,36 @@ def look_back(field: ReceptiveField, policy: Policy) -> int:
     return max(field.left, field.edge, policy.frames if policy.static else 0) + policy.multiple - 1
 
 
+def short_windows(field: ReceptiveField, frames: int) -> tuple[int, ...]:
+    """Return lengths for `Policy.short` beside windows of this many frames.
+
+    They keep 16, 32, 64, ... frames, as a stream's pieces double, and are rounded up to a multiple of 16.
+    """
+    kept = (LEAST_KEPT << power for power in range(frames.bit_length()))
+    lengths = (-(-(max(field.context, field.edge) + more) // LEAST_KEPT) * LEAST_KEPT for more in kept)
+    return tuple(length for length in lengths if length <= MOST_SHORT * frames)
+
+
+def longest_piece(field: ReceptiveField, policy: Policy) -> int:
+    """Return how many frames of a stream to collect at most before they are computed: a static window, once it is full, gains nothing."""
+    return policy.frames - field.context if policy.static else policy.frames
+
+
+def piece(available: int, least: float, field: ReceptiveField, policy: Policy) -> int:
+    """Return how many of a stream's frames to compute now.
+
+    Args:
+        available: Frames that can be computed.
+        least: Fewest frames of a piece. A rest below that waits if static windows are full without it.
+        field: The network's receptive field.
+        policy: Shape of the windows.
+    """
+    if available < least:
+        return 0
+    rest = available % longest_piece(field, policy)
+    return available - rest if policy.static and rest < min(least, available) else available
+
+
 def plan(span: Span, field: ReceptiveField, policy: Policy) -> Iterator[Window]:
     """Cut a span into windows, in order. Every frame of the span is kept exactly once.
 
@@ -150,23 +194,38 @@ def _even(span: Span, field: ReceptiveField, policy: Policy) -> Iterator[Window]
 
 
 def _static(span: Span, field: ReceptiveField, policy: Policy) -> Iterator[Window]:
-    """Cut interior windows of the policy's length and short edge windows. A shorter utterance runs on the edge graph alone."""
-    if span.ended and span.received < policy.frames:
-        yield Window("edge", 0, span.received, span.start, span.stop)
-        return
+    """Cut static windows, unless one edge window from the utterance's start has fewer frames than they and than a full window."""
+    stop = min(max(span.stop + field.right, field.edge), span.received)
+    # before the first interior window, it has: they would need an edge window of their own, and context twice
+    if stop < policy.frames and (span.start < field.left or stop < sum(window.frames for window in _cut(span, field, policy))):
+        yield Window("edge", 0, stop, span.start, span.stop)
+    else:
+        yield from _cut(span, field, policy)
+
+
+def _cut(span: Span, field: ReceptiveField, policy: Policy) -> Iterator[Window]:
+    """Cut interior windows of one length, so that they share a run, and short edge windows.
+
+    The length is the shortest that needs no more windows than the longest does.
+    """
     last_interior = min(span.stop, span.received - field.right)
     at = span.start
     if at < field.left:
         stop = min(field.left, span.stop)
         yield _around(at, stop, span, field)
         at = stop
-    while at < last_interior:
-        start = min(at - field.left, span.received - policy.frames)
-        if start < 0:  # a stream that has received fewer frames than a window
+    if at < last_interior:
+        lengths = [length for length in policy.lengths if length <= span.received]
+        if not lengths:  # a stream that has received fewer frames than a window
             yield Window("edge", 0, span.received, at, span.stop)
             return
-        stop = min(start + policy.frames - field.right, last_interior)
-        yield Window("interior", start, start + policy.frames, at, stop)
+        rest = last_interior - at
+        count = -(-rest // (lengths[-1] - field.context))
+        length = next(length for length in lengths if count * (length - field.context) >= rest)
+    while at < last_interior:
+        start = min(at - field.left, span.received - length)
+        stop = min(start + length - field.right, last_interior)
+        yield Window("interior", start, start + length, at, stop)
         at = stop
     if at < span.stop:
         yield _around(at, span.stop, span, field)

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from melrt.checks import check_fields, number, whole
 from melrt.errors import ClosedError, QueueFullError
 from melrt.files.output import Output
-from melrt.planning.windows import Span, look_back, plan, ready
+from melrt.planning.windows import Span, longest_piece, look_back, piece, plan, ready
 from melrt.scheduling.request import HostRequest, Request
 from melrt.scheduling.synthesizer import Synthesizer
 from melrt.types import Audio, Mel
@@ -125,8 +125,9 @@ class Stream:
         if mel.shape[1] and not self._received:
             mel = np.concatenate([self._edges.before(mel), mel], axis=1)
         self._append(mel)
-        until = ready(self._received, False, self._synthesizer.field)
-        return self._request(until if until - self._done >= self._size else self._done, ended=False)
+        field = self._synthesizer.field
+        available = max(ready(self._received, False, field) - self._done, 0)
+        return self._request(self._done + piece(available, self._size, field, self._queue.policy), ended=False)
 
     def _end(self) -> HostRequest:
         """Accept no more frames, and make the request for the rest."""
@@ -178,7 +179,7 @@ class Stream:
         """Advance past the frames of a request that the queue admitted."""
         if request.frames_kept:
             self._done += request.frames_kept
-            self._size = min(self._size * self._growth, self._queue.policy.frames)
+            self._size = min(self._size * self._growth, longest_piece(self._synthesizer.field, self._queue.policy))
         self._closed = self._closed or self._stop is not None
         return request.future
 

@@ -23,7 +23,8 @@ from melrt.errors import BackendError, BundleError, MelError, MelrtError, Missin
 from melrt.files.audio import to_int16
 from melrt.mel.level_check import LevelCheck
 from melrt.planning.edges import Edges
-from melrt.planning.windows import Window
+from melrt.planning.windows import Policy, Window
+from melrt.scheduling.stream import StreamPace
 from melrt.vocoder import Options
 
 
@@ -247,6 +248,40 @@ def test_each_batch_runs_in_its_static_profile(gpu: Gpu, tiny_bundle: Bundle) ->
             assert np.abs(audio - expected).max() < FP32_MAX_ABS
         contexts = vocoder.backend.engines["interior"]._engine.contexts
         assert {(context.profile, context.shape[0]) for context in contexts} == {(1, 1), (2, 2), (3, 4)}
+
+
+def test_streams_share_runs_of_short_windows(gpu: Gpu, tiny_bundle: Bundle) -> None:
+    shapes = [*((batch, WINDOW) for batch in (1, 2, BATCH)), (1, 24), (BATCH, 24), (1, 32), (2, 32)]
+    voice = add_engines(tiny_bundle, interior_profiles=[[(batch, 80, frames)] * 3 for batch, frames in shapes])
+    mels = [speech_mel(voice, 100, seed) for seed in range(3)]
+    runs: list[tuple[str, int, int]] = []
+    with load(voice) as vocoder, Vocoder.load(voice, device="cpu") as cpu:
+        assert vocoder.policy == Policy(WINDOW, static=True, batch=BATCH, workers=3, short=(24,)), "32 frames have no profile for 4 windows"
+        captured = gpu.captures
+        assert captured == 3 * len(shapes)
+        backend = vocoder.backend
+        run = backend.run_windows
+
+        def run_windows(graph: str, windows: list[np.ndarray], *rest: object) -> None:
+            runs.append((graph, len(windows), windows[0].shape[1]))
+            run(graph, windows, *rest)
+
+        backend.run_windows = run_windows
+        streams = [vocoder.open_stream(StreamPace(first=8, growth=1)) for _ in mels]
+        pieces: list[list[np.ndarray]] = [[] for _ in mels]
+        for start in range(0, 100, 10):
+            with vocoder.queue._lock:  # so that all of them wait before the first run
+                futures = [stream.submit(mel[:, start : start + 10]) for stream, mel in zip(streams, mels, strict=True)]
+            for kept, future in zip(pieces, futures, strict=True):
+                kept.append(future.result())
+        for mel, stream, kept in zip(mels, streams, pieces, strict=True):
+            assert np.abs(np.concatenate([*kept, stream.flush()]) - cpu(mel)).max() < FP32_MAX_ABS
+        interior = [run for run in runs if run[0] == "interior"]
+        assert {frames for _, _, frames in interior} == {24}, "no push runs a full window"
+        assert ("interior", 3, 24) in interior, "windows of several streams share a run"
+        assert backend.run("interior", np.zeros((3, 80, 24), np.float32)).shape == (3, 24 * 256), "in the profile for 4 windows"
+        contexts = backend.engines["interior"]._engine.contexts
+        assert {(context.profile, context.shape) for context in contexts} == {(at, (b, 80, t)) for at, (b, t) in enumerate(shapes)}
 
 
 def test_a_run_that_is_refused_is_an_error_and_the_next_works(gpu: Gpu, voice: Bundle) -> None:

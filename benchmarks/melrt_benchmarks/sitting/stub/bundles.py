@@ -11,6 +11,7 @@ from pathlib import Path
 
 from melrt.bundle import Artifact, Bundle
 from melrt.bundle.trust import sign
+from melrt.planning.windows import short_windows
 from melrt_benchmarks.sitting.stub import engine
 
 WINDOW, BATCH = 256, 16
@@ -48,7 +49,9 @@ class Bundles:
         if graph == "edge":
             profiles = [_profile((1, spec.n_mels, field.smallest_input), (BATCH, spec.n_mels, WINDOW))]
         else:
-            profiles = [_profile((1 << power, spec.n_mels, WINDOW), (1 << power, spec.n_mels, WINDOW)) for power in range(5)]
+            shapes = [(1 << power, WINDOW) for power in range(5)]
+            shapes += [(batch, length) for length in short_windows(field, WINDOW) for batch in (1, 4, BATCH)]
+            profiles = [_profile(shape, shape) for shape in ((batch, spec.n_mels, frames) for batch, frames in shapes)]
         data = engine.plan_bytes(
             bands=spec.n_mels, hop=spec.hop, left=field.left, right=field.right, edge=int(graph == "edge"), profiles=profiles,
             arch=self._arch, **faults,

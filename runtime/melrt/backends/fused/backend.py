@@ -8,16 +8,18 @@ from melrt.backends.fused.engine import FusedEngine, LoadedProgram
 from melrt.backends.fused.program import Program
 from melrt.backends.tensorrt.backend import EngineBackend
 from melrt.backends.tensorrt.gpu_arrays import current_device
-from melrt.backends.tensorrt.interface import Profile
+from melrt.backends.tensorrt.interface import Profile, static_windows
 from melrt.backends.tensorrt.kernels import Kernels
 from melrt.bundle import Artifact, Bundle
 from melrt.errors import BackendError
-from melrt.planning.windows import GraphKind
+from melrt.planning.windows import GraphKind, short_windows
 
 # An H100 is as fast per window with 16 windows as with 64 (docs/fused.md). The kernels take any length and batch: these limit the
 # memory of a slot.
 WINDOW = 256
 BATCH = 16
+# Batches of a short window. Its runs cost little more than their launches, so that places may stay empty.
+SHORT_BATCHES = (1, 4)
 # The window has at least this many times the frames of its context, which is computed and discarded.
 _CONTEXTS = 4
 
@@ -41,8 +43,10 @@ class Fused(EngineBackend):
         self._loaded = LoadedProgram(program, self._device, self.gpu.compute_capability, artifact.file)
         window = max(WINDOW, _CONTEXTS * field.context, field.edge)
         largest = (BATCH, program.bands, window)
-        edge, interior = (Profile((1, program.bands, frames), largest) for frames in (max(field.smallest_input, 1), window))
-        self.engines |= {"edge": FusedEngine(self._loaded, edge), "interior": FusedEngine(self._loaded, interior)}
+        profile = Profile((1, program.bands, max(field.smallest_input, 1)), largest)
+        few = (*(batch for batch in SHORT_BATCHES if batch < BATCH), BATCH)
+        windows = dict.fromkeys(short_windows(field, window), few) | static_windows([Profile((1, program.bands, window), largest)])
+        self.engines |= {"edge": FusedEngine(self._loaded, profile), "interior": FusedEngine(self._loaded, profile, windows)}
 
     def _load_kernels(self) -> Kernels:
         assert self._loaded

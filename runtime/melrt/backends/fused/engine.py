@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,8 @@ class FusedEngine:
     """Kernels and weights."""
     profile: Profile
     """Shapes that a slot has memory for; the kernels take any."""
+    windows: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """Batches of each window that is captured when the voice is loaded, both in rising order, by its length."""
     precision: str = "fp16"
     lazy: bool = False
 

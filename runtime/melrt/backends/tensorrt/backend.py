@@ -68,11 +68,15 @@ class EngineBackend:
     def _open(self, bundle: Bundle, artifacts: Mapping[GraphKind, Artifact], int16: bool) -> None:
         spec = bundle.manifest.spec
         self._open_engines(bundle, artifacts)
-        profile = self.engines["interior"].profile
-        if profile.window is None:
-            raise BackendError(f"{artifacts['interior'].file} takes windows of several lengths; build it with one, as `melrt build` does.")
-        self.policy = Policy(frames=profile.window, static=True, batch=profile.largest[0], workers=SLOTS)
-        self.candidates = tuple(replace(self.policy, batch=batch) for batch in _powers_of_two(profile.largest[0]))
+        windows = self.engines["interior"].windows
+        if not windows:
+            raise BackendError(f"{artifacts['interior'].file} takes windows of any length; build it with some, as `melrt build` does.")
+        *shorter, frames = windows
+        batch = windows[frames][-1]
+        # windows of one length share a run of the policy's batch, so a length without it is of no use
+        short = tuple(length for length in shorter if windows[length][-1] >= batch)
+        self.policy = Policy(frames, static=True, batch=batch, workers=SLOTS, short=short)
+        self.candidates = tuple(replace(self.policy, batch=size) for size in windows[frames])
         self._free: list[ExecutionSlot] = []  # the last one first: a lone caller always gets the slot whose graphs are captured
         self._vacancies = threading.Semaphore(0)
         kernels = self._load_kernels()
@@ -191,12 +195,13 @@ class EngineBackend:
         self._slots.clear()
 
     def _warm_up(self, slot: ExecutionSlot, silence: float) -> None:
-        """Run the window at each batch size often enough that its CUDA graph is captured."""
-        profile = self.engines["interior"].profile
-        for batch in _powers_of_two(profile.largest[0]):
-            mel = np.full((max(batch, profile.smallest[0]), *profile.largest[1:]), silence, np.float32)
-            for _ in range(3):
-                slot.run("interior", mel)
+        """Run each window at each of its batches often enough that its CUDA graph is captured."""
+        engine = self.engines["interior"]
+        for frames, batches in engine.windows.items():
+            for batch in batches:
+                mel = np.full((batch, engine.profile.largest[1], frames), silence, np.float32)
+                for _ in range(3):
+                    slot.run("interior", mel)
 
 
 class TensorRT(EngineBackend):
@@ -208,10 +213,6 @@ class TensorRT(EngineBackend):
     def _open_engines(self, bundle: Bundle, artifacts: Mapping[GraphKind, Artifact]) -> None:
         for graph, artifact in artifacts.items():
             self.engines[graph] = TensorRTEngine(artifact, bundle.read(artifact), bundle.manifest.spec.n_mels, self.gpu)
-
-
-def _powers_of_two(largest: int) -> list[int]:
-    return [1 << power for power in range(largest.bit_length()) if 1 << power < largest] + [largest]
 
 
 def open_device(index: int, extra: str = "tensorrt") -> tuple[Any, Gpu]:

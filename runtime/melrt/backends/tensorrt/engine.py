@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from melrt.backends.tensorrt.interface import Place, Profile, Shape
+from melrt.backends.tensorrt.interface import Place, Profile, Shape, static_windows
 from melrt.bundle import Artifact
 from melrt.bundle.trust import seal, unseal
 from melrt.errors import BackendError, MissingExtraError
@@ -62,6 +62,7 @@ class Engine:
         largest = zip(*(profile.largest for profile in self._profiles), strict=True)
         self.profile = Profile(tuple(map(min, smallest)), tuple(map(max, largest)))
         """Shapes that the engine takes, over all its optimization profiles."""
+        self.windows = static_windows(self._profiles)
         self.scratch_bytes = int(self._engine.device_memory_size_v2)
         self._cache_file = user_cache() / f"{artifact.sha256[:16]}-{_plain(gpu.name)}.runtime-cache"
         self._config = self._runtime_config()
@@ -69,7 +70,7 @@ class Engine:
     @property
     def lazy(self) -> bool:
         """True if TensorRT-RTX compiles the kernels of a new shape in the background: for engines that take many lengths."""
-        return self.profile.window is None and hasattr(self._trt, "IRuntimeCache")
+        return not self.windows and hasattr(self._trt, "IRuntimeCache")
 
     def context(self, scratch: Any) -> Any:
         """Create an execution context in this scratch memory (`scratch_bytes`). Contexts that never run at the same time may share it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -39,6 +40,21 @@ class Profile:
             raise BackendError(f"a mel of shape {shape} is outside this engine's profile, {self.smallest} to {self.largest}.")
 
 
+def static_windows(profiles: Iterable[Profile]) -> dict[int, tuple[int, ...]]:
+    """Return the batches of each window of an engine, both in rising order, by its length; none if a profile takes several lengths.
+
+    A profile of one length for several batches gives the powers of two, and its smallest and largest batch.
+    """
+    windows: dict[int, set[int]] = {}
+    for profile in profiles:
+        if profile.window is None:
+            return {}
+        least, most = profile.smallest[0], profile.largest[0]
+        powers = (1 << power for power in range(most.bit_length()))
+        windows.setdefault(profile.window, set()).update((least, most), (batch for batch in powers if least < batch < most))
+    return {frames: tuple(sorted(windows[frames])) for frames in sorted(windows)}
+
+
 class Run(Protocol):
     """One shape of an engine, with all its addresses."""
 
@@ -62,6 +78,11 @@ class Engine(Protocol):
     """Precision of its arithmetic."""
     profile: Profile
     """Shapes that it takes."""
+
+    @property
+    def windows(self) -> Mapping[int, tuple[int, ...]]:
+        """Batches of each static window, both in rising order, by its length; empty for an engine that takes any length."""
+        ...
 
     @property
     def scratch_bytes(self) -> int:

@@ -103,10 +103,10 @@ class ExecutionSlot:
         return shape.samples[:batch]
 
     def prepared(self, graph: GraphKind, batch: int, bands: int, frames: int) -> PreparedShape:
-        """Return the prepared shape for a run. A window's batch is rounded up to a power of two, which keeps the CUDA graphs few."""
-        profile = self.engines[graph].profile
-        slots = min(1 << (batch - 1).bit_length(), profile.largest[0]) if profile.window else batch
-        shape = (max(slots, batch, profile.smallest[0]), bands, frames)
+        """Return the prepared shape for a run. A window's batch is rounded up to one of its own, which keeps the CUDA graphs few."""
+        engine = self.engines[graph]
+        places = next((size for size in engine.windows.get(frames, ()) if size >= batch), max(batch, engine.profile.smallest[0]))
+        shape = (places, bands, frames)
         found = self._prepared.pop((graph, shape), None) or PreparedShape(self, graph, shape)
         self._prepared[graph, shape] = found
         if len(self._prepared) > MOST_SHAPES:
