@@ -182,7 +182,7 @@ MUTANTS = (
     # Children that were forked.
     (QUEUE + "synthesizer.py", "self.queue.check_process()", "pass", WAITING),
     # Connections and uploads.
-    (HTTP + "service.py", "        with self.place():\n            yield", "        yield", "tests/runtime/serving/test_http.py"),
+    (HTTP + "service.py", "self.in_progress >= self.config.max_requests:", "False:", "tests/runtime/serving/test_http.py"),
     (HTTP + "connection.py", "self._request_timer = self.loop.call_later(self.limits.idle_seconds, self.transport.abort)", "pass", SERVICE),
     (HTTP + "service.py", '{"Connection": "close"} |', "{} |", SERVICE),
     (HTTP + "app.py", "app.add_exception_handler(ClientDisconnect, explain)", "pass", SERVICE),
