@@ -376,7 +376,7 @@ def test_ray_run_survives_killed_actor_and_driver(demo_bundle: Bundle, voices: P
         voice, mels, options = demo_bundle.path, tmp_path / "mels.parquet", ["--to", kind]
         write_rows(mels, [file.stem for file in files], [np.load(file) for file in files], 4)
     else:
-        voice, options = voices, ["--format", "flac", "--rate", "16000"]
+        voice, options = voices, ["--format", "flac", "--rate", "16000", "--backend", "onnxruntime"]
         rows = [f"{file},{'ann' if index % 3 else 'ben'},{file.stem}" for index, file in enumerate(files)]
         mels = write_list(tmp_path / "list.csv", *rows)
     subprocess.run(command(voice, mels, tmp_path / "whole", *options), check=True, capture_output=True)
