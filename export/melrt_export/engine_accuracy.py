@@ -73,7 +73,8 @@ def check_engine(bundle: Bundle, file: str, graph: GraphKind, opened: Opener, li
     if not passes:
         raise EngineBuildError(
             f"{file} on {gpu.name} differs too much from FP32 on the CPU: max abs {difference.max_abs:.1e}, "
-            f"SNR {difference.snr_db:.1f} dB. The limit is {allowed}. The engine was not added to the bundle."
+            f"SNR {difference.snr_db:.1f} dB, in the median piece {difference.typical_snr_db:.1f} dB. The limit is {allowed}. "
+            "The engine was not added to the bundle."
         )
     return difference.facts()
 

@@ -44,4 +44,4 @@ def check_on_gpu(bundle: Bundle, program: Program, file: str) -> dict[str, float
         finally:
             loaded.close()
 
-    return check_engine(bundle, file, "edge", opened, lambda difference: (difference.snr_db >= LEAST_SNR_DB, f"SNR >= {LEAST_SNR_DB:g} dB"))
+    return check_engine(bundle, file, "edge", opened, lambda difference: (difference.reaches(LEAST_SNR_DB), f"SNR >= {LEAST_SNR_DB:g} dB"))
