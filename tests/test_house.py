@@ -210,18 +210,20 @@ def test_the_readme_s_figures_are_the_measured_ones() -> None:
 def test_the_gpu_s_figures_are_the_measured_ones() -> None:
     """The rows of the H200's tables come from its result files."""
     results, page = ROOT / "benchmarks" / "results", (ROOT / "docs" / "fused.md").read_text().replace("**", "")
-    bulk = {row.contender: row for row in Report.load(results / "h200-bulk.json").latencies}
     rows = []
     for row in Report.load(results / "h200-latency.json").latencies:
-        many = bulk.get(row.contender)
-        times = (row.p50_ms, row.loop_ms, row.device_ms), ((many.p50_ms, many.device_ms) if many else (None, None))
-        cells = [f"{time:.{digits}f} " if time else "" for digits, part in zip((3, 1), times, strict=True) for time in part]
-        rows.append(f"| {row.contender.replace(' GPU', '')} | " + "| ".join(cells) + "|")
-    (timing,) = (step["data"] for step in json.loads((results / "h200.json").read_text())["steps"] if step["name"] == "fused-timing")
-    for mels, network in timing["shapes"].items():
-        rows.append(f"| {mels} frames | {network['us']:,.0f} | {round(network['times_real_time'], -2):,.0f} |")
+        if "fused" not in row.contender:
+            times = (row.p50_ms, row.loop_ms, row.device_ms)
+            rows.append(f"| {row.contender.replace(' GPU', '')} | " + "| ".join(f"{time:.3f} " if time else " " for time in times) + "|")
+    for row in Report.load(results / "h200-fused.json").latencies:
+        times = " | ".join(f"{time:.2f}" for time in (row.p50_ms, row.loop_ms, row.device_ms) if time)
+        rows.append(f"| {row.batch} x {row.seconds:.0f} s | {row.contender.replace(' GPU', '')} | {times} |")
+    (before,) = (step["data"] for step in json.loads((results / "h200.json").read_text())["steps"] if step["name"] == "fused-timing")
+    for mels, now in json.loads((results / "h200-kernels.json").read_text())["timing"].items():
+        earlier = before["shapes"][mels]["us"]
+        rows.append(f"| {mels} frames | {earlier:,.0f} | {now['us']:,.0f} | {round(now['times_real_time'], -2):,.0f} |")
     missing = [row for row in rows if row not in page]
-    assert len(rows) == 17
+    assert len(rows) == 12 + 11 + 4
     assert not missing, "\n".join(missing)
 
 
