@@ -19,6 +19,7 @@ from melrt_calibration.evaluation import Evaluator, Quality, decide, perceptual_
 from melrt_calibration.network import Network
 from melrt_calibration.progress import OnProgress, ProgressReporter
 from melrt_export.checkpoints import Checkpoint, load_checkpoint
+from melrt_export.checkpoints.archives import is_archive
 from melrt_export.graph.deploy import deploy_graph
 from melrt_export.int8_plan import Int8Plan, read_plan
 from melrt_export.training.activation_ranges import read_trained_plan
@@ -75,6 +76,8 @@ def requantize(
     steps = ProgressReporter(STEPS, on_progress)
     steps.begin("reading the checkpoint and the speech")
     bundle_plan, graphs = read_plan(bundle), FloatGraphs.read(bundle)
+    if is_archive(weights):
+        raise CalibrationError(f"{weights} is an archive, in which trained ranges are not looked for. Unpack it, and give its folder.")
     checkpoint = load_matching(weights, bundle)
     evaluator = Evaluator(read_pieces(speech, bundle.manifest, options.sampling.peak), bundle.manifest.spec)
     plan = read_trained_plan(checkpoint.source) or bundle_plan

@@ -176,6 +176,9 @@ def test_requantize_refuses_weights_of_another_voice(
     assert code == 2
     assert "has another architecture" in err
     assert sorted(path.name for path in calibrated.path.iterdir()) == before
+    archive = shutil.make_archive(str(tmp_path / "best"), "tar", tiny_checkpoint)
+    code, _, err = melrt("requantize", calibrated.path, archive, RECORDING)
+    assert (code, "Unpack it, and give its folder" in err) == (2, True), "ranges in the archive would be lost"
     code, _, err = melrt("requantize", tiny_bundle.path, tiny_checkpoint, RECORDING)
     assert code == 2
     assert "has no INT8 plan" in err
