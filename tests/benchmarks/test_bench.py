@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -15,9 +16,11 @@ import pytest
 from melrt import Bundle, Vocoder
 from melrt.files.audio import read_audio
 from melrt.mel.features import mel_from_audio
+from melrt.planning.windows import ReceptiveField
 from melrt.timing import Timing, interleave, median_interval, noise_note, warm_up
 from melrt_benchmarks.inference import contenders, memory, torch_gpu
 from melrt_benchmarks.inference.bench import BenchPlan, run_bench
+from melrt_benchmarks.inference.host import policies
 from melrt_benchmarks.inference.memory import peak_memory
 from melrt_benchmarks.inference.roofline import WINDOW
 from melrt_benchmarks.measure.gpu_meter import loop_times
@@ -368,6 +371,15 @@ def test_memory_in_windows_does_not_grow_with_length(tiny_bundle_path: Path) -> 
     windowed = [peak_memory(tiny_bundle_path, seconds, whole=False) for seconds in (10, 120)]
     assert windowed[1] < 1.2 * windowed[0]
     assert peak_memory(tiny_bundle_path, 120, whole=True) > 1.3 * windowed[1]
+
+
+def test_host_cost_has_the_windows_of_the_voice() -> None:
+    """A voice may see more frames than the shortest window of another voice has."""
+    field = ReceptiveField(left=40, right=40, smallest_input=4, end_reach=41)
+    chosen = policies(SimpleNamespace(manifest=SimpleNamespace(receptive_field=field)))
+    assert chosen["engine"].short
+    for policy in chosen.values():
+        policy.check(field)
 
 
 def test_host_cost_is_measured_without_the_network(melrt, tiny_bundle_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_number_of_streams_is_found(tiny_bundle_path: Path, monkeypatch: pytest.
 def test_hundreds_of_streams_are_pushed_in_time(tiny_bundle_path: Path) -> None:
     """With a backend that computes nothing, the run shows that one thread can push to hundreds of streams, and an overload ends early."""
     bundle = Bundle.open(tiny_bundle_path)
-    with Vocoder(bundle, host.FreeBackend(host.POLICIES["engine"], bundle.manifest.spec.hop)) as vocoder:
+    with Vocoder(bundle, host.FreeBackend(host.policies(bundle)["engine"], bundle.manifest.spec.hop)) as vocoder:
         run = streams.run_streams(vocoder, 200, streams.StreamLoad(buffer=1.0, seconds=0.6), shared_queue=True)
         assert (run.sustained, run.pushes) == (True, 600)
         for shared_queue in (True, False):

@@ -9,18 +9,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from melrt import Bundle, Vocoder
-from melrt.planning.windows import GraphKind, Policy, Span, plan
+from melrt.planning.windows import GraphKind, Policy, Span, plan, short_windows
 from melrt.scheduling.limits import Limits
 from melrt.scheduling.queue import RequestQueue
 from melrt.scheduling.request import HostRequest, OutputFormat
 from melrt.scheduling.workers import Workers
 from melrt.types import Audio, Mel
 
-# Windows as the backends cut them: ONNX Runtime on two cores, and an engine with three execution slots.
-POLICIES = {
-    "cpu": Policy(frames=128, static=False, batch=1, workers=2),
-    "engine": Policy(frames=256, static=True, batch=16, workers=3, short=(32, 48, 80, 144)),
-}
+ENGINE_WINDOW = 256
 CALLS = 400
 CHUNK_FRAMES = 16
 CHUNKS = 1000
@@ -88,10 +84,19 @@ class HostCost:
     """Microseconds of processor time for choosing the voice of a run, by the number of voices with windows."""
 
 
+def policies(bundle: Bundle) -> dict[str, Policy]:
+    """Return windows as the backends cut them: ONNX Runtime on two cores, and an engine with three execution slots."""
+    short = short_windows(bundle.manifest.receptive_field, ENGINE_WINDOW)
+    return {
+        "cpu": Policy(frames=128, static=False, batch=1, workers=2),
+        "engine": Policy(frames=ENGINE_WINDOW, static=True, batch=16, workers=3, short=short),
+    }
+
+
 def measure_host_cost(bundle: Bundle, on_step: Callable[[str], None] = lambda _: None) -> list[HostCost]:
     """Measure every policy with a voice's shapes; its network is not run."""
     results = []
-    for name, policy in POLICIES.items():
+    for name, policy in policies(bundle).items():
         on_step(f"measuring the host cost of the {name} policy")
         with Vocoder(bundle, FreeBackend(policy, bundle.manifest.spec.hop)) as vocoder:
             call, push, bulk = measure_vocoder(vocoder)
